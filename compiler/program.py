@@ -1,0 +1,68 @@
+"""Program: the one value that importers make, passes rewrite and targets lower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .tvm import relax, tvm
+
+
+@dataclass(frozen=True)
+class DimRange:
+    """Range of a symbolic dimension; `max` is None when unbounded. `opt` is the size the schedules are chosen for."""
+
+    min: int = 1
+    opt: int | None = None
+    max: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.min}..{self.opt if self.opt is not None else ''}..{self.max if self.max is not None else ''}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of an input or output. A dim is an int, or a str naming a symbolic dim (expressions of symbols as text in outputs)."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a program came from: file or class name, format ("onnx" | "torch"), opset or torch version, producer."""
+
+    source: str
+    format: str
+    version: str = ""
+    producer: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Relax module with `main`, and what the world outside needs to know of it.
+
+    module: `main` takes the inputs in the order of `inputs` and returns one tensor, or a tuple in the order of `outputs`. Weights are Relax constants
+    while passes work (TVM's own passes see only constants); lowering lifts them out into the artifact's weight file.
+    Binding variables are named after the source node that made them; passes keep those names.
+    """
+
+    module: tvm.IRModule
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    provenance: Provenance
+    dims: Mapping[str, DimRange] = field(default_factory=dict)
+
+    def with_module(self, module: tvm.IRModule) -> Program:
+        """The same program with another module; the very same object when the module is unchanged."""
+        if module is self.module or module.same_as(self.module):
+            return self
+        return replace(self, module=module)
+
+    @property
+    def main(self) -> relax.Function:
+        return self.module["main"]

@@ -1,0 +1,22 @@
+"""The only module that imports TVM for the rest of tcompile and works around its versions.
+
+Everything else writes `from ..compiler.tvm import relax, tirx, tvm`.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import relax, s_tir, te, tirx, topi
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+__all__ = ["Constant", "IRBuilder", "T", "is_constant", "relax", "s_tir", "te", "tirx", "topi", "tvm"]
+
+
+#: a Relax constant: TVM 0.27 moved it out of `relax`
+Constant = tvm.ir.GenericConst
+
+
+def is_constant(expr: object) -> bool:
+    """True for a Relax constant."""
+    return isinstance(expr, Constant)
