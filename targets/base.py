@@ -14,7 +14,8 @@ class Target:
 
     kind: "cpu" | "cuda" | "fpga". name: the model name after the colon ("haswell", "sm_90a"). features: ISA features in LLVM's spelling ("avx2",
     "fma", "avx512f", "avx512vnni"). cache sizes are bytes per core (L3: shared). frequency_ghz and fma_per_cycle (vector FMAs issued per core and
-    cycle) give peak rates; bandwidth_gbs is DRAM bandwidth of one core. formats: number formats with native arithmetic.
+    cycle) give peak rates; bandwidth_gbs is DRAM bandwidth of one core. formats: number formats with native
+    arithmetic. disabled: features of `mcpu` that this machine lacks all the same.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Target:
     fma_per_cycle: float = 2.0
     bandwidth_gbs: float = 12.0
     formats: frozenset[str] = frozenset({"float32"})
+    disabled: tuple[str, ...] = ()
     limits: dict[str, int] = field(default_factory=dict, hash=False)
 
     @property

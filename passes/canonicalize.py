@@ -1,0 +1,179 @@
+"""Canonical form: constants folded, dead code gone, identities and reshape chains removed, scale factors folded into weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..compiler.program import Program
+from ..compiler.tvm import Constant, relax, tvm
+from .base import Pass, PassContext
+
+_VIEWS = {"relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze"}
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Bring a freshly imported module into the form that the other passes match on. Numbers change only by the rounding of folded scales."""
+
+    name: ClassVar[str] = "canonicalize"
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        transform = relax.transform
+        module = transform.DeadCodeElimination()(transform.CanonicalizeBindings()(program.module))
+        for _ in range(4):
+            peephole = _Peephole(module)
+            module = peephole.apply()
+            context.matched(**peephole.counts)
+            if not peephole.counts:
+                break
+            module = transform.DeadCodeElimination()(module)
+        module = transform.FoldConstant()(module)
+        module = transform.EliminateCommonSubexpr()(module)
+        return program.with_module(transform.DeadCodeElimination()(module))
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    x, y = a.ty.shape, b.ty.shape
+    if x is None or y is None or len(x) != len(y):
+        return False
+    analyzer = tvm.sym.Analyzer()
+    return all(analyzer.can_prove_equal(p, q) for p, q in zip(x, y, strict=True))
+
+
+def _array(expr: Any) -> np.ndarray | None:
+    return expr.value.numpy() if isinstance(expr, Constant) else None
+
+
+@relax.expr_functor.mutator
+class _Peephole(relax.PyExprMutator):
+    """Local rewrites, one visit per binding; the builder's lookup sees through variables."""
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.module = module
+        self.counts: dict[str, int] = {}
+        self.uses: dict[Any, int] = {}
+
+    def apply(self) -> Any:
+        self.uses = count_uses(self.module["main"])
+        variable = self.module.get_global_var("main")
+        self.builder_.update_func(variable, self.visit_expr(self.module["main"]))
+        return self.builder_.get() if self.counts else self.module
+
+    def _count(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+    def _defining(self, expr: Any, op: str | set[str]) -> Any:
+        """The call that defines `expr` when it is one of the operators."""
+        value = self.lookup_binding(expr) if isinstance(expr, relax.Var) else expr
+        names = {op} if isinstance(op, str) else op
+        if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op) and value.op.name in names:
+            return value
+        return None
+
+    def visit_call_(self, call: Any) -> Any:
+        call = super().visit_call_(call)
+        if not isinstance(call.op, tvm.ir.Op):
+            return call
+        rule = _RULES.get(call.op.name)
+        result = rule(self, call) if rule else None
+        return call if result is None else result
+
+
+def count_uses(function: Any) -> dict[Any, int]:
+    """How often each variable is read."""
+    uses: dict[Any, int] = {}
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, relax.Call | relax.Tuple):
+            for arg in expr.args if isinstance(expr, relax.Call) else expr.fields:
+                if isinstance(arg, relax.Var):
+                    uses[arg] = uses.get(arg, 0) + 1
+                elif isinstance(arg, relax.Tuple):
+                    visit(arg)
+
+    relax.analysis.post_order_visit(function, visit)
+    return uses
+
+
+def _view(self: _Peephole, call: Any) -> Any:
+    """One reshape instead of a chain; none when the shape stays."""
+    if call.ty.shape is None:
+        return None
+    source = call.args[0]
+    if _same_shape(call, source):
+        self._count("identity")
+        return source
+    inner = self._defining(source, _VIEWS)
+    if inner is not None:
+        self._count("reshape_chain")
+        return relax.op.reshape(inner.args[0], list(call.ty.shape))
+    if call.op.name != "relax.reshape":
+        self._count("reshape_form")
+        return relax.op.reshape(source, list(call.ty.shape))
+    return None
+
+
+def _permute(self: _Peephole, call: Any) -> Any:
+    rank = len(call.ty.shape)
+    axes = [int(axis) for axis in call.attrs.axes] if call.attrs.axes is not None else list(range(rank))[::-1]
+    if axes == list(range(rank)):
+        self._count("identity")
+        return call.args[0]
+    inner = self._defining(call.args[0], "relax.permute_dims")
+    if inner is not None and inner.attrs.axes is not None:
+        first = [int(axis) for axis in inner.attrs.axes]
+        self._count("transpose_chain")
+        return relax.op.permute_dims(inner.args[0], [first[axis] for axis in axes])
+    return None
+
+
+def _cast(self: _Peephole, call: Any) -> Any:
+    if call.ty.dtype == call.args[0].ty.dtype:
+        self._count("identity")
+        return call.args[0]
+    return None
+
+
+def _neutral(value: float) -> Callable[[_Peephole, Any], Any]:
+    """x op value == x, for a constant filled with `value` that does not broaden x."""
+
+    def rule(self: _Peephole, call: Any) -> Any:
+        constant = _array(call.args[1])
+        if constant is not None and constant.size <= 4096 and _same_shape(call, call.args[0]) and np.all(constant == value):
+            self._count("identity")
+            return call.args[0]
+        return _fold_scale(self, call) if call.op.name == "relax.multiply" else None
+
+    return rule
+
+
+def _fold_scale(self: _Peephole, call: Any) -> Any:
+    """conv(x, W) * s -> conv(x, W * s): the scale half of a batch-norm."""
+    for scale_arg, other in ((call.args[1], call.args[0]), (call.args[0], call.args[1])):
+        scale = _array(scale_arg)
+        conv = self._defining(other, "relax.nn.conv2d")
+        if scale is None or conv is None or conv.attrs.data_layout != "NCHW" or self.uses.get(other, 2) > 1:
+            continue
+        weight = _array(conv.args[1])
+        if weight is None or scale.size not in (1, weight.shape[0]) or (scale.size > 1 and scale.shape[-3:] != (weight.shape[0], 1, 1)):
+            continue
+        self._count("scale_into_weight")
+        scaled = (weight * scale.reshape(-1, 1, 1, 1)).astype(weight.dtype)
+        return relax.Call(conv.op, [conv.args[0], relax.const(scaled)], conv.attrs)
+    return None
+
+
+_RULES: dict[str, Callable[[_Peephole, Any], Any]] = {
+    **dict.fromkeys(_VIEWS, _view),
+    "relax.permute_dims": _permute,
+    "relax.astype": _cast,
+    "relax.add": _neutral(0.0),
+    "relax.subtract": _neutral(0.0),
+    "relax.multiply": _neutral(1.0),
+    "relax.divide": _neutral(1.0),
+}

@@ -1,0 +1,87 @@
+"""From scheduled kernels to machine code: weights lifted out of the module, the host program compiled, the emitted code kept readable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...compiler.tvm import Constant, relax, tirx, tvm
+from ..base import Target
+from .lower import tvm_target
+
+
+def lift_weights(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """Replace every tensor constant of `main` by a field of one tuple parameter, appended after the inputs.
+
+    Returns the module and the arrays in the order of the tuple; names say the kernel that reads the weight first.
+    """
+    lifter = _Lifter(module)
+    return lifter.apply(), lifter.weights
+
+
+@relax.expr_functor.mutator
+class _Lifter(relax.PyExprMutator):
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.module = module
+        self.weights: dict[str, np.ndarray] = {}
+        self.position: dict[Any, int] = {}
+        self.types: list[Any] = []
+        self.parameter: Any = None
+        self.fields: dict[int, Any] = {}
+
+    def apply(self) -> Any:
+        main = self.module["main"]
+        self._collect(main)
+        self.parameter = relax.Var("weights", relax.TupleType(self.types))
+        body = self.visit_expr(main.body)
+        function = relax.Function([*main.params, self.parameter], body, main.ret_ty, main.is_pure, main.attrs)
+        self.builder_.update_func(self.module.get_global_var("main"), function)
+        return self.builder_.get()
+
+    def _collect(self, main: Any) -> None:
+        def visit(expr: Any) -> None:
+            if not (isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir"):
+                return
+            for arg in expr.args[1].fields:
+                if isinstance(arg, Constant) and isinstance(arg.ty, relax.TensorType) and arg not in self.position:
+                    self.position[arg] = len(self.position)
+                    self.weights[f"{self.position[arg]:04d}.{expr.args[0].name_hint}"] = arg.value.numpy()
+                    self.types.append(arg.ty)
+
+        relax.analysis.post_order_visit(main, visit)
+
+    def visit_constant_(self, constant: Any) -> Any:
+        position = self.position.get(constant)
+        if position is None:
+            return constant
+        return self.builder_.emit(relax.TupleGetItem(self.parameter, position))
+
+
+def build(module: Any, target: Target) -> tuple[Any, dict[str, str]]:
+    """Compile a memory-planned module. Returns the executable and the emitted code by file name."""
+    sources = {"kernels.tir.py": _kernel_text(module)}
+    transform = relax.transform
+    code = tvm_target(target)
+    with code, tvm.transform.PassContext(opt_level=3):
+        for step in (
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(emit_err_ctx=False),
+            transform.AttachGlobalSymbol(),
+        ):
+            module = step(module)
+        executable = relax.build(module, target=code, relax_pipeline=None, exec_mode="compiled")
+    return executable, sources
+
+
+def _kernel_text(module: Any) -> str:
+    """All kernels as TVMScript, in a fixed order."""
+    parts = []
+    for variable, func in sorted(module.functions_items(), key=lambda item: item[0].name_hint):
+        if isinstance(func, tirx.PrimFunc):
+            parts.append(f"# {variable.name_hint}\n{func.script(show_meta=False)}\n")
+    return "\n".join(parts)

@@ -1,0 +1,116 @@
+"""Detection of the host CPU: what the operating system really offers, which a hypervisor may have cut down from what the model name promises."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from ...compiler.errors import ToolchainError
+from ..base import Target
+
+#: /proc/cpuinfo flag -> LLVM feature, for all features that generated code may rely on
+FLAGS = {
+    "sse4_2": "sse4.2",
+    "avx": "avx",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "bmi1": "bmi",
+    "bmi2": "bmi2",
+    "avx_vnni": "avxvnni",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512_vnni": "avx512vnni",
+    "avx512_bf16": "avx512bf16",
+    "avx512_fp16": "avx512fp16",
+    "amx_tile": "amx-tile",
+    "amx_int8": "amx-int8",
+    "amx_bf16": "amx-bf16",
+}
+#: features of recent cores that no kernel needs by name but LLVM would use when it takes the core's name at its word
+_FOLLOWERS = {
+    "avx512_vbmi2": "avx512vbmi2",
+    "avx512vbmi": "avx512vbmi",
+    "avx512ifma": "avx512ifma",
+    "avx512_bitalg": "avx512bitalg",
+    "avx512_vpopcntdq": "avx512vpopcntdq",
+    "avx512_vp2intersect": "avx512vp2intersect",
+    "gfni": "gfni",
+    "vaes": "vaes",
+    "vpclmulqdq": "vpclmulqdq",
+    "sha_ni": "sha",
+    "movdiri": "movdiri",
+    "movdir64b": "movdir64b",
+    "pku": "pku",
+    "rdpid": "rdpid",
+    "wbnoinvd": "wbnoinvd",
+    "sse4a": "sse4a",
+}
+
+
+@cache
+def cpuinfo() -> dict[str, str]:
+    """First processor's entries of /proc/cpuinfo."""
+    entries: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        entries[key.strip()] = value.strip()
+    return entries
+
+
+@cache
+def host_features() -> frozenset[str]:
+    """ISA features of this host in LLVM's spelling, limited to those of `FLAGS`."""
+    flags = set(cpuinfo().get("flags", "").split())
+    return frozenset(feature for flag, feature in FLAGS.items() if flag in flags)
+
+
+def missing_features() -> list[str]:
+    """Features to switch off (`-feature`) when LLVM compiles for the host's model name."""
+    flags = set(cpuinfo().get("flags", "").split())
+    return sorted(feature for flag, feature in (FLAGS | _FOLLOWERS).items() if flag not in flags)
+
+
+def _cache_bytes(level: int, default: int) -> int:
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if int((index / "level").read_text()) == level and (index / "type").read_text().strip() != "Instruction":
+                text = (index / "size").read_text().strip()
+                return int(text[:-1]) * {"K": 1024, "M": 1024 * 1024}[text[-1]]
+        except (OSError, ValueError, KeyError):
+            continue
+    return default
+
+
+@cache
+def host() -> Target:
+    """The manifest of this machine; raises ToolchainError when it lacks AVX2 and FMA."""
+    from ...compiler.tvm import tvm
+
+    features = host_features()
+    if not {"avx2", "fma"} <= features:
+        raise ToolchainError("this CPU lacks AVX2 and FMA, the least that tcompile's CPU kernels need; name another machine with --target cpu:NAME to cross compile")
+    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features
+    formats = {"float32"} | ({"int8"} if features & {"avx512vnni", "avxvnni"} else set()) | ({"bfloat16"} if "avx512bf16" in features else set())
+    model = tvm.target.codegen.llvm_get_system_cpu()
+    double_pumped = model == "znver4"  # executes a 512-bit FMA in two halves
+    return Target(
+        "cpu",
+        "host",
+        mcpu=model,
+        features=features,
+        vector_bits=512 if wide else 256,
+        vector_registers=32 if wide else 16,
+        cores=len(os.sched_getaffinity(0)),
+        l1_bytes=_cache_bytes(1, 32 * 1024),
+        l2_bytes=_cache_bytes(2, 512 * 1024),
+        l3_bytes=_cache_bytes(3, 16 * 1024 * 1024),
+        frequency_ghz=round(float(cpuinfo().get("cpu MHz", "2500")) / 1000, 1),
+        fma_per_cycle=1.0 if wide and double_pumped else 2.0,
+        formats=frozenset(formats),
+        disabled=tuple(missing_features()),
+    )

@@ -1,0 +1,158 @@
+"""Lowering on the CPU: every fused PrimFunc gets a kernel, weights get packed, the module becomes an executable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...autotune.cost_model import CostModel
+from ...compiler.tvm import Constant, relax, tirx, tvm
+from ..base import Target
+from .fused import Fused, Unfusable, analyze
+from .template import Kernel, KernelTemplate, machine
+
+
+def templates() -> list[KernelTemplate]:
+    """All kernel templates, in the order they are asked. A new one is one line here."""
+    from .gemm import Gemm
+
+    return [Gemm()]
+
+
+@dataclass
+class Choice:
+    """What was chosen for one PrimFunc, for the report."""
+
+    kernel: str
+    template: str
+    workload: str
+    schedule: str
+    predicted_us: float | None
+    candidates: int = 0
+    reason: str = ""
+    calls: int = 0
+
+
+@dataclass
+class Lowering:
+    """State of one lowering: choices by kernel name."""
+
+    target: Target
+    cost_model: CostModel
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+
+def tvm_target(target: Target) -> Any:
+    """TVM's description of the machine that code is generated for."""
+    options: dict[str, Any] = {"kind": "llvm", "mcpu": target.mcpu, "mtriple": "x86_64-unknown-linux-gnu", "vector-width": target.vector_bits}
+    if target.disabled:
+        options["mattr"] = [f"-{feature}" for feature in target.disabled]
+    return tvm.target.Target(options)
+
+
+def schedule_kernels(module: Any, target: Target, cost_model: CostModel, progress: Callable[[int, int], None] | None = None) -> tuple[Any, list[Choice]]:
+    """Give every PrimFunc its kernel and pack the constants that kernels want in another layout."""
+    from .generic import schedule as generic
+
+    lowering = Lowering(target, cost_model)
+    known = templates()
+    constants = constant_positions(module["main"])
+    kernels: dict[str, Kernel] = {}
+    functions = [(variable, func) for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
+    for done, (variable, func) in enumerate(sorted(functions, key=lambda item: item[0].name_hint)):
+        name = variable.name_hint
+        kernel = _from_template(func, name, known, constants.get(name, frozenset()), lowering)
+        if kernel is None:
+            scheduled, rule = generic(func, target)
+            lowering.choices[name].schedule = rule
+            kernel = Kernel(scheduled)
+        kernels[name] = kernel
+        if progress:
+            progress(done + 1, len(functions))
+    return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
+
+
+def _from_template(func: Any, name: str, known: list[KernelTemplate], constants: frozenset[int], lowering: Lowering) -> Kernel | None:
+    try:
+        fused = analyze(func)
+    except Unfusable as reason:
+        lowering.choices[name] = Choice(name, "generic", "", "", None, reason=str(reason))
+        return None
+    reasons = []
+    for template in known:
+        try:
+            workload = template.workload(fused, constants)
+        except Unfusable as reason:
+            reasons.append(f"{template.name}: {reason}")
+            continue
+        kernel, choice = _best(template, fused, workload, name, lowering)
+        lowering.choices[name] = choice
+        return kernel
+    lowering.choices[name] = Choice(name, "generic", "", "", None, reason="; ".join(reasons))
+    return None
+
+
+def _best(template: KernelTemplate, fused: Fused, workload: Any, name: str, lowering: Lowering) -> tuple[Kernel, Choice]:
+    space = list(template.space(workload, lowering.target))
+    features = [template.features(workload, schedule, lowering.target) for schedule in space]
+    predicted = lowering.cost_model.predict(features, machine(lowering.target))
+    best = min(range(len(space)), key=lambda index: predicted[index])
+    choice = Choice(name, template.name, str(workload), str(space[best]), round(predicted[best], 2), candidates=len(space))
+    return template.build(fused, workload, space[best], lowering.target), choice
+
+
+def constant_positions(main: Any) -> dict[str, frozenset[int]]:
+    """Per PrimFunc: the argument positions that hold a constant at every call site."""
+    positions: dict[str, frozenset[int]] = {}
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
+            name = expr.args[0].name_hint
+            here = frozenset(position for position, arg in enumerate(expr.args[1].fields) if isinstance(arg, Constant))
+            positions[name] = positions[name] & here if name in positions else here
+
+    relax.analysis.post_order_visit(main, visit)
+    return positions
+
+
+@relax.expr_functor.mutator
+class _Replace(relax.PyExprMutator):
+    """Swap in the kernels; a kernel with packed parameters gets a new variable, as the old one carries the old signature."""
+
+    def __init__(self, module: Any, kernels: dict[str, Kernel], choices: dict[str, Choice]):
+        super().__init__(module)
+        self.module, self.kernels, self.choices = module, kernels, choices
+        self.fresh: dict[str, Any] = {}
+        self.packed: dict[tuple[Any, str], Any] = {}
+
+    def apply(self) -> Any:
+        for variable, func in self.module.functions_items():
+            kernel = self.kernels.get(variable.name_hint)
+            if isinstance(func, tirx.PrimFunc) and kernel is not None and not kernel.packings:
+                self.builder_.update_func(variable, kernel.func)
+        for name, kernel in sorted(self.kernels.items()):
+            if kernel.packings:
+                self.fresh[name] = self.builder_.add_func(kernel.func, f"{name}_packed")
+        main = self.module.get_global_var("main")
+        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
+        return relax.transform.DeadCodeElimination()(self.builder_.get())
+
+    def visit_call_(self, call: Any) -> Any:
+        if getattr(call.op, "name", "") != "relax.call_tir":
+            return super().visit_call_(call)
+        name = call.args[0].name_hint
+        self.choices[name].calls += 1
+        if name not in self.fresh:
+            return super().visit_call_(call)
+        args = [self.visit_expr(arg) for arg in call.args[1].fields]
+        for packing in self.kernels[name].packings:
+            constant = args[packing.param]
+            key = (constant, packing.key)
+            if key not in self.packed:
+                self.packed[key] = relax.const(np.ascontiguousarray(packing.pack(constant.value.numpy())))
+            args[packing.param] = self.packed[key]
+        rest = [self.visit_expr(arg) for arg in call.args[2:]]
+        return relax.Call(call.op, [self.fresh[name], relax.Tuple(args), *rest], call.attrs, call.ty_args)

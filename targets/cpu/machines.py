@@ -1,0 +1,52 @@
+"""CPU manifests by name, for cross compilation. Rates are the makers' published ones; only their ratios steer schedules."""
+
+from __future__ import annotations
+
+from ..base import Target
+
+_V3 = frozenset({"sse4.2", "avx", "avx2", "fma", "f16c", "bmi", "bmi2"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_VNNI = _V4 | {"avx512vnni"}
+_BF16 = _VNNI | {"avx512bf16"}
+
+
+def _avx2(name: str, mcpu: str | None = None, extra: frozenset[str] = frozenset(), l2: int = 512, ghz: float = 3.0) -> Target:
+    return Target("cpu", name, mcpu or name, _V3 | extra, 256, 16, cores=4, l2_bytes=l2 * 1024, frequency_ghz=ghz)
+
+
+def _avx512(name: str, features: frozenset[str], mcpu: str | None = None, l2: int = 1024, l1: int = 32, fma: float = 2.0, ghz: float = 2.8) -> Target:
+    formats = {"float32"} | ({"int8"} if "avx512vnni" in features else set()) | ({"bfloat16"} if "avx512bf16" in features else set())
+    return Target(
+        "cpu",
+        name,
+        mcpu or name,
+        features,
+        512,
+        32,
+        cores=8,
+        l1_bytes=l1 * 1024,
+        l2_bytes=l2 * 1024,
+        frequency_ghz=ghz,
+        fma_per_cycle=fma,
+        formats=frozenset(formats),
+    )
+
+
+MACHINES: dict[str, Target] = {
+    machine.name: machine
+    for machine in (
+        _avx2("haswell", l2=256),
+        _avx2("skylake", l2=256),
+        _avx2("znver2"),
+        _avx2("znver3"),
+        _avx2("alderlake", extra=frozenset({"avxvnni"}), l2=1280),
+        _avx2("x86-64-v3"),
+        _avx512("skylake-avx512", _V4),
+        _avx512("x86-64-v4", _V4),
+        _avx512("cascadelake", _VNNI),
+        _avx512("icelake-server", _VNNI, l1=48, l2=1280),
+        _avx512("sapphirerapids", _BF16, l1=48, l2=2048),
+        _avx512("znver4", _BF16, fma=1.0, ghz=3.5),
+        _avx512("znver5", _BF16, l1=48, ghz=3.7),
+    )
+}
