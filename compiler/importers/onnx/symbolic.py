@@ -12,6 +12,9 @@ from math import prod
 from ...program import DimRange
 from ...tvm import tirx, tvm
 
+#: no dim is larger: slices to "the end" are written with this or more
+LARGEST_DIM = 10**9
+
 #: a dim, or any other integer of the shape arithmetic: int64
 Dim = int | tvm.ir.Expr
 
@@ -33,8 +36,7 @@ class DimArithmetic:
     def declare(self, name: str, bounds: DimRange) -> tirx.Var:
         """A new symbolic dim within `bounds`."""
         symbol = tirx.Var(name, "int64")
-        bound = tvm.sym.ConstIntBound
-        self.analyzer.update(symbol, bound(bounds.min, bound.POS_INF if bounds.max is None else bounds.max))
+        self.analyzer.update(symbol, tvm.sym.ConstIntBound(bounds.min, LARGEST_DIM if bounds.max is None else bounds.max))
         return symbol
 
     def simplify(self, value: Dim) -> Dim:

@@ -11,7 +11,7 @@ from ....tvm import relax, tirx
 from ..load import dtype_name, read_tensor
 from ..node import Node
 from ..registry import converter, evaluator
-from ..symbolic import Dim
+from ..symbolic import LARGEST_DIM, Dim
 from ..values import Host, Refusal, Sequence, Value, concrete, host
 from .host_arithmetic import FOLD_LIMIT, fits
 
@@ -288,7 +288,7 @@ def _bounds(node: Node, start: Dim, end: Dim, step: int, size: Dim) -> tuple[Dim
         return low, dims.maximum(_clamp(node, end, size, 0), low)
     # position p of the axis is size-1-p of the flipped one; an end of -size-1 or less means "beyond the front"
     first = dims.simplify(size - 1 - _clamp(node, start, size, 1))
-    last = dims.simplify(size - 1 - (-1 if isinstance(end, int) and isinstance(size, int) and end < -size else -1 if isinstance(end, int) and end < -(1 << 30) else _clamp(node, end, size, 1)))
+    last = dims.simplify(size - 1 - (-1 if isinstance(end, int) and isinstance(size, int) and end < -size else -1 if isinstance(end, int) and end <= -LARGEST_DIM else _clamp(node, end, size, 1)))
     return first, dims.maximum(last, first)
 
 
@@ -296,7 +296,7 @@ def _clamp(node: Node, position: Dim, size: Dim, margin: int) -> Dim:
     """A position counted from the front, in 0..size-margin."""
     dims = node.dims
     if isinstance(position, int):
-        if position > 1 << 30:  # "to the end"
+        if position >= LARGEST_DIM:  # "to the end"
             return dims.simplify(size - margin)
         counted = position if position >= 0 else dims.simplify(size + position)
     elif dims.non_negative(position):
