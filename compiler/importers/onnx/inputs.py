@@ -29,14 +29,14 @@ class GraphInputs:
     ranges: dict[str, DimRange] = field(default_factory=dict)
 
 
-def declare_inputs(graph: onnx.GraphProto, shapes: Mapping[str, ShapeSpec], dims: DimArithmetic) -> GraphInputs:
-    """Raises UsageError where `shapes` contradicts the model or itself, UnsupportedModel for inputs that are not tensors of a known rank."""
+def declare_inputs(graph: onnx.GraphProto, shapes: Mapping[str, ShapeSpec], dims: DimArithmetic, limits: Mapping[str, int]) -> GraphInputs:
+    """limits: symbol -> largest size the model works with. Raises UsageError where `shapes` contradicts the model or itself, UnsupportedModel for inputs that are not tensors of a known rank."""
     initialized = {tensor.name for tensor in graph.initializer}
     infos = [info for info in graph.input if info.name not in initialized]
     unknown = [name for name in shapes if name not in {info.name for info in infos}]
     if unknown:
         raise UsageError(f"a shape is given for '{unknown[0]}', which is not an input; inputs: {', '.join(info.name for info in infos) or 'none'}")
-    result, symbols, blockers = GraphInputs(), _Symbols(dims), []
+    result, symbols, blockers = GraphInputs(), _Symbols(dims, limits), []
     for info in infos:
         try:
             model_dims, dtype = _tensor_type(info, shapes.get(info.name))
@@ -80,8 +80,8 @@ def _tensor_type(info: onnx.ValueInfoProto, spec: ShapeSpec | None) -> tuple[lis
 class _Symbols:
     """The symbolic dims by the name the model gives them; equal names are one dim."""
 
-    def __init__(self, dims: DimArithmetic):
-        self.arithmetic = dims
+    def __init__(self, dims: DimArithmetic, limits: Mapping[str, int]):
+        self.arithmetic, self.limits = dims, limits
         self.requested: dict[str, tuple[int | DimRange, str]] = {}
         self.declared: dict[str, Dim] = {}
         self.ranges: dict[str, DimRange] = {}
@@ -109,6 +109,14 @@ class _Symbols:
                 symbol = identifier(name)
                 while symbol in self.ranges:
                     symbol += "_"
-                self.ranges[symbol] = request
-                self.declared[name] = self.arithmetic.declare(symbol, request)
+                self.ranges[symbol] = self._limited(name, symbol, request)
+                self.declared[name] = self.arithmetic.declare(symbol, self.ranges[symbol])
         return self.declared[name]
+
+    def _limited(self, name: str, symbol: str, request: DimRange) -> DimRange:
+        limit = self.limits.get(symbol)
+        if limit is None:
+            return request
+        if max(request.min, request.opt or 0, request.max or 0) > limit:
+            raise UsageError(f"dim '{name}' is given as {request}, but the model works only up to {limit}")
+        return DimRange(request.min, request.opt, limit if request.max is None else request.max)

@@ -11,7 +11,7 @@ import onnx
 
 from ...tvm import relax, tirx
 from .symbolic import Dim, DimArithmetic, Ratio
-from .values import Host, Refusal, Sequence, Value, numpy_dtype
+from .values import Host, RangeLearned, Refusal, Sequence, Value, numpy_dtype
 
 
 class Node:
@@ -195,7 +195,10 @@ class Node:
         return value if all(a is b for a, b in zip(wanted, shape, strict=True)) else self.cast_shape(value, wanted)
 
     def cast_shape(self, value: relax.Expr, shape: list[Dim]) -> relax.Expr:
-        """Assert a shape at run time and carry it in the type from here on."""
+        """Assert a shape at run time and carry it in the type from here on. Raises RangeLearned where a bound on a dim says the same at import."""
+        for have, want in zip(self.shape(value), shape, strict=True):
+            learn_limit(have, want)
+            learn_limit(want, have)
         return self.builder.match_cast(value, relax.TensorType(shape, value.ty.dtype), name_hint=self.hint)
 
 
@@ -209,5 +212,9 @@ def identifier(name: str) -> str:
     return f"v{text}" if text[0].isdigit() else text
 
 
-def is_symbol(dim: Dim) -> bool:
-    return isinstance(dim, tirx.Var)
+def learn_limit(clipped: Dim, dim: Dim) -> None:
+    """`min(n, limit)` can only equal `n` while n <= limit."""
+    if isinstance(clipped, tirx.Min) and isinstance(dim, tirx.Var):
+        for symbol, limit in ((clipped.a, clipped.b), (clipped.b, clipped.a)):
+            if symbol.same_as(dim) and isinstance(limit, tirx.IntImm):
+                raise RangeLearned(dim.name, int(limit))

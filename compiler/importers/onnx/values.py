@@ -13,6 +13,14 @@ class Refusal(Exception):
     """A converter cannot take the node; the text is the reason shown to the user."""
 
 
+class RangeLearned(Exception):
+    """The model only works while the dim `symbol` is at most `limit` (a table of positions has that many rows): the walk starts anew with this known."""
+
+    def __init__(self, symbol: str, limit: int):
+        super().__init__(f"dim '{symbol}' can be at most {limit}")
+        self.symbol, self.limit = symbol, limit
+
+
 @dataclass(eq=False)
 class Host:
     """A tensor whose elements are known at import: an initializer, a constant, or the result of arithmetic on shapes.

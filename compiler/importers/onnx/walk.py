@@ -16,22 +16,27 @@ from .node import Node, identifier
 from .prepare import inline_functions, list_blockers, live_nodes, opset_versions, standard
 from .registry import find_converter, find_evaluator
 from .symbolic import DimArithmetic
-from .values import Host, Poison, Refusal, Sequence, Value
+from .values import Host, Poison, RangeLearned, Refusal, Sequence, Value
 
 
 def build_program(source: Source, shapes: Mapping[str, ShapeSpec]) -> Program:
     """Raises UsageError where `shapes` does not fit the model, UnsupportedModel with every blocker found."""
     opset_versions(source.model)
     model = inline_functions(source.model)
-    return _Walk(source, model, shapes).run()
+    limits: dict[str, int] = {}
+    while True:
+        try:
+            return _Walk(source, model, shapes, limits).run()
+        except RangeLearned as learned:
+            limits[learned.symbol] = learned.limit
 
 
 class _Walk:
-    def __init__(self, source: Source, model: onnx.ModelProto, shapes: Mapping[str, ShapeSpec]):
+    def __init__(self, source: Source, model: onnx.ModelProto, shapes: Mapping[str, ShapeSpec], limits: Mapping[str, int]):
         self.source, self.model = source, model
         self.versions = opset_versions(model)
         self.dims = DimArithmetic()
-        self.inputs = declare_inputs(model.graph, shapes, self.dims)
+        self.inputs = declare_inputs(model.graph, shapes, self.dims, limits)
         self.builder = relax.BlockBuilder()
         self.blockers: list[Blocker] = []
 
