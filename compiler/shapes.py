@@ -35,7 +35,9 @@ def parse_shape_flag(text: str) -> tuple[str, ShapeSpec]:
 
 def normalize_shapes(shapes: Mapping[str, str | Sequence[int | DimRange]] | None) -> dict[str, ShapeSpec]:
     """The `shapes` argument of the Python API with every value as a ShapeSpec. Raises UsageError for malformed text or dims."""
-    return {name: parse_shape(spec) if isinstance(spec, str) else tuple(_check_dim(dim, name) for dim in spec) for name, spec in (shapes or {}).items()}
+    return {
+        name: parse_shape(spec) if isinstance(spec, str) else tuple(_check_dim(dim, name) for dim in spec) for name, spec in (shapes or {}).items()
+    }
 
 
 def _parse_dim(part: str, text: str) -> int | DimRange:

@@ -22,7 +22,9 @@ def floats(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def model(nodes: list[onnx.NodeProto], inputs: dict[str, list], outputs: list[str], constants: dict[str, np.ndarray] | None = None, opset: int = 17) -> onnx.ModelProto:
+def model(
+    nodes: list[onnx.NodeProto], inputs: dict[str, list], outputs: list[str], constants: dict[str, np.ndarray] | None = None, opset: int = 17
+) -> onnx.ModelProto:
     """inputs: name -> dims of a float tensor."""
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in inputs.items()]
     results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
@@ -95,6 +97,8 @@ def test_operator(case: tuple, dynamic: bool) -> None:
     op, data, constants, attributes = case
     feeds = {f"x{index}": array for index, array in enumerate(data)}
     known = {f"c{index}": array for index, array in enumerate(constants)}
+    if dynamic and op == "ScatterND":
+        pytest.skip("the updates are static, so the data has to be")
     shapes = {name: [f"d{size}" if dynamic else size for size in array.shape] for name, array in feeds.items()}
     check(model([helper.make_node(op, [*feeds, *known], ["y"], **attributes)], shapes, ["y"], known), feeds)
 
@@ -135,7 +139,11 @@ def test_resize_by_a_ratio_of_shapes() -> None:
 
 def test_positions_limit_the_length() -> None:
     """A slice of a table of 8 positions, added to the input: the length becomes bounded by 8, without any check at run time."""
-    nodes = [helper.make_node("Shape", ["x"], ["n"], start=1, end=2), helper.make_node("Slice", ["table", "zero", "n"], ["rows"]), helper.make_node("Add", ["x", "rows"], ["y"])]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["n"], start=1, end=2),
+        helper.make_node("Slice", ["table", "zero", "n"], ["rows"]),
+        helper.make_node("Add", ["x", "rows"], ["y"]),
+    ]
     proto = model(nodes, {"x": ["b", "n", 3]}, ["y"], {"table": floats(8, 3), "zero": np.array([0])})
     program = check(proto, {"x": floats(2, 5, 3)})
     assert program.dims["n"] == DimRange(1, None, 8) and "match_cast" not in program.module.script()
@@ -183,11 +191,19 @@ def test_all_blockers_at_once() -> None:
     proto.opset_import.append(helper.make_opsetid("other.org", 1))
     with pytest.raises(UnsupportedModel) as caught:
         import_onnx(proto)
-    assert [(blocker.node, blocker.op) for blocker in caught.value.blockers] == [("first", "ai.onnx::NonZero"), ("second", "other.org::Add"), ("third", "ai.onnx::Relu")]
+    assert [(blocker.node, blocker.op) for blocker in caught.value.blockers] == [
+        ("first", "ai.onnx::NonZero"),
+        ("second", "other.org::Add"),
+        ("third", "ai.onnx::Relu"),
+    ]
 
 
 def test_blockers_of_the_walk_are_collected() -> None:
-    nodes = [helper.make_node("Reshape", ["x", "s"], ["a"], name="first"), helper.make_node("MatMul", ["x", "x"], ["b"], name="second"), helper.make_node("Relu", ["a"], ["c"], name="after")]
+    nodes = [
+        helper.make_node("Reshape", ["x", "s"], ["a"], name="first"),
+        helper.make_node("MatMul", ["x", "x"], ["b"], name="second"),
+        helper.make_node("Relu", ["a"], ["c"], name="after"),
+    ]
     proto = model(nodes, {"x": [2, 3]}, ["b", "c"])
     proto.graph.input.append(helper.make_tensor_value_info("s", TensorProto.INT64, [1]))
     with pytest.raises(UnsupportedModel) as caught:
@@ -244,7 +260,17 @@ def test_external_data(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(program, [x])[0], x + weights)
 
 
-@pytest.mark.parametrize(("location", "reason"), [("../w.bin", "relative"), ("/etc/hostname", "relative"), ("none.bin", "does not exist"), ("link.bin", "links"), ("hard.bin", "hard links"), ("short.bin", "bytes 0..36")])
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("../w.bin", "relative"),
+        ("/etc/hostname", "relative"),
+        ("none.bin", "does not exist"),
+        ("link.bin", "links"),
+        ("hard.bin", "hard links"),
+        ("short.bin", "bytes 0..36"),
+    ],
+)
 def test_external_data_is_contained(tmp_path: Path, location: str, reason: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

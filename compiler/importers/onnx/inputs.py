@@ -90,7 +90,9 @@ class _Symbols:
         if spec is None:
             return
         if len(spec) != len(model_dims):
-            raise UsageError(f"shape of input '{name}': {len(spec)} dims are given, the model has {len(model_dims)} ({', '.join(map(str, model_dims))})")
+            raise UsageError(
+                f"shape of input '{name}': {len(spec)} dims are given, the model has {len(model_dims)} ({', '.join(map(str, model_dims))})"
+            )
         for axis, (have, want) in enumerate(zip(model_dims, spec, strict=True)):
             if isinstance(have, int):
                 if want != have:
@@ -98,7 +100,9 @@ class _Symbols:
                 continue
             earlier, where = self.requested.setdefault(have, (want, name))
             if earlier != want:
-                raise UsageError(f"dim '{have}' is {earlier} by the shape of input '{where}' and {want} by that of '{name}'; the model needs them equal")
+                raise UsageError(
+                    f"dim '{have}' is {earlier} by the shape of input '{where}' and {want} by that of '{name}'; the model needs them equal"
+                )
 
     def dim(self, name: str) -> Dim:
         if name not in self.declared:

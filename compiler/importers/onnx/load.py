@@ -109,7 +109,9 @@ def _read_external(tensor: TensorProto, dtype: str, shape: tuple[int, ...], fold
         raise Refusal(f"external data of tensor '{tensor.name}': offset and length must be integers") from None
     size = path.stat().st_size
     if offset < 0 or length != expected or offset + length > size:
-        raise Refusal(f"external data of tensor '{tensor.name}': bytes {offset}..{offset + length} of '{path.name}' ({size} bytes), expected {expected} for its shape")
+        raise Refusal(
+            f"external data of tensor '{tensor.name}': bytes {offset}..{offset + length} of '{path.name}' ({size} bytes), expected {expected} for its shape"
+        )
     if expected == 0:
         return np.zeros(shape, element)
     return np.memmap(path, element, "r", offset, shape) if shape else np.fromfile(path, element, 1, offset=offset).reshape(())

@@ -21,7 +21,15 @@ class Node:
     dims: the arithmetic on sizes. Methods raise Refusal when the node asks for what a converter cannot give.
     """
 
-    def __init__(self, proto: onnx.NodeProto, opset: int, inputs: list[Value | None], builder: relax.BlockBuilder, dims: DimArithmetic, subgraph: Callable[[onnx.GraphProto], list[Value]]):
+    def __init__(
+        self,
+        proto: onnx.NodeProto,
+        opset: int,
+        inputs: list[Value | None],
+        builder: relax.BlockBuilder,
+        dims: DimArithmetic,
+        subgraph: Callable[[onnx.GraphProto], list[Value]],
+    ):
         self.proto = proto
         self.op, self.domain, self.opset = proto.op_type, proto.domain, opset
         self.inputs = inputs
@@ -42,7 +50,13 @@ class Node:
             if attribute is None or attribute.type == onnx.AttributeProto.UNDEFINED:
                 return default
         value = onnx.helper.get_attribute_value(attribute)
-        return value.decode() if isinstance(value, bytes) else list(value) if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
+        return (
+            value.decode()
+            if isinstance(value, bytes)
+            else list(value)
+            if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS)
+            else value
+        )
 
     def axis(self, value: int, rank: int) -> int:
         """An axis in 0..rank-1 from one that may count from the end."""
@@ -70,7 +84,9 @@ class Node:
     def host(self, index: int) -> Host:
         value = self.value(index)
         if not isinstance(value, Host):
-            raise Refusal(f"input {index} ('{self.proto.input[index]}') is computed from data at run time; it must follow from constants and input shapes")
+            raise Refusal(
+                f"input {index} ('{self.proto.input[index]}') is computed from data at run time; it must follow from constants and input shapes"
+            )
         return value
 
     def constant(self, index: int) -> np.ndarray:

@@ -26,9 +26,13 @@ def opset_versions(model: onnx.ModelProto) -> dict[str, int]:
     versions = {standard(entry.domain): entry.version for entry in model.opset_import}
     opset, newest = versions.get("", OLDEST_OPSET), onnx.defs.onnx_opset_version()
     if opset < OLDEST_OPSET:
-        raise UnsupportedModel(f"the model is of ONNX opset {opset}; {OLDEST_OPSET}..{newest} are supported: export it anew, or use onnx.version_converter")
+        raise UnsupportedModel(
+            f"the model is of ONNX opset {opset}; {OLDEST_OPSET}..{newest} are supported: export it anew, or use onnx.version_converter"
+        )
     if opset > newest:
-        raise UnsupportedModel(f"the model is of ONNX opset {opset}, newer than the {newest} that onnx {onnx.__version__} knows: install a newer onnx")
+        raise UnsupportedModel(
+            f"the model is of ONNX opset {opset}, newer than the {newest} that onnx {onnx.__version__} knows: install a newer onnx"
+        )
     return versions
 
 
@@ -85,7 +89,9 @@ def live_nodes(graph: onnx.GraphProto, known: set[str]) -> list[onnx.NodeProto]:
                     if name in maker and state.get(maker[name]) is None:
                         stack.append(maker[name])
                     elif name in maker and state[maker[name]] is False:
-                        raise UnsupportedModel([Blocker(node_label(node), node.op_type, f"its input '{name}' depends on its own output: the graph has a cycle")])
+                        raise UnsupportedModel(
+                            [Blocker(node_label(node), node.op_type, f"its input '{name}' depends on its own output: the graph has a cycle")]
+                        )
                     elif name not in maker and name not in known:
                         raise UnsupportedModel([Blocker(node_label(node), node.op_type, f"its input '{name}' is not defined anywhere")])
             else:
@@ -147,6 +153,10 @@ def _read_names(node: onnx.NodeProto) -> Iterator[str]:
     """The names a node reads, with those its subgraphs take from around them."""
     yield from filter(None, node.input)
     for graph in subgraphs(node):
-        inside = {tensor.name for tensor in graph.initializer} | {info.name for info in graph.input} | {name for inner in graph.node for name in inner.output}
+        inside = (
+            {tensor.name for tensor in graph.initializer}
+            | {info.name for info in graph.input}
+            | {name for inner in graph.node for name in inner.output}
+        )
         captured = [name for inner in graph.node for name in _read_names(inner)] + [output.name for output in graph.output]
         yield from (name for name in captured if name not in inside)

@@ -97,7 +97,7 @@ class _Walk:
             return tuple(self._bind(result, name) for result, name in zip(results, proto.output, strict=False))
         except Refusal as refusal:
             reason = str(refusal)
-        except (ValueError, TypeError, tvm.error.TVMError) as error:  # TVM's type inference: the node is inconsistent with its inputs
+        except (ValueError, TypeError, tvm.error.InternalError) as error:  # TVM's type inference: the node is inconsistent with its inputs
             reason = f"inconsistent with its inputs: {str(error).strip().splitlines()[0]}"
         self.blockers.append(Blocker(node.label, f"{domain or 'ai.onnx'}::{node.op}", reason))
         return tuple(Poison() for _ in proto.output)

@@ -42,9 +42,8 @@ def conv(node: Node) -> relax.Expr:
     axes = _spatial_axes(kernel)
     strides, dilations = node.attr("strides") or [1] * axes, node.attr("dilations") or [1] * axes
     pads = spatial_pads(node, shape[2:], kernel, strides, dilations)
-    channels, groups = node.shape(weight)[1], node.attr("group", 1)
-    if not isinstance(shape[1], int) and isinstance(channels, int):
-        data = node.cast_shape(data, [shape[0], channels * groups, *shape[2:]])
+    groups = node.attr("group", 1)
+    data = _fix_channels(node, data, node.shape(weight)[1] * groups)
     result = _CONV[axes](data, weight, strides=strides, padding=pads, dilation=dilations, groups=groups)
     return _add_bias(node, result, axes + 2)
 
@@ -53,6 +52,7 @@ def conv(node: Node) -> relax.Expr:
 def conv_transpose(node: Node) -> relax.Expr:
     """data [N, C, *spatial], weight [C, O/groups, *kernel]"""
     data, weight = node.tensor(0), node.tensor(1)
+    data = _fix_channels(node, data, node.shape(weight)[0])
     shape, kernel = node.shape(data), node.static(node.shape(weight)[2:], "the kernel's size")
     axes = _spatial_axes(kernel)
     strides, dilations = node.attr("strides") or [1] * axes, node.attr("dilations") or [1] * axes
@@ -62,7 +62,10 @@ def conv_transpose(node: Node) -> relax.Expr:
     if wanted or mode.startswith("SAME"):
         sizes = node.static(shape[2:], "the size of an input with output_shape or auto_pad")
         wanted = wanted or [size * stride for size, stride in zip(sizes, strides, strict=True)]
-        totals = [stride * (size - 1) + more + dilation * (width - 1) + 1 - want for size, stride, more, dilation, width, want in zip(sizes, strides, extra, dilations, kernel, wanted[-axes:], strict=True)]
+        totals = [
+            stride * (size - 1) + more + dilation * (width - 1) + 1 - want
+            for size, stride, more, dilation, width, want in zip(sizes, strides, extra, dilations, kernel, wanted[-axes:], strict=True)
+        ]
         extra = [more - min(total, 0) for more, total in zip(extra, totals, strict=True)]
         totals = [max(total, 0) for total in totals]
         halves, rest = [total // 2 for total in totals], [total - total // 2 for total in totals]
@@ -72,6 +75,12 @@ def conv_transpose(node: Node) -> relax.Expr:
         raise Refusal(f"output_padding {extra} must be smaller than the strides {strides}")
     result = _TRANSPOSED[axes](data, weight, strides=strides, padding=pads, output_padding=extra, dilation=dilations, groups=node.attr("group", 1))
     return _add_bias(node, result, axes + 2)
+
+
+def _fix_channels(node: Node, data: relax.Expr, channels: Dim) -> relax.Expr:
+    """The weight decides a dynamic channel dim; checked at run time."""
+    shape = node.shape(data)
+    return data if isinstance(shape[1], int) or not isinstance(channels, int) else node.cast_shape(data, [shape[0], channels, *shape[2:]])
 
 
 def _spatial_axes(kernel: list[int]) -> int:

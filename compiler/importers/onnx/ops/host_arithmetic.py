@@ -16,7 +16,13 @@ from ..values import Host, concrete, host
 #: results with more elements than this are left to the generated code, unless an input is as large
 FOLD_LIMIT = 1 << 16
 
-_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Max": np.maximum, "Min": np.minimum}
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Max": np.maximum,
+    "Min": np.minimum,
+}
 _COMPARISON = {"Equal": "==", "Less": "<", "LessOrEqual": "<=", "Greater": ">", "GreaterOrEqual": ">="}
 _LOGIC = {"And": np.logical_and, "Or": np.logical_or, "Xor": np.logical_xor}
 
@@ -48,7 +54,9 @@ def _concrete(node: Node, arrays: list[np.ndarray], dtype: str) -> Host | None:
     if node.op in _LOGIC:
         return concrete(_LOGIC[node.op](*arrays), dtype)
     if node.op in _COMPARISON:
-        return concrete({"==": np.equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}[_COMPARISON[node.op]](*arrays), dtype)
+        return concrete(
+            {"==": np.equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}[_COMPARISON[node.op]](*arrays), dtype
+        )
     if node.op in ("Div", "Mod"):
         integer = arrays[0].dtype.kind in "iu"
         if integer and not np.all(arrays[1]):
@@ -156,7 +164,11 @@ def round_down_or_up(node: Node) -> Host | None:
 def unary(node: Node) -> Host | None:
     value = node.host(0)
     if value.symbolic:
-        return None if node.op != "Neg" else _collect([node.dims.simplify(0 - item) for item in value.array.reshape(-1).tolist()], value.array.shape, value.dtype)
+        return (
+            None
+            if node.op != "Neg"
+            else _collect([node.dims.simplify(0 - item) for item in value.array.reshape(-1).tolist()], value.array.shape, value.dtype)
+        )
     functions = {"Neg": np.negative, "Sqrt": np.sqrt, "Not": np.logical_not, "Abs": np.abs, "Reciprocal": np.reciprocal, "Exp": np.exp, "Log": np.log}
     with np.errstate(all="ignore"):
         return concrete(functions[node.op](value.array), value.dtype)

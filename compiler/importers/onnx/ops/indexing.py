@@ -106,7 +106,9 @@ def one_hot(node: Node) -> relax.Expr:
     places = node.emit(relax.op.arange(0, depth, 1, "int64"))
     places = node.reshape(places, [depth if position == axis else 1 for position in range(rank)])
     negative = node.emit(relax.op.less(indices, node.scalar(0, "int64")))
-    extent = node.scalar(depth, "int64") if isinstance(depth, int) else node.reshape(node.emit(relax.op.shape_to_tensor(relax.ShapeExpr([depth]))), [])
+    extent = (
+        node.scalar(depth, "int64") if isinstance(depth, int) else node.reshape(node.emit(relax.op.shape_to_tensor(relax.ShapeExpr([depth]))), [])
+    )
     counted = node.emit(relax.op.where(negative, node.emit(relax.op.add(indices, extent)), indices))
     remaining = iter(node.shape(counted))
     spread = node.reshape(counted, [1 if position == axis else next(remaining) for position in range(rank)])

@@ -87,7 +87,9 @@ def _contract(node: Node, left: relax.Expr, right: relax.Expr, a: str, b: str, r
         moved = value if list(term) == order else node.emit(relax.op.permute_dims(value, [term.index(letter) for letter in order]))
         return node.reshape(moved, [*(sizes[letter] for letter in batch), *(prod((sizes[letter] for letter in group), start=1) for group in groups)])
 
-    product = node.emit(relax.op.matmul(grouped(left, a, batch + rows + summed, [rows, summed]), grouped(right, b, batch + summed + columns, [summed, columns])))
+    product = node.emit(
+        relax.op.matmul(grouped(left, a, batch + rows + summed, [rows, summed]), grouped(right, b, batch + summed + columns, [summed, columns]))
+    )
     order = batch + rows + columns
     unfolded = node.reshape(product, [sizes[letter] for letter in order])
     return unfolded if order == list(result) else relax.op.permute_dims(unfolded, [order.index(letter) for letter in result])

@@ -27,6 +27,7 @@ def batch_normalization(node: Node) -> relax.Expr:
         deviation = node.emit(relax.op.sqrt(node.emit(relax.op.add(variance, node.scalar(epsilon, dtype)))))
         scale = node.emit(relax.op.divide(gamma, deviation))
         shift = node.emit(relax.op.subtract(beta, node.emit(relax.op.multiply(mean, scale))))
+    x, scale, shift = node.align(x, scale, shift)
     return relax.op.add(node.emit(relax.op.multiply(x, scale)), shift)
 
 
@@ -78,11 +79,14 @@ def _standardize(node: Node, x: relax.Expr, axes: list[int]) -> relax.Expr:
     """(x - mean) / sqrt(variance + epsilon)"""
     centred = node.emit(relax.op.subtract(x, node.emit(relax.op.mean(x, axes, keepdims=True))))
     variance = node.emit(relax.op.mean(node.emit(relax.op.multiply(centred, centred)), axes, keepdims=True))
-    return node.emit(relax.op.multiply(centred, node.emit(relax.op.rsqrt(node.emit(relax.op.add(variance, node.scalar(node.attr("epsilon"), node.dtype(x))))))))
+    return node.emit(
+        relax.op.multiply(centred, node.emit(relax.op.rsqrt(node.emit(relax.op.add(variance, node.scalar(node.attr("epsilon"), node.dtype(x)))))))
+    )
 
 
 def _scale_and_shift(node: Node, x: relax.Expr, rank: int) -> relax.Expr:
-    return relax.op.add(node.emit(relax.op.multiply(x, node.per_channel(1, rank))), node.per_channel(2, rank))
+    x, scale, shift = node.align(x, node.per_channel(1, rank), node.per_channel(2, rank))
+    return relax.op.add(node.emit(relax.op.multiply(x, scale)), shift)
 
 
 @converter("LpNormalization")

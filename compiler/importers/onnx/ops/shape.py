@@ -110,7 +110,10 @@ def cast_like(node: Node) -> Value:
 def reshape(node: Node) -> Value:
     value = node.value(0)
     current, wanted = known_shape(node, value), node.sizes(1)
-    target = [current[axis] if size is not None and not node.attr("allowzero", 0) and isinstance(size, int) and size == 0 and axis < len(current) else size for axis, size in enumerate(wanted)]
+    target = [
+        current[axis] if size is not None and not node.attr("allowzero", 0) and isinstance(size, int) and size == 0 and axis < len(current) else size
+        for axis, size in enumerate(wanted)
+    ]
     free = [axis for axis, size in enumerate(target) if isinstance(size, int) and size == -1]
     if len(free) > 1:
         raise Refusal(f"the target shape {wanted} leaves more than one dim open")
@@ -183,7 +186,10 @@ def concat_hosts(node: Node) -> Host | None:
     arrays = [node.host(index).array for index in range(len(node.inputs))]
     if not fits(node, sum(array.size for array in arrays)):
         return None
-    return host(np.concatenate([array.astype(object) if any(a.dtype == object for a in arrays) else array for array in arrays], node.attr("axis")), node.host(0).dtype)
+    return host(
+        np.concatenate([array.astype(object) if any(a.dtype == object for a in arrays) else array for array in arrays], node.attr("axis")),
+        node.host(0).dtype,
+    )
 
 
 @converter("Concat", since=4)
@@ -201,7 +207,11 @@ def join(node: Node, tensors: list[relax.Expr], axis: int) -> relax.Expr:
     for tensor in tensors[1:]:
         shape = node.shape(tensor)
         same = all(position == axis or node.dims.equal(a, b) for position, (a, b) in enumerate(zip(first, shape, strict=True)))
-        parts.append(tensor if same else node.cast_shape(tensor, [b if position == axis else a for position, (a, b) in enumerate(zip(first, shape, strict=True))]))
+        parts.append(
+            tensor
+            if same
+            else node.cast_shape(tensor, [b if position == axis else a for position, (a, b) in enumerate(zip(first, shape, strict=True))])
+        )
     return relax.op.concat(parts, axis)
 
 
@@ -267,7 +277,9 @@ def _slice(node: Node, starts: list[Dim], ends: list[Dim], axes: list[int], step
     kept = [i for i, axis in enumerate(axes) if not (_is(begins[i], 0) and abs(steps[i]) == 1 and node.dims.equal(stops[i], shape[axis]))]
     if not kept:
         return tensor
-    return relax.op.strided_slice(tensor, [axes[i] for i in kept], [begins[i] for i in kept], [stops[i] for i in kept], [abs(steps[i]) for i in kept], assume_inbound=True)
+    return relax.op.strided_slice(
+        tensor, [axes[i] for i in kept], [begins[i] for i in kept], [stops[i] for i in kept], [abs(steps[i]) for i in kept], assume_inbound=True
+    )
 
 
 def _is(value: Dim, number: int) -> bool:
@@ -288,12 +300,13 @@ def _bounds(node: Node, start: Dim, end: Dim, step: int, size: Dim) -> tuple[Dim
         return low, dims.maximum(_clamp(node, end, size, 0), low)
     # position p of the axis is size-1-p of the flipped one; an end of -size-1 or less means "beyond the front"
     first = dims.simplify(size - 1 - _clamp(node, start, size, 1))
-    last = dims.simplify(size - 1 - (-1 if isinstance(end, int) and isinstance(size, int) and end < -size else -1 if isinstance(end, int) and end <= -LARGEST_DIM else _clamp(node, end, size, 1)))
+    beyond = isinstance(end, int) and end <= -LARGEST_DIM
+    last = dims.simplify(size - 1 - (-1 if beyond else _clamp(node, end, size, 1, lowest=-1)))
     return first, dims.maximum(last, first)
 
 
-def _clamp(node: Node, position: Dim, size: Dim, margin: int) -> Dim:
-    """A position counted from the front, in 0..size-margin."""
+def _clamp(node: Node, position: Dim, size: Dim, margin: int, lowest: int = 0) -> Dim:
+    """A position counted from the front, in lowest..size-margin."""
     dims = node.dims
     if isinstance(position, int):
         if position >= LARGEST_DIM:  # "to the end"
@@ -305,7 +318,7 @@ def _clamp(node: Node, position: Dim, size: Dim, margin: int) -> Dim:
         counted = dims.simplify(size + position)
     else:
         counted = dims.simplify(tirx.Select(position < 0, size + position, position))
-    return dims.maximum(dims.minimum(counted, dims.simplify(size - margin)), 0)
+    return dims.maximum(dims.minimum(counted, dims.simplify(size - margin)), lowest)
 
 
 @evaluator("Expand")
@@ -373,7 +386,9 @@ def pad(node: Node) -> Value:
     low, high = [max(-p, 0) for p in pads[:rank]], [max(-p, 0) for p in pads[rank:]]
     if any(low) or any(high):  # negative padding crops
         shape = node.shape(value)
-        value = node.emit(relax.op.strided_slice(value, list(range(rank)), low, [size - cut for size, cut in zip(shape, high, strict=True)], assume_inbound=True))
+        value = node.emit(
+            relax.op.strided_slice(value, list(range(rank)), low, [size - cut for size, cut in zip(shape, high, strict=True)], assume_inbound=True)
+        )
     widths = [max(p, 0) for pair in zip(pads[:rank], pads[rank:], strict=True) for p in pair]
     modes = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
     return relax.op.nn.pad(value, widths, modes[mode], float(fill)) if any(widths) else value
