@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..load import dtype_name
 from ..node import Node
 from ..registry import evaluator
 from ..symbolic import DimArithmetic, Ratio
@@ -131,8 +132,6 @@ def where(node: Node) -> Host | None:
 
 @evaluator("Cast")
 def cast(node: Node) -> Host | None:
-    from ..load import dtype_name
-
     value, dtype = node.host(0), dtype_name(node.attr("to"))
     if value.dtype == dtype:
         return value

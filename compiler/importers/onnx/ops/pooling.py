@@ -22,7 +22,7 @@ def pool(node: Node) -> relax.Expr:
         raise Refusal("the output 'Indices' is not supported")
     strides, dilations = node.attr("strides") or [1] * axes, node.attr("dilations") or [1] * axes
     pads = spatial_pads(node, node.shape(data)[2:], kernel, strides, dilations)
-    options = dict(pool_size=kernel, strides=strides, padding=pads, dilation=dilations, ceil_mode=bool(node.attr("ceil_mode", 0)))
+    options = {"pool_size": kernel, "strides": strides, "padding": pads, "dilation": dilations, "ceil_mode": bool(node.attr("ceil_mode", 0))}
     if node.op == "MaxPool":
         return _MAX[axes](data, **options)
     if node.op == "AveragePool":

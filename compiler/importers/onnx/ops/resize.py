@@ -56,13 +56,13 @@ def _resize(node: Node, x: relax.Expr, target: list[Dim], mode: str, coordinates
         return x
     if not all(node.dims.equal(a, b) for a, b in zip(shape[:2], target[:2], strict=True)) or not 3 <= len(shape) <= 5:
         raise Refusal(f"only spatial axes of rank 3 to 5 can be resized, not {shape} to {target}")
-    options = dict(
-        method=_METHODS[mode],
-        coordinate_transformation_mode=coordinates,
-        rounding_method=rounding if mode == "nearest" else "",
-        cubic_alpha=node.attr("cubic_coeff_a", -0.75),
-        cubic_exclude=node.attr("exclude_outside", 0),
-    )
+    options = {
+        "method": _METHODS[mode],
+        "coordinate_transformation_mode": coordinates,
+        "rounding_method": rounding if mode == "nearest" else "",
+        "cubic_alpha": node.attr("cubic_coeff_a", -0.75),
+        "cubic_exclude": node.attr("exclude_outside", 0),
+    }
     if len(shape) == 5:
         return relax.op.image.resize3d(x, target[2:], layout="NCDHW", **options)
     if len(shape) == 4:
