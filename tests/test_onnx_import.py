@@ -80,6 +80,7 @@ CASES = [
     ("Pad", [IMAGE], [np.array([0, 0, -1, 2, 0, 0, 2, -1]), np.array(1.5, np.float32)], {}),
     ("DepthToSpace", [floats(2, 8, 3, 5)], [], {"blocksize": 2, "mode": "CRD"}),
     ("Gather", [X], [np.array([[-1, 0], [4, -5]])], {"axis": 1}),
+    ("Gather", [X], [np.array(-1)], {"axis": 1}),
     ("ScatterND", [X], [np.array([[0, -1], [2, 3]]), floats(2, 7)], {}),
     ("CumSum", [X], [np.array(1)], {"reverse": 1, "exclusive": 1}),
     ("Trilu", [X], [np.array(-1)], {"upper": 0}),

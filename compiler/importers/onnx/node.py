@@ -171,8 +171,8 @@ class Node:
     def scalar(self, value: float | bool, dtype: str) -> relax.Expr:
         return relax.const(np.asarray(value).astype(numpy_dtype(dtype)), dtype)
 
-    def vector(self, values: np.ndarray, dtype: str) -> relax.Expr:
-        return relax.const(np.ascontiguousarray(values.astype(numpy_dtype(dtype))), dtype)
+    def array(self, values: np.ndarray, dtype: str) -> relax.Expr:
+        return relax.const(np.array(values, numpy_dtype(dtype), order="C"), dtype)
 
     def reshape(self, value: relax.Expr, dims: Iterable[Dim]) -> relax.Expr:
         """Reshape, unless the shape is that already. A constant is reshaped at import."""
@@ -186,7 +186,7 @@ class Node:
         """A `[C]` input as `[C, 1, ...]`, to meet axis 1 of a tensor of `rank`; constants are reshaped at import."""
         host, trailing = self.maybe_host(index), (1,) * (rank - 2)
         if host is not None and not host.symbolic:
-            return self.vector(host.array.reshape(-1, *trailing), host.dtype)
+            return self.array(host.array.reshape(-1, *trailing), host.dtype)
         return self.emit(relax.op.reshape(self.tensor(index), [*self.shape(self.tensor(index)), *trailing]))
 
     def align(self, *values: relax.Expr) -> list[relax.Expr]:

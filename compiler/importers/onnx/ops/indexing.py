@@ -38,8 +38,8 @@ def gather(node: Node) -> relax.Expr:
         return relax.op.take(data, node.tensor(1), axis, mode="wrap")
     if np.any((known.array < -size) | (known.array >= size)):
         raise Refusal(f"index outside of axis {axis} with {size} elements")
-    positive = node.vector(np.where(known.array < 0, known.array + size, known.array), known.dtype)
-    return relax.op.take(data, positive, axis, mode="fast")
+    positive = node.array(np.where(known.array < 0, known.array + size, known.array), known.dtype)
+    return relax.op.take(data, positive, axis, mode="clip")
 
 
 def wrapped(node: Node, indices: relax.Expr, size: Dim) -> relax.Expr:
@@ -73,7 +73,7 @@ def _wrapped_tuples(node: Node, indices: relax.Expr, sizes: list[Dim]) -> relax.
     if node.dtype(indices) != "int64":
         indices = node.emit(relax.op.astype(indices, "int64"))
     if all(isinstance(size, int) for size in used):
-        extents = node.vector(np.asarray(used), "int64")
+        extents = node.array(np.asarray(used), "int64")
     else:
         extents = node.emit(relax.op.shape_to_tensor(relax.ShapeExpr(used)))
     return node.emit(relax.op.floor_mod(indices, extents))

@@ -37,7 +37,7 @@ def gemm(node: Node) -> relax.Expr:
     if weight is not None and not weight.symbolic:
         array = weight.array.T if node.attr("transB", 0) else weight.array
         scaled = array if alpha == 1 else array * np.asarray(alpha, array.dtype)
-        right = weight.to_constant() if scaled is weight.array else node.vector(scaled, weight.dtype)
+        right = weight.to_constant() if scaled is weight.array else node.array(scaled, weight.dtype)
     else:
         right = node.tensor(1)
         if node.attr("transB", 0):
@@ -50,7 +50,7 @@ def gemm(node: Node) -> relax.Expr:
     bias, host = node.tensor(2), node.maybe_host(2)
     if beta != 1:
         if host is not None and not host.symbolic:
-            bias = node.vector(host.array * np.asarray(beta, host.array.dtype), host.dtype)
+            bias = node.array(host.array * np.asarray(beta, host.array.dtype), host.dtype)
         else:
             bias = node.emit(relax.op.multiply(bias, node.scalar(beta, node.dtype(bias))))
     return relax.op.add(*node.align(node.emit(product), bias))

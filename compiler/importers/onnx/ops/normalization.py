@@ -21,7 +21,7 @@ def batch_normalization(node: Node) -> relax.Expr:
     if all(isinstance(host, Host) and not host.symbolic for host in hosts):
         gamma, beta, mean, variance = (host.array.astype(np.float64).reshape(-1, *[1] * (rank - 2)) for host in hosts if host is not None)
         factor = gamma / np.sqrt(variance + epsilon)
-        scale, shift = node.vector(factor, dtype), node.vector(beta - mean * factor, dtype)
+        scale, shift = node.array(factor, dtype), node.array(beta - mean * factor, dtype)
     else:
         gamma, beta, mean, variance = (node.per_channel(index, rank) for index in (1, 2, 3, 4))
         deviation = node.emit(relax.op.sqrt(node.emit(relax.op.add(variance, node.scalar(epsilon, dtype)))))
@@ -40,7 +40,7 @@ def layer_normalization(node: Node) -> tuple[relax.Expr, ...]:
     tail = [shape[axis] for axis in axes]
     exact = len(node.shape(gamma)) == len(tail) and all(node.dims.equal(a, b) for a, b in zip(node.shape(gamma), tail, strict=True))
     if exact and not any(node.proto.output[1:]):
-        beta = node.tensor(2) if node.has(2) else node.vector(np.zeros(node.static(tail, "the normalised shape")), node.dtype(gamma))
+        beta = node.tensor(2) if node.has(2) else node.array(np.zeros(node.static(tail, "the normalised shape")), node.dtype(gamma))
         return (relax.op.nn.layer_norm(x, gamma, beta, axes, epsilon),)
     mean = node.emit(relax.op.mean(x, axes, keepdims=True))
     centred = node.emit(relax.op.subtract(x, mean))
