@@ -1,0 +1,103 @@
+"""Matrix products: MatMul, Gemm, Einsum."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from ....tvm import relax
+from ..node import Node
+from ..registry import converter
+from ..symbolic import Dim
+from ..values import Refusal
+
+
+@converter("MatMul")
+def matmul(node: Node) -> relax.Expr:
+    left, right = node.tensor(0), node.tensor(1)
+    left_shape, right_shape = node.shape(left), node.shape(right)
+    inner, outer = left_shape[-1], right_shape[-2 if len(right_shape) > 1 else 0]
+    if not node.dims.equal(inner, outer) and not (isinstance(inner, int) and isinstance(outer, int)):
+        if isinstance(outer, int):
+            left = node.cast_shape(left, [*left_shape[:-1], outer])
+        else:
+            right = node.cast_shape(right, [*right_shape[:-2], inner, *right_shape[-1:]] if len(right_shape) > 1 else [inner])
+    return relax.op.matmul(left, right)
+
+
+@converter("Gemm", since=7)
+def gemm(node: Node) -> relax.Expr:
+    """alpha * op(A) @ op(B) + beta * C; a constant B is transposed and scaled at import."""
+    alpha, beta = node.attr("alpha", 1.0), node.attr("beta", 1.0)
+    left = node.tensor(0)
+    if node.attr("transA", 0):
+        left = node.emit(relax.op.permute_dims(left, [1, 0]))
+    weight = node.maybe_host(1)
+    if weight is not None and not weight.symbolic:
+        array = weight.array.T if node.attr("transB", 0) else weight.array
+        scaled = array if alpha == 1 else array * np.asarray(alpha, array.dtype)
+        right = weight.to_constant() if scaled is weight.array else node.array(scaled, weight.dtype)
+    else:
+        right = node.tensor(1)
+        if node.attr("transB", 0):
+            right = node.emit(relax.op.permute_dims(right, [1, 0]))
+        if alpha != 1:
+            left = node.emit(relax.op.multiply(left, node.scalar(alpha, node.dtype(left))))
+    product = relax.op.matmul(left, right)
+    if not node.has(2) or beta == 0:
+        return product
+    bias, host = node.tensor(2), node.maybe_host(2)
+    if beta != 1:
+        if host is not None and not host.symbolic:
+            bias = node.array(host.array * np.asarray(beta, host.array.dtype), host.dtype)
+        else:
+            bias = node.emit(relax.op.multiply(bias, node.scalar(beta, node.dtype(bias))))
+    return relax.op.add(*node.align(node.emit(product), bias))
+
+
+@converter("Einsum", since=12)
+def einsum(node: Node) -> relax.Expr:
+    """Two operands become one batched matmul between transposes; other forms go to Relax's einsum."""
+    equation = node.attr("equation").replace(" ", "")
+    operands = node.tensors()
+    terms, _, result = equation.partition("->")
+    subscripts = terms.split(",")
+    if "..." in equation:
+        raise Refusal(f"an ellipsis in the equation '{equation}' is not supported")
+    if "->" not in equation:
+        letters = "".join(subscripts)
+        result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    repeated = any(len(set(term)) != len(term) for term in subscripts)
+    if len(operands) != 2 or repeated:
+        return relax.op.einsum(operands, f"{terms}->{result}")
+    return _contract(node, operands[0], operands[1], subscripts[0], subscripts[1], result)
+
+
+def _contract(node: Node, left: relax.Expr, right: relax.Expr, a: str, b: str, result: str) -> relax.Expr:
+    """left[batch, m, k] @ right[batch, k, n], each of the four a group of letters."""
+    left, a = _sum_private(node, left, a, b + result)
+    right, b = _sum_private(node, right, b, a + result)
+    sizes: dict[str, Dim] = {**dict(zip(b, node.shape(right), strict=True)), **dict(zip(a, node.shape(left), strict=True))}
+    batch = [letter for letter in a if letter in b and letter in result]
+    summed = [letter for letter in a if letter in b and letter not in result]
+    rows, columns = [letter for letter in a if letter not in b], [letter for letter in b if letter not in a]
+
+    def grouped(value: relax.Expr, term: str, order: list[str], groups: list[list[str]]) -> relax.Expr:
+        moved = value if list(term) == order else node.emit(relax.op.permute_dims(value, [term.index(letter) for letter in order]))
+        return node.reshape(moved, [*(sizes[letter] for letter in batch), *(prod((sizes[letter] for letter in group), start=1) for group in groups)])
+
+    product = node.emit(
+        relax.op.matmul(grouped(left, a, batch + rows + summed, [rows, summed]), grouped(right, b, batch + summed + columns, [summed, columns]))
+    )
+    order = batch + rows + columns
+    unfolded = node.reshape(product, [sizes[letter] for letter in order])
+    return unfolded if order == list(result) else relax.op.permute_dims(unfolded, [order.index(letter) for letter in result])
+
+
+def _sum_private(node: Node, value: relax.Expr, term: str, others: str) -> tuple[relax.Expr, str]:
+    """Sum over the letters that only this operand has."""
+    private = [position for position, letter in enumerate(term) if letter not in others]
+    if not private:
+        return value, term
+    return node.emit(relax.op.sum(value, private)), "".join(letter for letter in term if letter in others)

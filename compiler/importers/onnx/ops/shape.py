@@ -1,0 +1,349 @@
+"""Operators that move elements without computing: reshape, transpose, concat, split, expand, tile, pad, and the sources of constants.
+
+Values known at import are moved with numpy, so that arithmetic on shapes stays known.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from ....tvm import relax
+from ..load import dtype_name, read_tensor
+from ..node import Node
+from ..registry import converter, evaluator
+from ..symbolic import Dim
+from ..values import Host, Refusal, Sequence, Value, concrete, host
+from .host_arithmetic import FOLD_LIMIT, fits
+
+
+def known_shape(node: Node, value: Value) -> list[Dim]:
+    return list(value.array.shape) if isinstance(value, Host) else node.shape(node.to_tensor(value))
+
+
+def sizes_host(sizes: list[Dim]) -> Host:
+    array = np.empty(len(sizes), object)
+    array[:] = sizes
+    return host(array, "int64")
+
+
+def is_int(value: Dim, number: int) -> bool:
+    return isinstance(value, int) and value == number
+
+
+@converter("Identity")
+def identity(node: Node) -> Value:
+    return node.value(0)
+
+
+@converter("Shape")
+def shape_of(node: Node) -> Host:
+    dims = known_shape(node, node.value(0))
+    return sizes_host(dims[slice(node.attr("start", 0), node.attr("end"))])
+
+
+@converter("Size")
+def size_of(node: Node) -> Host:
+    total = np.empty((), object)
+    total[()] = node.dims.product(known_shape(node, node.value(0)))
+    return host(total, "int64")
+
+
+@converter("Constant")
+def constant(node: Node) -> Host:
+    for name, dtype in (("value_float", "float32"), ("value_floats", "float32"), ("value_int", "int64"), ("value_ints", "int64")):
+        if node.attr(name) is not None:
+            return concrete(np.asarray(node.attr(name)), dtype)
+    if node.attr("value") is None:
+        raise Refusal("only tensors, floats and ints are supported as constants")
+    return read_tensor(node.attr("value"), None)
+
+
+@converter("ConstantOfShape", since=9)
+def constant_of_shape(node: Node) -> Value:
+    tensor = node.attr("value")
+    fill = Host(np.zeros(1, np.float32), "float32") if tensor is None else read_tensor(tensor, None)
+    sizes = node.sizes(0)
+    if all(isinstance(size, int) for size in sizes) and np.prod(sizes) <= FOLD_LIMIT:
+        return concrete(np.full(sizes, fill.array.reshape(-1)[0]), fill.dtype)
+    return relax.op.full(sizes, node.scalar(fill.array.reshape(-1)[0], fill.dtype), fill.dtype)
+
+
+@converter("Range", since=11)
+def arange(node: Node) -> Value:
+    hosts = [node.host(index) for index in range(3)]
+    if all(not value.symbolic for value in hosts):
+        start, limit, delta = (value.array.reshape(()).item() for value in hosts)
+        if delta == 0:
+            raise Refusal("delta is zero")
+        if (limit - start) / delta <= FOLD_LIMIT:
+            return concrete(np.arange(start, limit, delta), hosts[0].dtype)
+    if "int" not in hosts[0].dtype:
+        raise Refusal("a floating-point range must not depend on dynamic dims")
+    start, limit, delta = (node.sizes(index)[0] for index in range(3))
+    if not isinstance(delta, int) or delta == 0:
+        raise Refusal("delta must be a constant other than zero")
+    length = node.dims.maximum(node.dims.ceil_divide(limit - start, delta) if delta > 0 else node.dims.ceil_divide(start - limit, -delta), 0)
+    steps = node.emit(relax.op.arange(0, length, 1, hosts[0].dtype))
+    if delta != 1:
+        steps = node.emit(relax.op.multiply(steps, node.scalar(delta, hosts[0].dtype)))
+    if isinstance(start, int):
+        return steps if start == 0 else relax.op.add(steps, node.scalar(start, hosts[0].dtype))
+    return relax.op.add(steps, node.tensor(0))
+
+
+@converter("Cast", since=6)
+def cast(node: Node) -> Value:
+    value, dtype = node.tensor(0), dtype_name(node.attr("to"))
+    if node.dtype(value) == dtype:
+        return value
+    if dtype == "bool":
+        return relax.op.not_equal(value, node.scalar(0, node.dtype(value)))
+    return relax.op.astype(value, dtype)
+
+
+@converter("CastLike", since=15)
+def cast_like(node: Node) -> Value:
+    value, like = node.tensor(0), node.value(1)
+    dtype = like.dtype if isinstance(like, Host) else node.dtype(node.to_tensor(like))
+    if node.dtype(value) == dtype:
+        return value
+    return relax.op.not_equal(value, node.scalar(0, node.dtype(value))) if dtype == "bool" else relax.op.astype(value, dtype)
+
+
+@converter("Reshape", since=5)
+def reshape(node: Node) -> Value:
+    value = node.value(0)
+    current, wanted = known_shape(node, value), node.sizes(1)
+    target = [
+        current[axis] if size is not None and not node.attr("allowzero", 0) and isinstance(size, int) and size == 0 and axis < len(current) else size
+        for axis, size in enumerate(wanted)
+    ]
+    free = [axis for axis, size in enumerate(target) if isinstance(size, int) and size == -1]
+    if len(free) > 1:
+        raise Refusal(f"the target shape {wanted} leaves more than one dim open")
+    if free:
+        target[free[0]] = node.dims.quotient(current, [size for axis, size in enumerate(target) if axis != free[0]])
+    if isinstance(value, Host):
+        return Host(value.array.reshape(target), value.dtype)
+    if not node.dims.equal(node.dims.product(current), node.dims.product(target)) and not all(isinstance(dim, int) for dim in [*current, *target]):
+        return _reshape_checked(node, node.tensor(0), current, target)
+    return node.reshape(node.tensor(0), target)
+
+
+def _reshape_checked(node: Node, value: relax.Expr, current: list[Dim], target: list[Dim]) -> relax.Expr:
+    """The element counts agree only for some sizes: flatten, assert the count at run time, reshape."""
+    flat = node.reshape(value, [node.dims.product(current)])
+    return node.reshape(node.cast_shape(flat, [node.dims.product(target)]), target)
+
+
+@converter("Flatten")
+def flatten(node: Node) -> relax.Expr:
+    value = node.tensor(0)
+    shape = node.shape(value)
+    axis = node.attr("axis", 1)
+    axis = axis + len(shape) if axis < 0 else axis
+    return node.reshape(value, [node.dims.product(shape[:axis]), node.dims.product(shape[axis:])])
+
+
+@converter("Transpose")
+def transpose(node: Node) -> Value:
+    value = node.value(0)
+    rank = len(known_shape(node, value))
+    order = node.attr("perm") or list(reversed(range(rank)))
+    if isinstance(value, Host):
+        return Host(value.array.transpose(order), value.dtype)
+    return node.value(0) if order == list(range(rank)) else relax.op.permute_dims(node.tensor(0), order)
+
+
+@converter("Squeeze")
+def squeeze(node: Node) -> Value:
+    value = node.value(0)
+    shape = known_shape(node, value)
+    axes = node.axes(1, len(shape))
+    if axes is None:
+        axes = [axis for axis, size in enumerate(shape) if isinstance(size, int) and size == 1]
+    if isinstance(value, Host):
+        return Host(value.array.squeeze(tuple(axes)), value.dtype)
+    tensor = node.tensor(0)
+    if any(not isinstance(shape[axis], int) for axis in axes):  # a dynamic dim that must be 1
+        tensor = node.cast_shape(tensor, [1 if axis in axes else size for axis, size in enumerate(shape)])
+    return node.reshape(tensor, [size for axis, size in enumerate(shape) if axis not in axes])
+
+
+@converter("Unsqueeze")
+def unsqueeze(node: Node) -> Value:
+    value = node.value(0)
+    shape = known_shape(node, value)
+    listed = node.ints(1) if node.has(1) else node.attr("axes")
+    rank = len(shape) + len(listed)
+    axes = sorted(node.axis(axis, rank) for axis in listed)
+    if len(set(axes)) != len(axes):
+        raise Refusal(f"axes {listed} are not distinct")
+    if isinstance(value, Host):
+        return Host(np.expand_dims(value.array, tuple(axes)), value.dtype)
+    remaining = iter(shape)
+    return node.reshape(node.tensor(0), [1 if axis in axes else next(remaining) for axis in range(rank)])
+
+
+@evaluator("Concat")
+def concat_hosts(node: Node) -> Host | None:
+    arrays = [node.host(index).array for index in range(len(node.inputs))]
+    if not fits(node, sum(array.size for array in arrays)):
+        return None
+    return host(
+        np.concatenate([array.astype(object) if any(a.dtype == object for a in arrays) else array for array in arrays], node.attr("axis")),
+        node.host(0).dtype,
+    )
+
+
+@converter("Concat", since=4)
+def concat(node: Node) -> relax.Expr:
+    tensors = node.tensors()
+    if len(tensors) == 1:
+        return tensors[0]
+    return join(node, tensors, node.axis(node.attr("axis"), node.rank(tensors[0])))
+
+
+def join(node: Node, tensors: list[relax.Expr], axis: int) -> relax.Expr:
+    """Concatenate; dims other than `axis` that cannot be proven equal are asserted equal to the first tensor's."""
+    first = node.shape(tensors[0])
+    parts = [tensors[0]]
+    for tensor in tensors[1:]:
+        shape = node.shape(tensor)
+        same = all(position == axis or node.dims.equal(a, b) for position, (a, b) in enumerate(zip(first, shape, strict=True)))
+        parts.append(
+            tensor
+            if same
+            else node.cast_shape(tensor, [b if position == axis else a for position, (a, b) in enumerate(zip(first, shape, strict=True))])
+        )
+    return relax.op.concat(parts, axis)
+
+
+@converter("Split", since=2)
+def split(node: Node) -> tuple[Value, ...]:
+    value = node.value(0)
+    shape = known_shape(node, value)
+    axis = node.axis(node.attr("axis", 0), len(shape))
+    sizes = node.sizes(1) if node.has(1) else node.attr("split")
+    if sizes is None:
+        count = node.attr("num_outputs") or len(node.proto.output)
+        part = node.dims.ceil_divide(shape[axis], count)
+        sizes = [part] * (count - 1) + [node.dims.simplify(shape[axis] - part * (count - 1))]
+    bounds = [0]
+    for size in sizes:
+        bounds.append(node.dims.simplify(bounds[-1] + size))
+    if isinstance(value, Host):
+        parts = np.split(value.array, node.static(bounds[1:-1], "split sizes"), axis)
+        return tuple(host(part, value.dtype) for part in parts)
+    if len(sizes) == 1:
+        return (value,)
+    if all(isinstance(bound, int) for bound in bounds) and all(isinstance(dim, int) for dim in shape):
+        result = node.emit(relax.op.split(node.tensor(0), bounds[1:-1], axis))
+        return tuple(relax.TupleGetItem(result, index) for index in range(len(sizes)))
+    return tuple(relax.op.strided_slice(node.tensor(0), [axis], [low], [high], assume_inbound=True) for low, high in pairwise(bounds))
+
+
+@evaluator("Expand")
+def expand_host(node: Node) -> Host | None:
+    value, target = node.host(0), node.sizes(1)
+    if not all(isinstance(size, int) for size in target):
+        return None
+    shape = np.broadcast_shapes(value.array.shape, tuple(target))
+    return host(np.broadcast_to(value.array, shape), value.dtype) if fits(node, int(np.prod(shape))) else None
+
+
+@converter("Expand", since=8)
+def expand(node: Node) -> Value:
+    value, target = node.tensor(0), node.sizes(1)
+    shape = node.shape(value)
+    rank = max(len(shape), len(target))
+    padded = [1] * (rank - len(shape)) + shape
+    wanted = [1] * (rank - len(target)) + target
+    result = [have if is_int(want, 1) else want for have, want in zip(padded, wanted, strict=True)]
+    if len(shape) == rank and all(node.dims.equal(a, b) for a, b in zip(shape, result, strict=True)):
+        return value
+    meeting = [
+        have if is_int(have, 1) or node.dims.equal(have, want) else want for have, want in zip(shape, result[rank - len(shape) :], strict=True)
+    ]
+    if any(not node.dims.equal(a, b) for a, b in zip(meeting, shape, strict=True)):
+        value = node.cast_shape(value, meeting)
+    return relax.op.broadcast_to(value, result)
+
+
+@evaluator("Tile")
+def tile_host(node: Node) -> Host | None:
+    value, repeats = node.host(0), node.sizes(1)
+    if not all(isinstance(repeat, int) for repeat in repeats) or not fits(node, value.array.size * int(np.prod(repeats))):
+        return None
+    return host(np.tile(value.array, repeats), value.dtype)
+
+
+@converter("Tile", since=6)
+def tile(node: Node) -> Value:
+    """Each repeated axis gets a new axis in front of it: [a, b] -> [1, a, 1, b] -> [r0, a, r1, b] -> [r0*a, r1*b]. Repeats may be dynamic."""
+    value, repeats = node.tensor(0), node.sizes(1)
+    shape = node.shape(value)
+    if all(is_int(repeat, 1) for repeat in repeats):
+        return value
+    split_shape = [size for pair in zip([1] * len(shape), shape, strict=True) for size in pair]
+    wide = node.reshape(value, split_shape)
+    wide = node.emit(relax.op.broadcast_to(wide, [size for pair in zip(repeats, shape, strict=True) for size in pair]))
+    return node.reshape(wide, [repeat * size for repeat, size in zip(repeats, shape, strict=True)])
+
+
+@converter("Pad", since=2)
+def pad(node: Node) -> Value:
+    value = node.tensor(0)
+    rank, mode = node.rank(value), node.attr("mode", "constant")
+    pads = node.ints(1) if node.opset >= 11 else node.attr("pads")
+    if node.has(3):
+        axes = [node.axis(axis, rank) for axis in node.ints(3)]
+        full = [0] * (2 * rank)
+        for position, axis in enumerate(axes):
+            full[axis], full[axis + rank] = pads[position], pads[position + len(axes)]
+        pads = full
+    fill = 0.0 if node.opset >= 11 else node.attr("value", 0.0)
+    if node.opset >= 11 and node.has(2):
+        fill = node.constant(2).reshape(()).item()
+    if not any(pads):
+        return value
+    low, high = [max(-p, 0) for p in pads[:rank]], [max(-p, 0) for p in pads[rank:]]
+    if any(low) or any(high):  # negative padding crops
+        shape = node.shape(value)
+        value = node.emit(
+            relax.op.strided_slice(value, list(range(rank)), low, [size - cut for size, cut in zip(shape, high, strict=True)], assume_inbound=True)
+        )
+    widths = [max(p, 0) for pair in zip(pads[:rank], pads[rank:], strict=True) for p in pair]
+    modes = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+    return relax.op.nn.pad(value, widths, modes[mode], float(fill)) if any(widths) else value
+
+
+@converter("DepthToSpace", "SpaceToDepth")
+def depth_and_space(node: Node) -> relax.Expr:
+    value, block = node.tensor(0), node.attr("blocksize")
+    batch, channels, height, width = node.shape(value)
+    divide = node.dims.floor_divide
+    if node.op == "SpaceToDepth":
+        split_value = node.reshape(value, [batch, channels, divide(height, block), block, divide(width, block), block])
+        moved = node.emit(relax.op.permute_dims(split_value, [0, 3, 5, 1, 2, 4]))
+        return node.reshape(moved, [batch, channels * block * block, divide(height, block), divide(width, block)])
+    depth = divide(channels, block * block)
+    if node.attr("mode", "DCR") == "DCR":
+        moved = node.emit(relax.op.permute_dims(node.reshape(value, [batch, block, block, depth, height, width]), [0, 3, 4, 1, 5, 2]))
+    else:
+        moved = node.emit(relax.op.permute_dims(node.reshape(value, [batch, depth, block, block, height, width]), [0, 1, 4, 2, 5, 3]))
+    return node.reshape(moved, [batch, depth, height * block, width * block])
+
+
+@converter("SequenceConstruct", since=11)
+def sequence_construct(node: Node) -> Sequence:
+    return Sequence(tuple(node.value(index) for index in range(len(node.inputs))))
+
+
+@converter("SequenceAt", since=11)
+def sequence_at(node: Node) -> Value:
+    sequence = node.value(0)
+    assert isinstance(sequence, Sequence)
+    return sequence.items[node.axis(node.ints(1)[0], len(sequence.items))]

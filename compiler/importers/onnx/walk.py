@@ -1,0 +1,149 @@
+"""The graph walk: every live node, in order, through its evaluator or converter into one Relax dataflow block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from ...errors import Blocker, UnsupportedModel
+from ...program import Program, Provenance, TensorSpec
+from ...shapes import ShapeSpec
+from ...tvm import relax, tvm
+from .inputs import declare_inputs
+from .load import Source, read_tensor
+from .node import Node, identifier
+from .prepare import inline_functions, list_blockers, live_nodes, opset_versions, standard
+from .registry import find_converter, find_evaluator
+from .symbolic import DimArithmetic
+from .values import Host, Poison, RangeLearned, Refusal, Sequence, Value
+
+
+def build_program(source: Source, shapes: Mapping[str, ShapeSpec]) -> Program:
+    """Raises UsageError where `shapes` does not fit the model, UnsupportedModel with every blocker found."""
+    opset_versions(source.model)
+    model = inline_functions(source.model)
+    limits: dict[str, int] = {}
+    while True:
+        try:
+            return _Walk(source, model, shapes, limits).run()
+        except RangeLearned as learned:
+            limits[learned.symbol] = learned.limit
+
+
+class _Walk:
+    def __init__(self, source: Source, model: onnx.ModelProto, shapes: Mapping[str, ShapeSpec], limits: Mapping[str, int]):
+        self.source, self.model = source, model
+        self.versions = opset_versions(model)
+        self.dims = DimArithmetic()
+        self.inputs = declare_inputs(model.graph, shapes, self.dims, limits)
+        self.builder = relax.BlockBuilder()
+        self.blockers: list[Blocker] = []
+
+    def run(self) -> Program:
+        graph = self.model.graph
+        known = set(self.inputs.variables) | _initializer_names(graph)
+        nodes = live_nodes(graph, known)
+        self._stop_if_blocked(list_blockers(nodes, self.versions))
+        with self.builder.function("main", list(self.inputs.variables.values())):
+            with self.builder.dataflow():
+                results = self._walk(graph, nodes, dict(self.inputs.variables))
+                outputs = [self._output(value, info) for value, info in zip(results, graph.output, strict=True)]
+                self._stop_if_blocked([])
+                result = self.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+            self.builder.emit_func_output(result)
+        module = self.builder.get()
+        relax.analysis.well_formed(module)
+        specs = tuple(self._output_spec(value, info.name) for value, info in zip(outputs, graph.output, strict=True))
+        producer = " ".join(filter(None, (self.model.producer_name, self.model.producer_version)))
+        provenance = Provenance(self.source.label, "onnx", str(self.versions.get("", "")), producer)
+        return Program(module, tuple(self.inputs.specs), specs, provenance, self.inputs.ranges)
+
+    def _stop_if_blocked(self, found: list[Blocker]) -> None:
+        self.blockers += found
+        if self.blockers:
+            raise UnsupportedModel(self.blockers)
+
+    def _walk(self, graph: onnx.GraphProto, nodes: list[onnx.NodeProto], values: dict[str, Value]) -> list[Value]:
+        """The values of the graph's outputs; `values` holds what is defined around it and is extended."""
+        tensors = {tensor.name: tensor for tensor in graph.initializer}
+        if graph.sparse_initializer:
+            self.blockers.append(Blocker("", "", "sparse initializers are not supported"))
+        for name in {name for node in nodes for name in node.input} | {output.name for output in graph.output}:
+            if name in tensors and name not in self.inputs.variables:
+                values[name] = self._initializer(tensors[name])
+        for proto in nodes:
+            results = self._convert(proto, values)
+            values.update((name, result) for name, result in zip(proto.output, results, strict=False) if name)
+        return [values[output.name] for output in graph.output]
+
+    def _initializer(self, tensor: onnx.TensorProto) -> Value:
+        try:
+            return read_tensor(tensor, self.source.folder)
+        except Refusal as refusal:
+            self.blockers.append(Blocker("", "", str(refusal)))
+            return Poison()
+
+    def _convert(self, proto: onnx.NodeProto, values: dict[str, Value]) -> tuple[Value, ...]:
+        inputs = [values[name] if name else None for name in proto.input]
+        if any(isinstance(value, Poison) for value in inputs):
+            return tuple(Poison() for _ in proto.output)
+        domain = standard(proto.domain)
+        node = Node(proto, self.versions[domain], inputs, self.builder, self.dims, lambda graph: self._subgraph(graph, values))
+        try:
+            results = self._results(node, domain)
+            if len(results) < sum(1 for name in proto.output if name):
+                raise Refusal(f"output '{proto.output[len(results)]}' is not supported")
+            return tuple(self._bind(result, name) for result, name in zip(results, proto.output, strict=False))
+        except Refusal as refusal:
+            reason = str(refusal)
+        except (ValueError, TypeError, tvm.error.InternalError) as error:  # TVM's type inference: the node is inconsistent with its inputs
+            reason = f"inconsistent with its inputs: {str(error).strip().splitlines()[0]}"
+        self.blockers.append(Blocker(node.label, f"{domain or 'ai.onnx'}::{node.op}", reason))
+        return tuple(Poison() for _ in proto.output)
+
+    def _results(self, node: Node, domain: str) -> tuple[Value, ...]:
+        evaluate = find_evaluator(domain, node.op)
+        result: Value | tuple[Value, ...] | None = None
+        if evaluate is not None and all(value is None or isinstance(value, Host) for value in node.inputs):
+            result = evaluate(node)
+        if result is None:
+            convert = find_converter(domain, node.op, node.opset)
+            if convert is None:
+                raise Refusal("operator is supported only where its inputs follow from constants and input shapes")
+            result = convert(node)
+        return result if isinstance(result, tuple) else (result,)
+
+    def _bind(self, value: Value, name: str) -> Value:
+        """A variable named after the source's output, unless the value is bound already."""
+        if not name or isinstance(value, (Host, Sequence, Poison, relax.Var)):
+            return value
+        return self.builder.emit(value, name_hint=identifier(name))
+
+    def _subgraph(self, graph: onnx.GraphProto, outer: dict[str, Value]) -> list[Value]:
+        """Walk a branch in place: its names are its own, the outer ones are visible."""
+        nodes = live_nodes(graph, set(outer) | _initializer_names(graph))
+        found = list_blockers(nodes, self.versions)
+        self.blockers += found
+        return [Poison() for _ in graph.output] if found else self._walk(graph, nodes, dict(outer))
+
+    def _output(self, value: Value, info: onnx.ValueInfoProto) -> relax.Expr:
+        """An output as a bound variable; a placeholder when something it needs was refused (the walk ends with the blockers then)."""
+        if isinstance(value, Poison):
+            return relax.const(0)
+        node = Node(onnx.NodeProto(op_type="graph output", name=info.name, output=[info.name]), 1, [value], self.builder, self.dims, lambda graph: [])
+        try:
+            tensor = node.tensor(0)
+            node.shape(tensor)
+            return tensor if isinstance(tensor, relax.Var) else node.emit(tensor)
+        except Refusal as refusal:
+            self.blockers.append(Blocker(info.name, "graph output", str(refusal)))
+            return relax.const(0)
+
+    def _output_spec(self, value: relax.Expr, name: str) -> TensorSpec:
+        shape = self.dims.shape(value.ty.shape.values)
+        return TensorSpec(name, tuple(dim if isinstance(dim, int) else str(dim) for dim in shape), str(value.ty.dtype))
+
+
+def _initializer_names(graph: onnx.GraphProto) -> set[str]:
+    return {tensor.name for tensor in graph.initializer} | {tensor.values.name for tensor in graph.sparse_initializer}
