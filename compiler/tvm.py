@@ -9,12 +9,29 @@ import tvm
 from tvm import relax, s_tir, te, tirx, topi
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
+from tvm_ffi import structural_map, structural_walk
 
-__all__ = ["Constant", "IRBuilder", "T", "is_constant", "relax", "s_tir", "te", "tirx", "topi", "tvm"]
+__all__ = [
+    "Constant",
+    "IRBuilder",
+    "T",
+    "TensorLoad",
+    "is_constant",
+    "relax",
+    "s_tir",
+    "structural_map",
+    "structural_walk",
+    "te",
+    "tirx",
+    "topi",
+    "tvm",
+]
 
 
 #: a Relax constant: TVM 0.27 moved it out of `relax`
 Constant = tvm.ir.GenericConst
+#: the expression class behind `tirx.BufferLoad(...)`
+TensorLoad = type(tirx.BufferLoad(tirx.decl_buffer((1,), "float32"), [0]))
 
 
 def is_constant(expr: object) -> bool:

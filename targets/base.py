@@ -61,5 +61,7 @@ class Target:
         kind, _, name = text.partition(":")
         backend = registry.BACKENDS.get(kind)
         if backend is None:
-            raise UsageError(f"unknown target '{text}': expected one of {', '.join(sorted(registry.BACKENDS))}, optionally with ':NAME'; `tcompile targets` lists them")
+            raise UsageError(
+                f"unknown target '{text}': expected one of {', '.join(sorted(registry.BACKENDS))}, optionally with ':NAME'; `tcompile targets` lists them"
+            )
         return backend.resolve(name)

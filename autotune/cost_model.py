@@ -1,0 +1,70 @@
+"""What a kernel costs, as a template describes it, and the interface that predicts time from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class KernelFeatures:
+    """Work of one kernel under one schedule, whole kernel, all cores together.
+
+    flops: useful floating-point operations. fma_cycles: cycles of one core that the FMA pipes are busy, tile tails and padding included;
+    load_cycles: the same for the load ports; latency_cycles: cycles bound by dependent FMA chains. l2_bytes, l3_bytes, dram_bytes: traffic into L1 from each level.
+    scalar_elements: elements handled without vector code. tasks: independent pieces of the parallel loop (the largest first, equal sizes assumed).
+    """
+
+    flops: float = 0.0
+    fma_cycles: float = 0.0
+    load_cycles: float = 0.0
+    latency_cycles: float = 0.0
+    l2_bytes: float = 0.0
+    l3_bytes: float = 0.0
+    dram_bytes: float = 0.0
+    scalar_elements: float = 0.0
+    tasks: int = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The rates a cost model needs. Frequencies in GHz, bandwidths in bytes per cycle of one core (DRAM: GB/s of one core)."""
+
+    frequency_ghz: float
+    cores: int
+    dram_gbs: float
+    l2_bytes_per_cycle: float = 24.0
+    l3_bytes_per_cycle: float = 10.0
+    launch_us: float = 2.0
+
+
+class CostModel(Protocol):
+    """Predicts latency. The analytic model is the first; a learned one takes its place behind the same call."""
+
+    name: str
+
+    def predict(self, candidates: Sequence[KernelFeatures], machine: Machine) -> list[float]:
+        """Predicted latency in microseconds of each candidate."""
+        ...
+
+
+class AnalyticModel:
+    """Roofline with overlap: the slowest of FMA pipes, load ports and FMA latency, plus the part of memory time that prefetching does not hide."""
+
+    name = "analytic"
+
+    #: share of cache traffic that runs beside arithmetic; from the packed-GEMM measurements in docs/performance.md
+    overlap = 0.7
+
+    def predict(self, candidates: Sequence[KernelFeatures], machine: Machine) -> list[float]:
+        return [self._one(features, machine) for features in candidates]
+
+    def _one(self, features: KernelFeatures, machine: Machine) -> float:
+        compute = max(features.fma_cycles, features.load_cycles, features.latency_cycles) + 4.0 * features.scalar_elements
+        memory = features.l2_bytes / machine.l2_bytes_per_cycle + features.l3_bytes / machine.l3_bytes_per_cycle
+        memory += features.dram_bytes / machine.dram_gbs * machine.frequency_ghz
+        cycles = max(compute, memory) + (1.0 - self.overlap) * min(compute, memory)
+        rounds = -(-features.tasks // machine.cores)
+        parallel = features.tasks / (rounds * machine.cores)
+        return cycles / (machine.frequency_ghz * 1e3) / (machine.cores * parallel) + (machine.launch_us if features.tasks > 1 else 0.0)

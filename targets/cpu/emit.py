@@ -1,0 +1,149 @@
+"""Pieces that all register-tiled kernels share: vector FMAs, accumulator tiles, flattened rows, loops over full and partial tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...compiler.tvm import IRBuilder, T, tirx, tvm
+from .fused import Fused
+
+#: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
+ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
+
+
+def i64(value: Any) -> Any:
+    return T.int64(value) if isinstance(value, int) else value
+
+
+def static(value: Any) -> int | None:
+    """The value of a dim when it is known at compile time."""
+    if isinstance(value, int):
+        return value
+    return int(value.value) if isinstance(value, tirx.IntImm) else None
+
+
+def product(dims: Sequence[Any]) -> Any:
+    """Product of dims, simplified; int64."""
+    result: Any = T.int64(1)
+    for dim in dims:
+        result = result * dim
+    return tvm.sym.Analyzer().simplify(result)
+
+
+def vector(base: Any, lanes: int) -> Any:
+    """Index of `lanes` consecutive elements from `base`."""
+    return T.ramp(base, T.int64(1), lanes) if lanes > 1 else base
+
+
+def splat(value: Any, lanes: int) -> Any:
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def fma(a: Any, b: Any, c: Any, lanes: int) -> Any:
+    """a * b + c on vectors of float32, rounded once."""
+    dtype = f"float32x{lanes}" if lanes > 1 else "float32"
+    return T.call_llvm_pure_intrin(dtype, T.llvm_lookup_intrinsic_id("llvm.fma"), a, b, c)
+
+
+def prefetch(buffer: Any, indices: Sequence[Any]) -> None:
+    """Ask for the cache line of an element, for reading, into L2."""
+    address = T.address_of(buffer[tuple(indices)])
+    T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id("llvm.prefetch"), address, T.int32(0), T.int32(2), T.int32(1)))
+
+
+@contextmanager
+def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple[IRBuilder, dict[Any, Any]]]:
+    """Open a PrimFunc with the parameters of `fused`; `replaced` gives packed parameters their new shape.
+
+    Yields the builder and a map from the fused function's buffers to the new ones.
+    """
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr(dict(ATTRS))
+        buffers = {}
+        for position, param in enumerate(fused.params):
+            shape = replaced.get(position, tuple(param.shape)) if hasattr(param, "shape") else None
+            buffers[param] = T.arg(param.name, T.buffer(shape, param.ty.dtype) if shape is not None else T.var("int64", param.name))
+        yield builder, buffers
+
+
+class Rows:
+    """Flattened leading dims of the output: row number -> one index per dim, computed once per row and only when a dim is really needed."""
+
+    def __init__(self, dims: Sequence[Any]):
+        self.dims = list(dims)
+
+    def indices(self, row: Any) -> list[Any]:
+        """Indices of `row` along the leading dims (units get 0)."""
+        wide = [position for position, dim in enumerate(self.dims) if static(dim) != 1]
+        result: list[Any] = [T.int64(0)] * len(self.dims)
+        if len(wide) == 1:
+            result[wide[0]] = row
+            return result
+        for position in reversed(wide):
+            if position == wide[0]:
+                result[position] = row
+            else:
+                result[position] = T.bind(T.floormod(row, self.dims[position]))
+                row = T.bind(T.floordiv(row, self.dims[position]))
+        return result
+
+
+class Accumulators:
+    """mr x nv vector registers; one local buffer per column vector keeps them in registers (one big buffer does not)."""
+
+    def __init__(self, mr: int, nv: int, lanes: int):
+        self.mr, self.nv, self.lanes = mr, nv, lanes
+        self.buffers = [T.alloc_buffer((mr * lanes,), "float32", scope="local") for _ in range(nv)]
+
+    def fill(self, value: Callable[[int, int], Any] | None = None) -> None:
+        """Set every register to `value(row, column vector)`, zero by default."""
+        for v in range(self.nv):
+            for i in range(self.mr):
+                start = splat(T.float32(0), self.lanes) if value is None else value(i, v)
+                T.buffer_store(self.buffers[v], start, [vector(T.int64(i * self.lanes), self.lanes)])
+
+    def fma(self, i: int, v: int, a: Any, b: Any) -> None:
+        """acc[i, v] += a * b."""
+        index = vector(T.int64(i * self.lanes), self.lanes)
+        T.buffer_store(self.buffers[v], fma(a, b, self.buffers[v][index], self.lanes), [index])
+
+    def lane(self, i: int, v: int, lane: Any) -> Any:
+        return self.buffers[v][T.int64(i * self.lanes) + lane]
+
+
+def store_row(
+    fused: Fused,
+    buffers: dict[Any, Any],
+    acc: Accumulators,
+    i: int,
+    lead: Sequence[Any],
+    column: Callable[[int], Any],
+    columns: int,
+    limit: Any = None,
+) -> None:
+    """Run the epilogue on row i of a tile and store it.
+
+    lead: indices of the row in the output's leading dims. column(v): first output column of vector v. columns: how many columns of the tile are real
+    (static); the last vector is stored element by element when it is partial. limit: run-time number of output columns, checked per element.
+    """
+
+    def load(buffer: Any, indices: Sequence[Any]) -> Any:
+        return buffers[buffer][tuple(indices)]
+
+    def one(v: int, lane: Any) -> None:
+        index = [*lead, column(v) + lane]
+        T.buffer_store(buffers[fused.output], fused.emit_epilogue(acc.lane(i, v, lane), index, load), index)
+
+    for v in range(acc.nv):
+        width = min(acc.lanes, columns - v * acc.lanes)
+        if limit is not None:
+            with T.serial(T.int64(acc.lanes)) as lane, T.If(column(v) + lane < limit), T.Then():
+                one(v, lane)
+        elif width == acc.lanes and width > 1:
+            with T.vectorized(T.int64(width)) as lane:
+                one(v, lane)
+        elif width > 0:
+            with T.serial(T.int64(width)) as lane:
+                one(v, lane)

@@ -1,0 +1,135 @@
+"""Analysis of a fused PrimFunc: one core block (GEMM, convolution, ...) followed by a chain of element-wise blocks, its epilogue.
+
+Relax fuses; this module only reads what fusion left, so that a template can rewrite the core as a register-tiled loop nest and re-emit the epilogue on the
+accumulators, one vector at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...compiler.tvm import T, TensorLoad, s_tir, structural_map, structural_walk, tirx, tvm
+
+#: block annotation that marks the core block; its value is a JSON object {"op": ..., attributes}
+CORE = "tcompile.core"
+
+
+def core_attrs(op: str, **attrs: Any) -> dict[str, str]:
+    """`attrs=` of the `te.compute` that defines a core op."""
+    return {CORE: json.dumps({"op": op, **attrs}, sort_keys=True)}
+
+
+def sblocks(func: tirx.PrimFunc) -> list[Any]:
+    """All computing blocks in program order (the root block left out)."""
+    found: list[Any] = []
+    structural_walk(func.body, (s_tir.SBlock, lambda block: found.append(block)))
+    return [block for block in found if block.name_hint != "root" or len(block.iter_vars)]
+
+
+def is_reduction(block: Any) -> bool:
+    return block.init is not None or any(int(var.iter_type) == 2 for var in block.iter_vars)
+
+
+class Unfusable(Exception):
+    """The PrimFunc is not one core block with an element-wise epilogue; the generic scheduler takes it."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One core block and its epilogue.
+
+    func: the PrimFunc; its parameter list (inputs..., output) is the contract that a template keeps, packed weights excepted.
+    core: the core's attributes ("op" and those given to `core_attrs`); inputs: the core's operands in the order of its definition;
+    accumulator: the buffer the core writes; output: the buffer the last block writes (the accumulator itself without an epilogue).
+    """
+
+    func: tirx.PrimFunc
+    core: dict[str, Any]
+    inputs: tuple[Any, ...]
+    accumulator: Any
+    output: Any
+    epilogue: tuple[Any, ...]
+
+    @property
+    def params(self) -> list[Any]:
+        return list(self.func.params)
+
+    def param_index(self, buffer: Any) -> int | None:
+        """Position of a buffer among the parameters, None for an intermediate."""
+        for position, param in enumerate(self.func.params):
+            if param.same_as(buffer):
+                return position
+        return None
+
+    def epilogue_text(self) -> str:
+        """The epilogue as text, for workload keys and reports."""
+        return "; ".join(str(block.body.value).replace("\n", " ") for block in self.epilogue)
+
+    def emit_epilogue(self, value: Any, indices: Sequence[Any], load: Callable[[Any, Sequence[Any]], Any]) -> Any:
+        """Emit the epilogue for one element and return its value.
+
+        value: the accumulator's value at `indices` (one index per dim of the output). `load(buffer, indices)` reads an operand; templates pass a
+        function that knows their views of the parameters. Each block's result is bound once, so shared subexpressions are not repeated.
+        """
+        known: dict[Any, Any] = {self.accumulator: value}
+        for block in self.epilogue:
+            axes = {var.var: index for var, index in zip(block.iter_vars, indices, strict=True)}
+
+            def read(access: Any) -> Any:
+                return known[access.source] if access.source in known else load(access.source, list(access.indices))
+
+            # post order: the indices are substituted before `read` sees the access
+            expr = structural_map(block.body.value, [(TensorLoad, read), (tirx.Var, lambda var: axes.get(var, var))])  # noqa: B023
+            known[block.body.buffer] = T.bind(expr)
+        return known[self.output]
+
+
+def analyze(func: tirx.PrimFunc) -> Fused:
+    """Split a PrimFunc into core and epilogue; raises Unfusable with the reason."""
+    blocks = sblocks(func)
+    cores = [block for block in blocks if CORE in block.annotations]
+    if len(cores) != 1:
+        raise Unfusable(f"{len(cores)} core blocks")
+    core = cores[0]
+    if not blocks[0].same_as(core):
+        raise Unfusable(f"block {blocks[0].name_hint} runs before the core")
+    accumulator = core.writes[0].source
+    produced = [accumulator]
+    for block in blocks[1:]:
+        if is_reduction(block) or not isinstance(block.body, tirx.BufferStore):
+            raise Unfusable(f"block {block.name_hint} is not element-wise")
+        if not _is_identity(block, block.body.indices) or not _same_shape(block.body.buffer, accumulator):
+            raise Unfusable(f"block {block.name_hint} is not over the core's shape")
+        reads: list[Any] = []
+        structural_walk(block.body.value, (TensorLoad, lambda load: reads.append(load)))  # noqa: B023
+        for read in reads:
+            if any(read.source.same_as(buffer) for buffer in produced) and not _is_identity(block, read.indices):
+                raise Unfusable(f"block {block.name_hint} reads an intermediate out of place")
+        produced.append(block.body.buffer)
+    output = produced[-1]
+    if not any(param.same_as(output) for param in func.params):
+        raise Unfusable("the last block does not write the output")
+    if any(param.same_as(buffer) for param in func.params for buffer in produced[:-1]):
+        raise Unfusable("more than one output")
+    reads = [region.source for region in core.reads if not region.source.same_as(accumulator)]
+    return Fused(func, json.loads(str(core.annotations[CORE])), tuple(reads), accumulator, output, tuple(blocks[1:]))
+
+
+def _is_identity(block: Any, indices: Sequence[Any]) -> bool:
+    variables = [var.var for var in block.iter_vars]
+    return len(indices) == len(variables) and all(
+        index.same_as(var) or _is_unit(axis) for index, var, axis in zip(indices, variables, block.iter_vars, strict=True)
+    )
+
+
+def _is_unit(axis: Any) -> bool:
+    extent = axis.dom.extent
+    return isinstance(extent, tirx.IntImm) and extent.value == 1
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    analyzer = tvm.sym.Analyzer()
+    return len(a.shape) == len(b.shape) and all(analyzer.can_prove_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))

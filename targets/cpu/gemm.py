@@ -1,0 +1,288 @@
+"""GEMM template: C[batch, M, N] = epilogue(A[batch, M, K] @ B), with B a weight [K, N] packed at compile time or a run-time operand packed per panel.
+
+    for (mo, jo) in parallel:                # mc rows x one panel of NR = nv * lanes columns
+        [run-time B: panel[K][NR] = B[:, jo]]
+        for io in mc / mr:                   # one register tile: mr x nv accumulators
+            for k in K:
+                acc[i][v] += A[io*mr + i, k] * panel[k][v]      # nv loads of B, mr broadcasts of A, mr * nv FMAs
+            C = epilogue(acc)
+
+The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (the loop order of BLIS without its K blocking, which gained nothing at these sizes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...autotune.cost_model import KernelFeatures
+from ...compiler.tvm import T, tirx
+from ..base import Target
+from .emit import Accumulators, Rows, i64, kernel, prefetch, product, splat, static, store_row, vector
+from .fused import Fused, Unfusable
+from .template import Kernel, Packing
+
+
+@dataclass(frozen=True)
+class GemmWorkload:
+    """batch x M x K x N; None marks a size known only at run time. packed: B is a constant."""
+
+    batch: int | None
+    m: int | None
+    k: int | None
+    n: int | None
+    packed: bool
+    epilogue: str
+
+    def __str__(self) -> str:
+        return f"gemm {self.batch}x{self.m}x{self.k}x{self.n}{' packed' if self.packed else ''}"
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """mr rows x nv vectors of `lanes` columns in registers; mc rows of A per task (0: all of them)."""
+
+    mr: int
+    nv: int
+    lanes: int
+    mc: int
+
+
+class Gemm:
+    """See the module."""
+
+    name = "gemm"
+
+    def workload(self, fused: Fused, constants: frozenset[int]) -> GemmWorkload:
+        if fused.core["op"] != "matmul":
+            raise Unfusable("not a matmul")
+        a, b = fused.inputs
+        if any(buffer.ty.dtype != "float32" for buffer in (a, b, fused.accumulator)):
+            raise Unfusable("not float32")
+        _, batch, rows = _split(fused)
+        packed = len(b.shape) == 2 and fused.param_index(b) in constants
+        if packed and (static(b.shape[0]) is None or static(b.shape[1]) is None):
+            raise Unfusable("a constant of unknown size")
+        return GemmWorkload(static(product(batch)), static(product(rows)), static(b.shape[-2]), static(b.shape[-1]), packed, fused.epilogue_text())
+
+    def space(self, workload: GemmWorkload, target: Target) -> Sequence[GemmSchedule]:
+        lanes = target.lanes()
+        registers = target.vector_registers
+        shapes = []
+        for nv in (1, 2, 3, 4, 6, 8, 12):
+            for mr in range(1, 15):
+                # mr*nv accumulators + nv vectors of B + one broadcast of A (AVX512 broadcasts from memory inside the FMA)
+                if mr * nv + nv + 1 <= registers:
+                    shapes.append((mr, nv))
+        m = workload.m
+        chunks = [0] if m is None or m <= 64 else [0, 64, 128, 256, 512]
+        found = []
+        for mr, nv in shapes:
+            if m is not None and mr > m:
+                continue
+            if workload.n is not None and nv > 1 and (nv - 1) * lanes >= workload.n:
+                continue
+            for mc in chunks:
+                rounded = mc // mr * mr
+                if mc == 0 or (m is not None and rounded < m):
+                    found.append(GemmSchedule(mr, nv, lanes, rounded))
+        return found
+
+    def features(self, workload: GemmWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
+        batch, m, k, n = (workload.batch or 1), (workload.m or 128), (workload.k or 128), (workload.n or 128)
+        mr, nv, lanes = schedule.mr, schedule.nv, schedule.lanes
+        fma = load = latency = 0.0
+        full, tail = divmod(m, mr)
+        wide, rest = divmod(n, nv * lanes)
+        panels = wide + (rest > 0)
+        broadcast = 0.0 if target.vector_bits == 512 else 1.0
+        for rows, count in ((mr, full), (tail, 1)):
+            for vectors, columns in ((nv, wide), (-(-rest // lanes), 1)):
+                if rows and vectors and count and columns:
+                    steps = float(count * columns * k)
+                    fma += steps * rows * vectors / target.fma_per_cycle
+                    load += steps * (rows * max(broadcast, 0.5) + vectors) / 2.0
+                    latency += steps * max(4.0, rows * vectors / target.fma_per_cycle)
+        mc = schedule.mc or m
+        chunks = -(-m // mc)
+        panel_bytes = 4.0 * k * nv * lanes
+        a_bytes = 4.0 * mc * k
+        l2 = batch * (chunks * panels * panel_bytes * (1 if panel_bytes < target.l1_bytes / 2 else -(-mc // mr)))
+        a_passes = panels if a_bytes < target.l2_bytes / 2 else 0
+        l2 += batch * a_passes * chunks * a_bytes * (1 if 4.0 * k * mr < target.l1_bytes / 2 else 2)
+        l3 = batch * chunks * 4.0 * k * n + (0 if a_passes else batch * panels * chunks * a_bytes)
+        dram = 4.0 * k * n if workload.packed else 0.0
+        return KernelFeatures(
+            flops=2.0 * batch * m * k * n,
+            fma_cycles=batch * fma,
+            load_cycles=batch * load,
+            latency_cycles=batch * latency,
+            l2_bytes=l2,
+            l3_bytes=l3,
+            dram_bytes=dram,
+            scalar_elements=batch * m * (n % lanes),
+            tasks=batch * panels * chunks,
+        )
+
+    def build(self, fused: Fused, workload: GemmWorkload, schedule: GemmSchedule, target: Target) -> Kernel:
+        nr = schedule.nv * schedule.lanes
+        position = fused.param_index(fused.inputs[1])
+        packings: tuple[Packing, ...] = ()
+        if workload.packed:
+            assert position is not None and workload.k is not None and workload.n is not None
+            shape = (-(-workload.n // nr), workload.k, nr)
+            packings = (Packing(position, shape, lambda w: pack_panels(w, nr), f"panels{nr}"),)
+        with kernel(fused, {packing.param: packing.shape for packing in packings}) as (builder, buffers):
+            _Emitter(fused, buffers, schedule, workload.packed).emit()
+        return Kernel(builder.get(), packings)
+
+
+def pack_panels(weight: np.ndarray, nr: int) -> np.ndarray:
+    """[K, N] -> [ceil(N / nr), K, nr], zero filled."""
+    k, n = weight.shape
+    panels = -(-n // nr)
+    padded = np.zeros((k, panels * nr), weight.dtype)
+    padded[:, :n] = weight
+    return np.ascontiguousarray(padded.reshape(k, panels, nr).transpose(1, 0, 2))
+
+
+def _split(fused: Fused) -> tuple[Any, list[Any], list[Any]]:
+    """(B, batch dims, row dims): with a 2-D B all leading dims of A are rows, otherwise A and B share the batch dims."""
+    a, b = fused.inputs
+    lead = list(a.shape[:-1])
+    if len(b.shape) == 2:
+        return b, [], lead
+    batch = list(b.shape[:-2])
+    if len(batch) != len(lead) - 1 or not all(x.same_as(y) or static(x) == static(y) is not None for x, y in zip(batch, lead, strict=False)):
+        raise Unfusable("broadcast batch dims")
+    return b, batch, lead[-1:]
+
+
+class _Emitter:
+    """Emits one GEMM; see the module for the loop nest."""
+
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, packed: bool):
+        self.fused, self.buffers, self.schedule, self.packed = fused, buffers, schedule, packed
+        a, b = fused.inputs
+        _, batch, rows = _split(fused)
+        self.k, self.n = b.shape[-2], b.shape[-1]
+        self.batch, self.m = product(batch), product(rows)
+        self.rows = Rows([*batch, *rows])
+        self.a = T.decl_buffer((self.batch * self.m, self.k), "float32", data=buffers[a].data)
+        self.b = buffers[b] if packed else T.decl_buffer((self.batch, self.k, self.n), "float32", data=buffers[b].data)
+        self.nr = schedule.nv * schedule.lanes
+
+    def emit(self) -> None:
+        panels = T.ceildiv(self.n, T.int64(self.nr))
+        m, mc = static(self.m), self.schedule.mc
+        chunks = i64(-(-m // mc)) if m is not None and mc else T.int64(1)
+        with T.parallel(self.batch * chunks * panels) as task:
+            batch = T.bind(T.floordiv(task, chunks * panels)) if static(self.batch) != 1 else T.int64(0)
+            inner = T.bind(T.floormod(task, chunks * panels)) if static(self.batch) != 1 else task
+            chunk = T.bind(T.floordiv(inner, panels)) if static(chunks) != 1 else T.int64(0)
+            jo = T.bind(T.floormod(inner, panels)) if static(chunks) != 1 else inner
+            panel = self._panel(batch, jo)
+            n = static(self.n)
+            if n is None:
+                full = (jo + 1) * self.nr <= self.n
+                with T.If(full):
+                    with T.Then():
+                        self._rows(batch, chunk, jo, panel, self.nr, None)
+                    with T.Else():
+                        self._rows(batch, chunk, jo, panel, self.nr, self.n)
+            elif n % self.nr == 0:
+                self._rows(batch, chunk, jo, panel, self.nr, None)
+            elif n < self.nr:
+                self._rows(batch, chunk, jo, panel, n, None)
+            else:
+                with T.If(jo < T.int64(n // self.nr)):
+                    with T.Then():
+                        self._rows(batch, chunk, jo, panel, self.nr, None)
+                    with T.Else():
+                        self._rows(batch, chunk, jo, panel, n % self.nr, None)
+
+    def _panel(self, batch: Any, jo: Any) -> Any:
+        """A function (k, v) -> vector of B; a run-time B is first copied into a contiguous, zero-filled panel."""
+        lanes = self.schedule.lanes
+        if self.packed:
+            return lambda k, v: self.b[jo, k, vector(T.int64(v * lanes), lanes)]
+        panel = T.alloc_buffer((self.k, T.int64(self.nr)), "float32")
+        column = T.bind(jo * T.int64(self.nr))
+        n = static(self.n)
+        even = n is not None and n % self.nr == 0
+
+        def copy() -> None:
+            with T.serial(self.k) as k:
+                for v in range(self.schedule.nv):
+                    source = self.b[batch, k, vector(column + T.int64(v * lanes), lanes)]
+                    T.buffer_store(panel, source, [k, vector(T.int64(v * lanes), lanes)])
+
+        def guarded() -> None:
+            with T.serial(self.k) as k, T.serial(T.int64(self.nr)) as lane:
+                T.buffer_store(panel, T.if_then_else(column + lane < self.n, self.b[batch, k, column + lane], T.float32(0)), [k, lane])
+
+        if even:
+            copy()
+        else:
+            with T.If(column + self.nr <= self.n):
+                with T.Then():
+                    copy()
+                with T.Else():
+                    guarded()
+        return lambda k, v: panel[k, vector(T.int64(v * lanes), lanes)]
+
+    def _rows(self, batch: Any, chunk: Any, jo: Any, panel: Any, columns: int, limit: Any) -> None:
+        """All register tiles of one chunk of rows against one panel."""
+        mr, mc = self.schedule.mr, self.schedule.mc
+        m = static(self.m)
+
+        def tiles(count: Any, first: Any) -> None:
+            with T.serial(count) as io:
+                self._tile(batch, first + io * mr, mr, jo, panel, columns, limit)
+
+        if m is None:
+            full = T.bind(T.floordiv(self.m, T.int64(mr)))
+            tiles(full, T.int64(0))
+            rest = T.bind(self.m - full * mr)
+            for rows in range(1, mr):
+                with T.If(rest == rows), T.Then():
+                    self._tile(batch, full * mr, rows, jo, panel, columns, limit)
+            return
+        step = mc or m
+        whole, last = divmod(m, step)
+        if whole == 1 and last == 0:
+            self._static_rows(batch, T.int64(0), m, jo, panel, columns, limit)
+        elif last == 0:
+            self._static_rows(batch, chunk * step, step, jo, panel, columns, limit)
+        else:
+            with T.If(chunk < T.int64(whole)):
+                with T.Then():
+                    self._static_rows(batch, chunk * step, step, jo, panel, columns, limit)
+                with T.Else():
+                    self._static_rows(batch, T.int64(whole * step), last, jo, panel, columns, limit)
+
+    def _static_rows(self, batch: Any, first: Any, rows: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
+        mr = self.schedule.mr
+        if rows >= mr:
+            with T.serial(T.int64(rows // mr)) as io:
+                self._tile(batch, first + io * mr, mr, jo, panel, columns, limit)
+        if rows % mr:
+            self._tile(batch, first + (rows - rows % mr), rows % mr, jo, panel, columns, limit)
+
+    def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
+        lanes = self.schedule.lanes
+        nv = -(-columns // lanes)
+        first = T.bind(batch * self.m + row)
+        acc = Accumulators(mr, nv, lanes)
+        acc.fill()
+        with T.serial(self.k) as k:
+            b = [T.bind(panel(k, v)) for v in range(nv)]
+            for i in range(mr):
+                a = T.bind(splat(self.a[first + i, k], lanes))
+                for v in range(nv):
+                    acc.fma(i, v, a, b[v])
+        for i in range(mr):
+            store_row(self.fused, self.buffers, acc, i, self.rows.indices(first + i), lambda v: jo * self.nr + v * lanes, columns, limit)

@@ -1,0 +1,43 @@
+"""Definitions of the core operators, as tensor expressions that carry their attributes; the semantics, not the speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compiler.tvm import te
+from .fused import core_attrs
+from .legalize import default_legalization, legalizer
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """a: [..., M, K], b: [..., K, N] -> [..., M, N]; batch dims broadcast as in numpy. 1-D operands are for the caller to expand."""
+    k = te.reduce_axis((0, a.shape[-1]), "k")
+    a_lead, b_lead = list(a.shape[:-2]), list(b.shape[:-2])
+    rank = max(len(a_lead), len(b_lead))
+
+    def dim(position: int) -> Any:
+        sizes = [lead[position - rank + len(lead)] for lead in (a_lead, b_lead) if position - rank + len(lead) >= 0]
+        return next((size for size in sizes if not _unit(size)), sizes[0])
+
+    def pick(lead: list[Any], batch: list[Any]) -> list[Any]:
+        tail = batch[rank - len(lead) :]
+        return [0 if _unit(size) and not _unit(dim(rank - len(lead) + position)) else tail[position] for position, size in enumerate(lead)]
+
+    def element(*axes: Any) -> Any:
+        *batch, m, n = axes
+        return te.sum(a[(*pick(a_lead, batch), m, k)] * b[(*pick(b_lead, batch), k, n)], axis=k)
+
+    shape = [*(dim(position) for position in range(rank)), a.shape[-2], b.shape[-1]]
+    return te.compute(shape, element, name="matmul", attrs=core_attrs("matmul"))
+
+
+def _unit(size: Any) -> bool:
+    return str(size) in ("1", "T.int64(1)")
+
+
+@legalizer("relax.matmul")
+def _matmul(builder: Any, call: Any) -> Any:
+    a, b = call.args
+    if len(a.ty.shape) < 2 or len(b.ty.shape) < 2:
+        return default_legalization(builder, call)
+    return builder.call_te(matmul, a, b, primfunc_name_hint="matmul")
