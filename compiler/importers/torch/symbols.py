@@ -28,7 +28,7 @@ class UnsupportedSize(Exception):
     """A size that depends on data, or on a function that TIR index arithmetic does not have."""
 
 
-def equal(left: int | tirx.PrimExpr, right: int | tirx.PrimExpr) -> bool:
+def equal(left: int | tvm.ir.Expr, right: int | tvm.ir.Expr) -> bool:
     """True when two sizes are provably the same."""
     return bool(tvm.sym.Analyzer().can_prove_equal(left, right))
 
@@ -47,7 +47,7 @@ class Symbols:
         self.ranges = dict(exported.range_constraints)
         self.hints: dict[str, int] = {}
 
-    def size(self, value: int | torch.SymInt) -> int | tirx.PrimExpr:
+    def size(self, value: int | torch.SymInt) -> int | tvm.ir.Expr:
         """A size as an int or a TIR int64 expression."""
         if isinstance(value, int):
             return value
@@ -56,7 +56,7 @@ class Symbols:
             self.hints[self.name(value.node.expr)] = hint
         return self._translate(value.node.expr)
 
-    def shape(self, sizes: Any) -> list[int | tirx.PrimExpr]:
+    def shape(self, sizes: Any) -> list[int | tvm.ir.Expr]:
         return [self.size(size) for size in sizes]
 
     def name(self, symbol: sympy.Symbol) -> str:

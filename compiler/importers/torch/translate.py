@@ -187,11 +187,14 @@ class _Translator(ExportedProgramImporter):
         return pytree.tree_map(stand_in, node.meta.get("val"))
 
     def _conform(self, node: fx.Node, value: Any) -> Any:
-        """Hold the result against torch's: cast what differs in dtype, state what Relax could not prove of the shape, refuse a contradiction."""
+        """Hold the result against torch's: widen integers, state what Relax could not prove of the shape, refuse every contradiction."""
         expected = node.meta.get("val")
         if not isinstance(expected, torch.Tensor) or not isinstance(value, relax.Expr) or not isinstance(value.ty, relax.TensorType):
             return value
-        if (dtype := self.out_dtype(node)) != str(value.ty.dtype.dtype):
+        dtype, ours = self.out_dtype(node), str(value.ty.dtype.dtype)
+        if dtype != ours:
+            if not (dtype.startswith("int") and ours.startswith("int")):  # another kind of number means that something else was computed
+                raise NotImplementedError(f"converted to {ours}, torch has {dtype}")
             value = self.emit(relax.op.astype(value, dtype))
         shape = self.out_shape(node)
         if isinstance(value.ty.shape, relax.ShapeExpr) and len(value.ty.shape) == len(shape):

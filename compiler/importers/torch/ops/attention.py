@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from ....tvm import relax, tirx
+from ....tvm import relax, tvm
 from .shape import argument
 
 
@@ -58,7 +58,7 @@ def _causal(translator: Any, rows: Any, columns: Any) -> relax.Expr:
     return translator.emit(relax.op.less_equal(column, row))
 
 
-def _repeat_heads(translator: Any, x: relax.Expr, heads: tirx.PrimExpr) -> relax.Expr:
+def _repeat_heads(translator: Any, x: relax.Expr, heads: tvm.ir.Expr) -> relax.Expr:
     """[..., Hk, T, D] -> [..., H, T, D], each head repeated H / Hk times in place."""
     *lead, own, length, width = x.ty.shape
     groups = int(heads) // int(own)

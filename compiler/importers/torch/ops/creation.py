@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from ....tvm import relax, tirx
+from ....tvm import relax, tvm
 from .shape import argument
 
 
@@ -50,7 +50,7 @@ def arange(translator: Any, node: fx.Node) -> relax.Expr:
         return translator.emit(relax.op.arange(start, end, step, dtype))
     counts = translator.emit(relax.op.arange(0, length, 1, "int64"))
     scaled = translator.emit(relax.op.multiply(translator.emit(relax.op.astype(counts, dtype)), relax.const(step, dtype)))
-    if isinstance(start, tirx.PrimExpr):
+    if tvm.ir.is_prim_expr(start):
         raise NotImplementedError("a range of this dtype cannot start at a symbolic size")
     return translator.emit(relax.op.add(scaled, relax.const(start, dtype)))
 

@@ -60,7 +60,7 @@ def slice_(translator: Any, node: fx.Node) -> relax.Expr:
     stop = start + shape[axis] * step
     if isinstance(stop, int) and isinstance(size, tirx.IntImm):
         stop = min(stop, int(size))
-    return translator.emit(relax.op.strided_slice(x, [axis], [start], [stop], [step]))
+    return translator.emit(relax.op.strided_slice(x, [axis], [start], [stop], [step], assume_inbound=True))
 
 
 def select(translator: Any, node: fx.Node) -> relax.Expr:
@@ -68,7 +68,7 @@ def select(translator: Any, node: fx.Node) -> relax.Expr:
     x = translator.value(node.args[0])
     axis = _axis(node, len(x.ty.shape))
     index = _bound(translator.value(node.args[2]), x.ty.shape[axis])
-    piece = translator.emit(relax.op.strided_slice(x, [axis], [index], [index + 1], [1]))
+    piece = translator.emit(relax.op.strided_slice(x, [axis], [index], [index + 1], [1], assume_inbound=True))
     return translator.emit(relax.op.reshape(piece, translator.out_shape(node)))
 
 
@@ -80,7 +80,7 @@ def split(translator: Any, node: fx.Node) -> list[relax.Expr]:
     pieces, start = [], 0
     for value in node.meta["val"]:
         stop = start + translator.symbols.size(value.shape[axis])
-        pieces.append(translator.emit(relax.op.strided_slice(x, [axis], [start], [stop], [1])))
+        pieces.append(translator.emit(relax.op.strided_slice(x, [axis], [start], [stop], [1], assume_inbound=True)))
         start = stop
     return pieces
 
@@ -90,15 +90,21 @@ def unbind(translator: Any, node: fx.Node) -> list[relax.Expr]:
     axis = _axis(node, len(x.ty.shape))
     pieces = []
     for index, value in enumerate(node.meta["val"]):
-        piece = translator.emit(relax.op.strided_slice(x, [axis], [index], [index + 1], [1]))
+        piece = translator.emit(relax.op.strided_slice(x, [axis], [index], [index + 1], [1], assume_inbound=True))
         pieces.append(translator.emit(relax.op.reshape(piece, translator.symbols.shape(value.shape))))
     return pieces
 
 
 def getitem(translator: Any, node: fx.Node) -> relax.Expr:
-    values = translator.value(node.args[0])
-    index = node.args[1]
-    return values[index] if isinstance(values, (list, tuple, relax.Tuple)) else translator.emit(relax.TupleGetItem(values, index))
+    """One of several results; converters of norms and pools give only the first, the one that inference uses."""
+    values, index = translator.value(node.args[0]), node.args[1]
+    if isinstance(values, (list, tuple)):
+        return values[index]
+    if isinstance(values.ty, relax.TupleType):
+        return translator.emit(relax.TupleGetItem(values, index))
+    if index != 0:
+        raise NotImplementedError(f"result {index} of '{node.args[0]}' is not computed")
+    return values
 
 
 _RESHAPES = ("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "reshape_as.default", "unsqueeze.default")
