@@ -222,7 +222,9 @@ class _Translator(ExportedProgramImporter):
                 names.append(label)
                 value = self.env[argument]
                 # an output that is an input, a weight or another output still needs a value of its own
-                values.append(value if value.ty is not None and not is_constant(value) else self.emit(relax.op.reshape(value, self.out_shape(argument))))
+                values.append(
+                    value if value.ty is not None and not is_constant(value) else self.emit(relax.op.reshape(value, self.out_shape(argument)))
+                )
             elif argument is not None:
                 self.blockers.append(Blocker(label, "", "an output that is not a tensor cannot be compiled"))
         if not values and not self.blockers:

@@ -107,7 +107,15 @@ def getitem(translator: Any, node: fx.Node) -> relax.Expr:
     return values
 
 
-_RESHAPES = ("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "reshape_as.default", "unsqueeze.default")
+_RESHAPES = (
+    "view.default",
+    "reshape.default",
+    "_unsafe_view.default",
+    "flatten.using_ints",
+    "unflatten.int",
+    "reshape_as.default",
+    "unsqueeze.default",
+)
 _SQUEEZES = ("squeeze.default", "squeeze.dim", "squeeze.dims")
 _IDENTITIES = ("clone.default", "alias.default", "detach.default", "contiguous.default", "lift_fresh_copy.default", "dropout.default")
 CONVERTERS = {
