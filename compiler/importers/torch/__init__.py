@@ -23,9 +23,9 @@ def import_torch(
 ) -> Program:
     """Import a module (in eval mode) or an exported program.
 
-    example_inputs: tensors or numpy arrays, by position (a sequence) or by argument name (a mapping). dynamic_shapes: as torch.export takes them; names
-    of `torch.export.Dim`s become the names of the Program's dims. shapes: shape of each input by argument name; an entry is an int, the name of a
-    dynamic dim, a DimRange, or text such as "1..8..32x128" (min..opt..max of the first axis). Inputs that `example_inputs` does not give are float32.
+    example_inputs: tensors or numpy arrays, by position (a sequence) or by argument name (a mapping). dynamic_shapes: as torch.export takes them;
+    names of `torch.export.Dim`s become the names of the Program's dims. shapes: shape of each input by argument name; an entry is an int, the name of
+    a dynamic dim, a DimRange, or text such as "1..8..32x128" (min..opt..max of the first axis). Inputs without an example are float32.
 
     Weights become Relax constants that share the module's memory: a tensor used under two names is one constant. Its `span` names the parameter.
     Raises UnsupportedModel with every unsupported node at once, UsageError for wrong arguments, ToolchainError without torch.

@@ -1,7 +1,7 @@
 """ExportedProgram -> Program: walk the FX graph node by node.
 
-Shapes are never recomputed: torch.export has inferred the shape of every value, with the bounds of the dynamic dims applied (`min(seq, 512)` is `seq` where
-seq <= 512), and every converter's result is held against it. Shape arithmetic in the graph therefore needs no converters at all.
+Shapes are never recomputed: torch.export has inferred the shape of every value, with the bounds of the dynamic dims applied (`min(seq, 512)` is `seq`
+where seq <= 512), and every converter's result is held against it. Shape arithmetic in the graph therefore needs no converters at all.
 """
 
 from __future__ import annotations

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from . import attention, creation, elementwise, linear, shape
+from . import attention, creation, elementwise, linear, normalization, shape
 
-CONVERTERS = {**shape.CONVERTERS, **creation.CONVERTERS, **linear.CONVERTERS, **attention.CONVERTERS, **elementwise.CONVERTERS}
+CONVERTERS = {
+    **shape.CONVERTERS,
+    **creation.CONVERTERS,
+    **linear.CONVERTERS,
+    **attention.CONVERTERS,
+    **elementwise.CONVERTERS,
+    **normalization.CONVERTERS,
+}

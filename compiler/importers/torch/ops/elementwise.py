@@ -93,7 +93,7 @@ def masked_fill(translator: Any, node: fx.Node) -> relax.Expr:
 
 
 def reduction(op: Callable[..., relax.Expr]) -> Converter:
-    """sum, mean, prod over some or all dims: in the result's dtype (a sum of booleans counts)."""
+    """sum, mean, prod, max, min over some or all dims: in the result's dtype (a sum of booleans counts)."""
 
     def convert(translator: Any, node: fx.Node) -> relax.Expr:
         x = operand(translator, translator.value(node.args[0]), translator.out_dtype(node))
@@ -151,6 +151,9 @@ CONVERTERS: dict[str, Converter] = {
     **{name: masked_fill for name in ("masked_fill.Scalar", "masked_fill.Tensor")},
     **{name: reduction(_op.sum) for name in ("sum.default", "sum.dim_IntList")},
     **{name: reduction(_op.mean) for name in ("mean.default", "mean.dim")},
+    **{name: reduction(_op.prod) for name in ("prod.default", "prod.dim_int")},
+    **{name: reduction(_op.max) for name in ("amax.default", "max.default")},
+    **{name: reduction(_op.min) for name in ("amin.default", "min.default")},
     "cumsum.default": scan(_op.cumsum),
     "cumprod.default": scan(_op.cumprod),
 }
