@@ -30,6 +30,10 @@ class UnsupportedSize(Exception):
 
 def equal(left: int | tvm.ir.Expr, right: int | tvm.ir.Expr) -> bool:
     """True when two sizes are provably the same."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    if isinstance(left, tvm.ir.Expr) and left.same_as(right):
+        return True
     return bool(tvm.sym.Analyzer().can_prove_equal(left, right))
 
 
