@@ -70,7 +70,7 @@ def attention_mask(generator: np.random.Generator, shape: tuple[int, ...]) -> np
 
 def file_bytes(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """bytes: [N, 2048] int32 as magika reads a file: its first 1024 bytes and its last 1024, padded with 256."""
-    batch, length = shape
+    length = shape[1]
     half = length // 2
     rows = np.full(shape, 256, np.int32)
     for row in rows:

@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tcompile.compiler import dynamo  # noqa: E402
-from tcompile.compiler.program import Program  # noqa: E402
-from tcompile.compiler.tvm import relax, tvm  # noqa: E402
+from tcompile.compiler import dynamo
+from tcompile.compiler.program import Program
+from tcompile.compiler.tvm import relax, tvm
 
 
 @pytest.fixture

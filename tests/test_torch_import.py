@@ -10,10 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tcompile.compiler.errors import UnsupportedModel, UsageError  # noqa: E402
-from tcompile.compiler.importers.torch import import_torch  # noqa: E402
-from tcompile.compiler.program import DimRange, Program  # noqa: E402
-from tcompile.compiler.tvm import Constant, relax, tvm  # noqa: E402
+from tcompile.compiler.errors import UnsupportedModel, UsageError
+from tcompile.compiler.importers.torch import import_torch
+from tcompile.compiler.program import DimRange, Program
+from tcompile.compiler.tvm import Constant, relax, tvm
 
 F = torch.nn.functional
 
