@@ -1,0 +1,139 @@
+"""nn.Module -> ExportedProgram, with example inputs and dynamic dims in any of the forms that the API takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from ...errors import Blocker, UnsupportedModel, UsageError
+from ...program import DimRange
+
+#: example size of a dynamic dim that names none: not 0 or 1, which torch.export takes for constants
+_EXAMPLE_SIZE = 4
+
+
+def export_module(
+    module: torch.nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    shapes: Mapping[str, Any] | None,
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """Export `module`; also gives the name of each dynamic dim by torch's symbol: {"s77": "batch"}."""
+    if module.training:
+        raise UsageError(f"{type(module).__name__} is in training mode: call .eval() on it first")
+    arguments, keywords = _arguments(module, example_inputs, shapes)
+    if shapes:
+        if dynamic_shapes is not None:
+            raise UsageError("give either shapes or dynamic_shapes, not both")
+        names = list(inspect.signature(module.forward).parameters)
+        dynamic_shapes = _dynamic_shapes(shapes, [*names[: len(arguments)], *keywords])
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, arguments, keywords, dynamic_shapes=dynamic_shapes, strict=False)
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise UnsupportedModel([Blocker("", type(module).__name__, f"torch.export failed: {_first_lines(error)}")]) from error
+    return exported, _dim_names(exported, dynamic_shapes)
+
+
+def _first_lines(error: Exception, limit: int = 600) -> str:
+    text = str(error).strip()
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def _arguments(module: torch.nn.Module, examples: Any, shapes: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword examples. Dynamic axes of size 1 are widened to 2, since torch.export takes a size of 1 for a constant."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    if examples is None and not shapes:
+        raise UsageError(f"{type(module).__name__} needs example_inputs or shapes: torch.export runs the module on them")
+    if isinstance(examples, Mapping):
+        if unknown := [name for name in examples if name not in parameters]:
+            raise UsageError(f"example_inputs has unknown names {unknown}: forward() takes {parameters}")
+        given = {name: _tensor(value) for name, value in examples.items()}
+        positional: tuple[Any, ...] = ()
+    else:
+        sequence = (examples,) if isinstance(examples, (torch.Tensor, np.ndarray)) else tuple(examples or ())
+        positional, given = tuple(pytree.tree_map(_tensor, value) for value in sequence), {}
+    taken = {*parameters[: len(positional)], *given}
+    for name, shape in (shapes or {}).items():
+        if name not in parameters:
+            raise UsageError(f"shapes names '{name}': forward() takes {parameters}")
+        if name not in taken:
+            given[name] = torch.zeros([_example_size(dim) for dim in parse_shape(shape, name)])
+    return positional, given
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+
+
+def parse_shape(shape: Any, name: str) -> list[int | DimRange | str]:
+    """Dims of one entry of `shapes`: "1..8..32x128" or a sequence of ints, dim names and DimRanges."""
+    parts = shape.split("x") if isinstance(shape, str) else list(shape)
+    dims: list[int | DimRange | str] = []
+    for part in parts:
+        if not isinstance(part, str) or part.isidentifier():
+            dims.append(part)
+            continue
+        try:
+            numbers = [int(text) if text else None for text in part.split("..")]
+            if len(numbers) == 1:
+                assert numbers[0] is not None
+                dims.append(numbers[0])
+            else:
+                low, opt, high = numbers if len(numbers) == 3 else (numbers[0], None, numbers[1])
+                dims.append(DimRange(1 if low is None else low, opt, high))
+        except (ValueError, AssertionError):
+            raise UsageError(f"shape of '{name}': '{part}' is not a number, a name or min..opt..max") from None
+    return dims
+
+
+def _example_size(dim: int | DimRange | str) -> int:
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, str):
+        return _EXAMPLE_SIZE
+    return dim.opt or max(dim.min, min(_EXAMPLE_SIZE, dim.max or _EXAMPLE_SIZE))
+
+
+def _dynamic_shapes(shapes: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[int, Any]]:
+    """The ranges and names in `shapes` as torch.export takes them; a name means the same size wherever it stands."""
+    known: dict[str, Any] = {}
+    result: dict[str, dict[int, Any]] = {name: {} for name in names}
+    for name, shape in shapes.items():
+        for axis, dim in enumerate(parse_shape(shape, name)):
+            if isinstance(dim, str):
+                result[name][axis] = known.setdefault(dim, torch.export.Dim(dim))
+            elif isinstance(dim, DimRange):
+                result[name][axis] = torch.export.Dim(f"{name}_{axis}", min=dim.min, max=dim.max)
+    return result
+
+
+def _dim_names(exported: torch.export.ExportedProgram, dynamic_shapes: Any) -> dict[str, str]:
+    """Pair the Dims of `dynamic_shapes` with the symbols that torch gave them; both trees list the inputs in the order of forward()."""
+    if not dynamic_shapes:
+        return {}
+    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    leaves = pytree.tree_leaves(list(dynamic_shapes.values() if isinstance(dynamic_shapes, Mapping) else dynamic_shapes), is_leaf=_is_axes)
+    names: dict[str, str] = {}
+    for name, axes in zip(exported.graph_signature.user_inputs, leaves, strict=False):
+        value = placeholders[name].meta["val"] if isinstance(name, str) and name in placeholders else None
+        pairs = axes.items() if isinstance(axes, Mapping) else enumerate(axes or ())
+        for axis, dim in pairs:
+            label = getattr(dim, "__name__", None)
+            if isinstance(value, torch.Tensor) and isinstance(value.shape[axis], torch.SymInt) and label:
+                names.setdefault(str(value.shape[axis].node.expr), label)
+    return names
+
+
+def _is_axes(value: Any) -> bool:
+    """True for what describes one tensor: {axis: Dim}, or a list of Dims and None."""
+    if value is None:
+        return True
+    if isinstance(value, Mapping):
+        return all(isinstance(key, int) for key in value)
+    return isinstance(value, (list, tuple)) and all(not isinstance(item, (Mapping, list, tuple)) for item in value)
