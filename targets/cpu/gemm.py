@@ -12,7 +12,7 @@ The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,12 @@ class Gemm:
             shape = (-(-workload.n // nr), workload.k, nr)
             packings = (Packing(position, shape, lambda w: pack_panels(w, nr), f"panels{nr}"),)
         with kernel(fused, {packing.param: packing.shape for packing in packings}) as (builder, buffers):
-            _Emitter(fused, buffers, schedule, workload.packed).emit()
+            a, b = fused.inputs
+            _, batch, rows = _split(fused)
+            flat = T.decl_buffer((product([*batch, *rows]), a.shape[-1]), "float32", data=buffers[a].data)
+            weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
+            operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], lambda row: lambda k: flat[row, k], weights, workload.packed)
+            GemmEmitter(fused, buffers, schedule, operands).emit()
         return Kernel(builder.get(), packings)
 
 
@@ -161,18 +166,27 @@ def _split(fused: Fused) -> tuple[Any, list[Any], list[Any]]:
     return b, batch, lead[-1:]
 
 
-class _Emitter:
+@dataclass(frozen=True)
+class GemmOperands:
+    """What a GEMM multiplies: leading dims of the output, K and N, A as row -> (k -> element), B as packed panels or as [batch, K, N]."""
+
+    batch: list[Any]
+    rows: list[Any]
+    k: Any
+    n: Any
+    a: Callable[[Any], Callable[[Any], Any]]
+    b: Any
+    packed: bool
+
+
+class GemmEmitter:
     """Emits one GEMM; see the module for the loop nest."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, packed: bool):
-        self.fused, self.buffers, self.schedule, self.packed = fused, buffers, schedule, packed
-        a, b = fused.inputs
-        _, batch, rows = _split(fused)
-        self.k, self.n = b.shape[-2], b.shape[-1]
-        self.batch, self.m = product(batch), product(rows)
-        self.rows = Rows([*batch, *rows])
-        self.a = T.decl_buffer((self.batch * self.m, self.k), "float32", data=buffers[a].data)
-        self.b = buffers[b] if packed else T.decl_buffer((self.batch, self.k, self.n), "float32", data=buffers[b].data)
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands):
+        self.fused, self.buffers, self.schedule, self.packed = fused, buffers, schedule, operands.packed
+        self.k, self.n, self.a, self.b = operands.k, operands.n, operands.a, operands.b
+        self.batch, self.m = product(operands.batch), product(operands.rows)
+        self.rows = Rows([*operands.batch, *operands.rows])
         self.nr = schedule.nv * schedule.lanes
 
     def emit(self) -> None:
@@ -278,10 +292,11 @@ class _Emitter:
         first = T.bind(batch * self.m + row)
         acc = Accumulators(mr, nv, lanes)
         acc.fill()
+        a_rows = [self.a(first + i) for i in range(mr)]
         with T.serial(self.k) as k:
             b = [T.bind(panel(k, v)) for v in range(nv)]
             for i in range(mr):
-                a = T.bind(splat(self.a[first + i, k], lanes))
+                a = T.bind(splat(a_rows[i](k), lanes))
                 for v in range(nv):
                     acc.fma(i, v, a, b[v])
         for i in range(mr):
