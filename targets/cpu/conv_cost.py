@@ -57,6 +57,41 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
     )
 
 
+def depthwise_features(workload: ConvWorkload, pixels: int, lanes: int, rows: int, channels_outer: bool, target: Target) -> KernelFeatures:
+    """Features of the depthwise template: tiles of at most `pixels` x one vector of `lanes`, `rows` output rows per task (0: all)."""
+    n, out_h, out_w = workload.sizes()
+    vectors = -(-workload.ci // lanes)
+    stride, dilation = workload.strides[1], workload.dilation[1]
+    tiles = balanced(out_w, pixels)
+    fma = load = latency = 0.0
+    for _, size in tiles:
+        columns = len({i * stride + tap * dilation for i in range(size) for tap in range(workload.kw)})
+        fma += workload.kw * size / target.fma_per_cycle
+        load += (columns + workload.kw) / 2.0
+        latency += max(4.0 * workload.kw, workload.kw * size / target.fma_per_cycle)
+    repeats = float(n * out_h * vectors * workload.kh)
+    overhead = 8.0 * n * out_h * vectors * len(tiles) * (1 + workload.kh / 2)
+    chunks = -(-out_h // (rows or out_h))
+    width = 4.0 * out_w * stride * workload.ci
+    # rows of input that one output row needs: kept in L1 from tile to tile, or read again for each
+    kept = 4.0 * workload.kh * (pixels * stride + workload.kw) * (lanes * 2 if channels_outer else workload.ci) < target.l1_bytes / 2
+    halo = 1.0 if kept else (pixels + workload.kw) / pixels
+    again = 1.0 if width * workload.kh < target.l1_bytes / 2 else workload.kh / workload.strides[0]
+    l2 = n * out_h * workload.strides[0] * width * again * halo * (2 if channels_outer and width * workload.kh > target.l1_bytes else 1)
+    weights = 4.0 * workload.kh * workload.kw * workload.ci
+    l2 += 0 if channels_outer or weights < target.l1_bytes / 2 else n * out_h * len(tiles) * weights
+    return KernelFeatures(
+        flops=2.0 * n * out_h * out_w * workload.ci * workload.kh * workload.kw,
+        fma_cycles=repeats * fma + overhead,
+        load_cycles=repeats * load + overhead,
+        latency_cycles=repeats * latency + overhead,
+        l2_bytes=l2,
+        l3_bytes=4.0 * n * out_h * workload.strides[0] * out_w * stride * workload.ci * (1 + workload.kh / (rows or out_h)),
+        dram_bytes=weights,
+        tasks=n * chunks,
+    )
+
+
 def _loads(pixels: int, vectors: int, target: Target) -> float:
     """Loads per step; AVX512 broadcasts inside the FMA when there is one vector, otherwise each pixel is broadcast once."""
     return pixels + vectors

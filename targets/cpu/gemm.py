@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from ...autotune.cost_model import KernelFeatures
-from ...compiler.tvm import T, tirx
+from ...compiler.tvm import T
 from ..base import Target
-from .emit import Accumulators, Rows, i64, kernel, prefetch, product, splat, static, store_row, vector
+from .emit import Accumulators, Rows, i64, kernel, product, splat, static, store_row, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 

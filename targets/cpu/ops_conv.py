@@ -43,4 +43,6 @@ def _conv2d(builder: Any, call: Any) -> Any:
     if (attrs.data_layout, attrs.kernel_layout, attrs.out_layout) != ("NHWC", "HWIO", "NHWC"):
         return default_legalization(builder, call)
     numbers = [[int(value) for value in values] for values in (attrs.strides, attrs.padding, attrs.dilation)]
-    return builder.call_te(conv2d, *call.args, *numbers, int(attrs.groups), primfunc_name_hint="conv2d", primfunc_attrs={"op_pattern": OUT_ELEMENTWISE_FUSABLE})
+    return builder.call_te(
+        conv2d, *call.args, *numbers, int(attrs.groups), primfunc_name_hint="conv2d", primfunc_attrs={"op_pattern": OUT_ELEMENTWISE_FUSABLE}
+    )
