@@ -22,7 +22,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, TileRun, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, tasks, unflatten, vector_lanes
 from .conv_cost import direct_features
-from .emit import Accumulators, kernel, product, splat, static, store_row, vector
+from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_row, vector
 from .fused import Fused
 from .template import Kernel, Packing
 
@@ -48,13 +48,10 @@ class ConvDirect:
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[DirectSchedule]:
         lanes = vector_lanes(workload.co_group, target)
         vectors = -(-workload.co_group // lanes)
+        most = workload.out_w or 14
         found = []
-        for nv in (1, 2, 3, 4):
-            if nv > vectors:
-                continue
-            # pixels * nv accumulators + nv vectors of weights + one broadcast; more than 14 pixels only lengthen the code
-            most = min((target.vector_registers - nv - 1) // nv, 14, workload.out_w or 14)
-            for pixels in range(max(1, most - 4), most + 1):
+        for pixels, nv in register_tiles(target, (1, 2, 3, 4)):
+            if pixels <= most and nv <= vectors:
                 found += [DirectSchedule(pixels, nv, lanes, rows) for rows in row_chunks(workload.out_h)]
         return found
 

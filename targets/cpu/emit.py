@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...compiler.tvm import IRBuilder, T, tirx, tvm
+from ..base import Target
 from .fused import Fused
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
@@ -68,6 +69,17 @@ def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple
         yield builder, buffers
 
 
+def register_tiles(target: Target, vectors: Sequence[int]) -> list[tuple[int, int]]:
+    """Shapes (rows, column vectors) of accumulator tiles that stay in registers beside one row of weights and a broadcast."""
+    registers = target.vector_registers
+    found = []
+    for nv in vectors:
+        # with one vector LLVM loads every broadcast ahead of its use, so half the registers are theirs
+        most = min(registers - 4, registers - nv - 1) // nv if nv > 1 else registers // 2
+        found += [(mr, nv) for mr in range(1, min(most, 14) + 1)]
+    return found
+
+
 class Rows:
     """Flattened leading dims of the output: row number -> one index per dim, computed once per row and only when a dim is really needed."""
 
@@ -91,11 +103,15 @@ class Rows:
 
 
 class Accumulators:
-    """mr x nv vector registers; one local buffer per column vector keeps them in registers (one big buffer does not)."""
+    """mr x nv vector registers; one small buffer per column vector keeps them in registers (one big buffer does not).
+
+    The scope has to be "global": under 1 KB TVM puts that on the stack, where LLVM makes registers of it, but a "local" buffer it asks from its workspace
+    pool at every tile, and LLVM then keeps it in memory or spills.
+    """
 
     def __init__(self, mr: int, nv: int, lanes: int):
         self.mr, self.nv, self.lanes = mr, nv, lanes
-        self.buffers = [T.alloc_buffer((mr * lanes,), "float32", scope="local") for _ in range(nv)]
+        self.buffers = [T.alloc_buffer((mr * lanes,), "float32") for _ in range(nv)]
 
     def fill(self, value: Callable[[int, int], Any] | None = None) -> None:
         """Set every register to `value(row, column vector)`, zero by default."""

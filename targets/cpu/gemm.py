@@ -21,7 +21,7 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .emit import Accumulators, Rows, i64, kernel, product, splat, static, store_row, vector
+from .emit import Accumulators, Rows, i64, kernel, product, register_tiles, splat, static, store_row, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -70,13 +70,7 @@ class Gemm:
 
     def space(self, workload: GemmWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = target.lanes()
-        registers = target.vector_registers
-        shapes = []
-        for nv in (1, 2, 3, 4, 6, 8, 12):
-            for mr in range(1, 15):
-                # mr*nv accumulators + nv vectors of B + one broadcast of A (AVX512 broadcasts from memory inside the FMA)
-                if mr * nv + nv + 1 <= registers:
-                    shapes.append((mr, nv))
+        shapes = register_tiles(target, (1, 2, 3, 4, 6, 8, 12))
         m = workload.m
         chunks = [0] if m is None or m <= 64 else [0, 64, 128, 256, 512]
         found = []
