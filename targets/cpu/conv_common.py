@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +12,6 @@ from ..base import Target
 from .emit import product, static
 from .fused import Fused, Unfusable
 
-#: multiply-adds below which a kernel runs on the calling thread: waking the others costs about as much
-SERIAL_WORK = 100_000
 #: what a size known only at run time is taken for when schedules are compared, in pixels
 TYPICAL = 64
 
@@ -155,13 +151,6 @@ def row_tiles(workload: ConvWorkload, limit: int) -> list[TileRun]:
         else:
             runs.append(TileRun(first, pixels, 1, taps))
     return runs
-
-
-@contextmanager
-def tasks(count: Any, work: int) -> Iterator[Any]:
-    """The outermost loop: parallel unless the whole kernel is too little work (multiply-adds) to share."""
-    with T.serial(count) if work < SERIAL_WORK else T.parallel(count) as task:
-        yield task
 
 
 def unflatten(index: Any, extents: list[Any]) -> list[Any]:

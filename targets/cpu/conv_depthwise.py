@@ -20,9 +20,9 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .conv_common import ConvWorkload, Taps, conv_workload, row_chunks, row_taps, row_tiles, tasks, unflatten, vector_lanes
+from .conv_common import ConvWorkload, Taps, conv_workload, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import depthwise_features
-from .emit import Accumulators, kernel, product, static, store_row, vector
+from .emit import Accumulators, kernel, product, static, store_row, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel
 

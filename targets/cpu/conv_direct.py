@@ -20,9 +20,9 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .conv_common import ConvWorkload, TileRun, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, tasks, unflatten, vector_lanes
+from .conv_common import ConvWorkload, TileRun, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import direct_features
-from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_row, vector
+from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_row, tasks, vector
 from .fused import Fused
 from .template import Kernel, Packing
 

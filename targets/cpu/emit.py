@@ -13,6 +13,9 @@ from .fused import Fused
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
 
+#: multiply-adds below which a kernel runs on the calling thread: waking the others costs about as much
+SERIAL_WORK = 100_000
+
 
 def i64(value: Any) -> Any:
     return T.int64(value) if isinstance(value, int) else value
@@ -67,6 +70,13 @@ def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple
             shape = replaced.get(position, tuple(param.shape)) if hasattr(param, "shape") else None
             buffers[param] = T.arg(param.name, T.buffer(shape, param.ty.dtype) if shape is not None else T.var("int64", param.name))
         yield builder, buffers
+
+
+@contextmanager
+def tasks(count: Any, work: int | None) -> Iterator[Any]:
+    """The outermost loop: parallel unless the whole kernel is too little work (multiply-adds, None: unknown) to share."""
+    with T.serial(count) if work is not None and work < SERIAL_WORK else T.parallel(count) as task:
+        yield task
 
 
 def register_tiles(target: Target, vectors: Sequence[int]) -> list[tuple[int, int]]:

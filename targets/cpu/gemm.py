@@ -21,7 +21,7 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .emit import Accumulators, Rows, i64, kernel, product, register_tiles, splat, static, store_row, vector
+from .emit import Accumulators, Rows, i64, kernel, product, register_tiles, splat, static, store_row, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -187,7 +187,7 @@ class GemmEmitter:
         panels = T.ceildiv(self.n, T.int64(self.nr))
         m, mc = static(self.m), self.schedule.mc
         chunks = i64(-(-m // mc)) if m is not None and mc else T.int64(1)
-        with T.parallel(self.batch * chunks * panels) as task:
+        with tasks(self.batch * chunks * panels, static(product([self.batch, self.m, self.k, self.n]))) as task:
             batch = T.bind(T.floordiv(task, chunks * panels)) if static(self.batch) != 1 else T.int64(0)
             inner = T.bind(T.floormod(task, chunks * panels)) if static(self.batch) != 1 else task
             chunk = T.bind(T.floordiv(inner, panels)) if static(chunks) != 1 else T.int64(0)
