@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..compiler.program import Program
-from ..compiler.tvm import Constant, is_constant, relax, tirx, tvm
+from ..compiler.tvm import Constant, is_constant, relax, tirx
 from .base import Pass, PassContext
 from .layout_rules import RULES, Form, identity, inverse, reshaped
 

@@ -114,10 +114,73 @@ def _spatial(rewriter: Any, call: Any) -> Form | None:
     return Form(pool(x, *window, "NHWC", "NHWC"), form.perm)
 
 
-_UNARY = """abs acos acosh asin asinh atan atanh ceil cos cosh erf exp floor log negative round rsqrt sigmoid sign sin sinh sqrt square tan tanh clip astype
-isnan isinf isfinite logical_not bitwise_not nn.relu nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu nn.softplus nn.selu nn.relu6""".split()
-_BINARY = """add subtract multiply divide floor_divide power mod floor_mod maximum minimum equal not_equal greater greater_equal less less_equal
-logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor where""".split()
+_UNARY = [
+    "abs",
+    "acos",
+    "acosh",
+    "asin",
+    "asinh",
+    "atan",
+    "atanh",
+    "ceil",
+    "cos",
+    "cosh",
+    "erf",
+    "exp",
+    "floor",
+    "log",
+    "negative",
+    "round",
+    "rsqrt",
+    "sigmoid",
+    "sign",
+    "sin",
+    "sinh",
+    "sqrt",
+    "square",
+    "tan",
+    "tanh",
+    "clip",
+    "astype",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "logical_not",
+    "bitwise_not",
+    "nn.relu",
+    "nn.gelu",
+    "nn.gelu_tanh",
+    "nn.silu",
+    "nn.leakyrelu",
+    "nn.softplus",
+    "nn.selu",
+    "nn.relu6",
+]
+_BINARY = [
+    "add",
+    "subtract",
+    "multiply",
+    "divide",
+    "floor_divide",
+    "power",
+    "mod",
+    "floor_mod",
+    "maximum",
+    "minimum",
+    "equal",
+    "not_equal",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "where",
+]
 
 
 @rule(*_UNARY)
@@ -153,7 +216,9 @@ def _follow(rewriter: Any, arg: Any, form: Form, perm: Perm) -> Any:
 
 def _again(rewriter: Any, call: Any, args: Sequence[Any]) -> Any:
     """The same call on other operands; remaining expressions are rewritten first."""
-    return relax.Call(call.op, [rewriter.visit_expr(arg) if isinstance(arg, relax.Var) and arg in rewriter.forms else arg for arg in args], call.attrs)
+    return relax.Call(
+        call.op, [rewriter.visit_expr(arg) if isinstance(arg, relax.Var) and arg in rewriter.forms else arg for arg in args], call.attrs
+    )
 
 
 @rule("permute_dims")
