@@ -245,7 +245,7 @@ def test_depthwise_code_has_no_spills(target: Target, schedule: DepthwiseSchedul
     lines = executable.mod.inspect_source("asm").splitlines()
     fmas = [line for line in lines if "vfmadd" in line]
     assert fmas and all(f"%{register}" in line for line in fmas)
-    assert len([line for line in lines if re.search(r"\tv\w+\s.*\(%rsp", line)]) <= len(fmas) // 50
+    assert len([line for line in lines if re.search(r"\tv\w+\s.*\(%rsp.*%[yz]mm|%[yz]mm.*\(%rsp", line)]) <= len(fmas) // 50
 
 
 @pytest.mark.parametrize("target", [AVX2, AVX512])

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...compiler.tvm import T
 from ..base import Target
-from .emit import product, static
+from .emit import balanced, product, static
 from .fused import Fused, Unfusable
 
 #: what a size known only at run time is taken for when schedules are compared, in pixels
@@ -93,18 +93,6 @@ def pack_conv(weight: np.ndarray, groups: int, nr: int) -> np.ndarray:
     padded[..., :per_group] = weight.reshape(kh, kw, ci, groups, per_group)
     split = padded.reshape(kh, kw * ci, groups, panels, nr).transpose(2, 3, 0, 1, 4)
     return np.ascontiguousarray(split.reshape(groups * panels, kh, kw * ci, nr))
-
-
-def balanced(width: int, limit: int) -> list[tuple[int, int]]:
-    """Cut `width` pixels into tiles of at most `limit`, as equal as possible: (first pixel, pixels), larger ones first."""
-    count = -(-width // limit)
-    size, extra = divmod(width, count)
-    tiles, first = [], 0
-    for index in range(count):
-        pixels = size + (index < extra)
-        tiles.append((first, pixels))
-        first += pixels
-    return tiles
 
 
 @dataclass(frozen=True)

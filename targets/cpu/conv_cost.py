@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...autotune.cost_model import KernelFeatures
 from ..base import Target
-from .conv_common import ConvWorkload, balanced, row_tiles
+from .conv_common import ConvWorkload, row_tiles
+from .emit import balanced
 
 
 def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, rows: int, target: Target) -> KernelFeatures:

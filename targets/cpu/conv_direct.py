@@ -50,8 +50,8 @@ class ConvDirect:
         vectors = -(-workload.co_group // lanes)
         most = workload.out_w or 14
         found = []
-        for pixels, nv in register_tiles(target, (1, 2, 3, 4)):
-            if pixels <= most and nv <= vectors:
+        for pixels, nv in register_tiles(target, (1, 2, 3, 4), vectors):
+            if pixels <= most:
                 found += [DirectSchedule(pixels, nv, lanes, rows) for rows in row_chunks(workload.out_h)]
         return found
 

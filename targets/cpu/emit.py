@@ -79,11 +79,24 @@ def tasks(count: Any, work: int | None) -> Iterator[Any]:
         yield task
 
 
-def register_tiles(target: Target, vectors: Sequence[int]) -> list[tuple[int, int]]:
-    """Shapes (rows, column vectors) of accumulator tiles that stay in registers beside one row of weights and a broadcast."""
+def balanced(count: int, limit: int) -> list[tuple[int, int]]:
+    """Cut `count` rows or pixels into tiles of at most `limit`, as equal as possible: (first, size) of each, larger ones first."""
+    tiles = -(-count // limit)
+    size, extra = divmod(count, tiles)
+    starts = [index * size + min(index, extra) for index in range(tiles)]
+    return [(start, size + (index < extra)) for index, start in enumerate(starts)]
+
+
+def register_tiles(target: Target, vectors: Sequence[int], available: int | None) -> list[tuple[int, int]]:
+    """Shapes (rows, column vectors) of accumulator tiles that stay in registers beside one row of weights and a broadcast.
+
+    available: column vectors of the whole output, None when unknown. A single one is offered only where there are no two: it loads as much as it multiplies.
+    """
     registers = target.vector_registers
     found = []
     for nv in vectors:
+        if available is not None and nv > available or nv == 1 and available != 1:
+            continue
         # with one vector LLVM loads every broadcast ahead of its use, so half the registers are theirs
         most = min(registers - 4, registers - nv - 1) // nv if nv > 1 else registers // 2
         found += [(mr, nv) for mr in range(1, min(most, 14) + 1)]

@@ -12,6 +12,7 @@ The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .emit import Accumulators, Rows, i64, kernel, product, register_tiles, splat, static, store_row, tasks, vector
+from .emit import Accumulators, Rows, balanced, i64, kernel, product, register_tiles, splat, static, store_row, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -70,14 +71,12 @@ class Gemm:
 
     def space(self, workload: GemmWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = target.lanes()
-        shapes = register_tiles(target, (1, 2, 3, 4, 6, 8, 12))
+        shapes = register_tiles(target, (1, 2, 3, 4, 6, 8, 12), None if workload.n is None else -(-workload.n // lanes))
         m = workload.m
         chunks = [0] if m is None or m <= 64 else [0, 64, 128, 256, 512]
         found = []
         for mr, nv in shapes:
             if m is not None and mr > m:
-                continue
-            if workload.n is not None and nv > 1 and (nv - 1) * lanes >= workload.n:
                 continue
             for mc in chunks:
                 rounded = mc // mr * mr
@@ -89,18 +88,18 @@ class Gemm:
         batch, m, k, n = (workload.batch or 1), (workload.m or 128), (workload.k or 128), (workload.n or 128)
         mr, nv, lanes = schedule.mr, schedule.nv, schedule.lanes
         fma = load = latency = 0.0
-        full, tail = divmod(m, mr)
+        mc = schedule.mc or m
+        tiles = Counter(size for chunk in range(0, m, mc) for _, size in balanced(min(mc, m - chunk), mr))
         wide, rest = divmod(n, nv * lanes)
         panels = wide + (rest > 0)
         broadcast = 0.0 if target.vector_bits == 512 else 1.0
-        for rows, count in ((mr, full), (tail, 1)):
+        for rows, count in tiles.items():
             for vectors, columns in ((nv, wide), (-(-rest // lanes), 1)):
                 if rows and vectors and count and columns:
                     steps = float(count * columns * k)
                     fma += steps * rows * vectors / target.fma_per_cycle
                     load += steps * (rows * max(broadcast, 0.5) + vectors) / 2.0
                     latency += steps * max(4.0, rows * vectors / target.fma_per_cycle)
-        mc = schedule.mc or m
         chunks = -(-m // mc)
         panel_bytes = 4.0 * k * nv * lanes
         a_bytes = 4.0 * mc * k
@@ -273,12 +272,12 @@ class GemmEmitter:
                     self._static_rows(batch, T.int64(whole * step), last, jo, panel, columns, limit)
 
     def _static_rows(self, batch: Any, first: Any, rows: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
-        mr = self.schedule.mr
-        if rows >= mr:
-            with T.serial(T.int64(rows // mr)) as io:
-                self._tile(batch, first + io * mr, mr, jo, panel, columns, limit)
-        if rows % mr:
-            self._tile(batch, first + (rows - rows % mr), rows % mr, jo, panel, columns, limit)
+        """Tiles of two sizes that differ by one: a short last tile would wait for its own multiply-adds."""
+        tiles = balanced(rows, self.schedule.mr)
+        for size in sorted({size for _, size in tiles}, reverse=True):
+            starts = [start for start, length in tiles if length == size]
+            with T.serial(T.int64(len(starts))) as io:
+                self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes = self.schedule.lanes
