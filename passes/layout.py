@@ -21,7 +21,8 @@ from .layout_rules import RULES, Form, identity, inverse, reshaped
 
 @dataclass(frozen=True)
 class ChannelsLast(Pass):
-    """Rewrite NCHW convolutions to NHWC (weights HWIO) and carry the layout through the graph; conv1d becomes conv2d of height one."""
+    """Rewrite NCHW convolutions to NHWC (weights HWIO) and carry the layout through the graph; conv1d becomes conv2d of height one,
+    a conv2d_transpose whose windows do not overlap a 1x1 convolution."""
 
     name: ClassVar[str] = "channels_last"
 
@@ -36,7 +37,7 @@ class ChannelsLast(Pass):
 
 
 def _has_convolution(function: Any) -> bool:
-    return _count(function, "relax.nn.conv2d") + _count(function, "relax.nn.conv1d") > 0
+    return any(_count(function, f"relax.nn.{op}") for op in ("conv1d", "conv2d", "conv2d_transpose"))
 
 
 def _count(function: Any, op: str) -> int:

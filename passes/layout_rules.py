@@ -80,6 +80,31 @@ def _conv1d(rewriter: Any, call: Any) -> Form | None:
     return Form(relax.op.squeeze(rewriter.emit(y), [1]), NCW_TO_NWC)
 
 
+@rule("nn.conv2d_transpose")
+def _conv2d_transpose(rewriter: Any, call: Any) -> Form | None:
+    """A transposed convolution whose windows tile the output (stride = kernel) is a 1x1 convolution to kh * kw * Co channels, spread out over the pixels."""
+    attrs = call.attrs
+    x, w = call.args
+    kernel = [int(size) for size in list(w.ty.shape)[2:]]
+    tiling = [int(stride) for stride in attrs.strides] == kernel and not any(int(pad) for pad in [*attrs.padding, *attrs.output_padding])
+    if not (
+        tiling
+        and is_constant(w)
+        and attrs.groups == 1
+        and (attrs.data_layout, attrs.kernel_layout) == ("NCHW", "IOHW")
+        and attrs.out_layout in ("", "NCHW")
+    ):
+        return None
+    (kh, kw), (ci, co) = kernel, w.value.numpy().shape[:2]
+    weight = constant_or(w, lambda array: array.transpose(0, 2, 3, 1).reshape(1, 1, ci, kh * kw * co), lambda expr: expr)
+    y = rewriter.emit(_nhwc(rewriter.taken(x, NCHW_TO_NHWC), weight, [1, 1], [0, 0, 0, 0], [1, 1], 1, attrs.out_dtype))
+    n, height, width, _ = y.ty.shape
+    y = rewriter.emit(reshaped(y, [n, height, width, kh, kw * co]))
+    y = rewriter.emit(relax.op.permute_dims(y, [0, 1, 3, 2, 4]))
+    rewriter.convolutions += 1
+    return Form(reshaped(y, [n, height * kh, width * kw, co]), NCHW_TO_NHWC)
+
+
 def _nhwc(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, groups: int, out_dtype: Any) -> Any:
     return relax.op.nn.conv2d(x, w, list(strides), list(padding), list(dilation), groups, "NHWC", "HWIO", "NHWC", out_dtype)
 

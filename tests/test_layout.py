@@ -132,6 +132,15 @@ def test_conv1d_becomes_conv2d() -> None:
     assert "nn.conv1d" not in after.module.script()
 
 
+def test_tiling_transposed_convolution_becomes_pointwise() -> None:
+    def body(emit: Any, x: Any) -> Any:
+        y = emit(op.nn.conv2d_transpose(conv(emit, x, 4), weight(4, 5, 2, 3), strides=(2, 3)))
+        return emit(op.nn.relu(emit(op.add(y, weight(1, 5, 1, 1)))))
+
+    after = check((1, 3, "h", "w"), (1, 3, 4, 5), 3, body)
+    assert "conv2d_transpose" not in after.module.script()
+
+
 def test_two_outputs_and_residual() -> None:
     def body(emit: Any, x: Any) -> Any:
         y = conv(emit, x, 3)

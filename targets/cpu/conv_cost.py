@@ -28,7 +28,7 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
                 if columns and times:
                     steps = steps_per_tap * taps * count * times
                     fma += steps * live * columns / target.fma_per_cycle
-                    load += steps * _loads(live, columns, target) / 2.0
+                    load += steps * (live + columns) / 2.0
                     latency += steps * max(4.0, live * columns / target.fma_per_cycle)
     repeats = n * workload.groups
     # loop set-up, the row's address arithmetic and the epilogue cost about this many cycles per tile
@@ -91,8 +91,3 @@ def depthwise_features(workload: ConvWorkload, pixels: int, lanes: int, rows: in
         dram_bytes=weights,
         tasks=n * chunks,
     )
-
-
-def _loads(pixels: int, vectors: int, target: Target) -> float:
-    """Loads per step; AVX512 broadcasts inside the FMA when there is one vector, otherwise each pixel is broadcast once."""
-    return pixels + vectors
