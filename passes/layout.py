@@ -82,10 +82,13 @@ class _Rewriter(relax.PyExprMutator):
         form = rule(self, value)
         if form is None:
             super().visit_var_binding_(binding)
-        elif isinstance(binding.var, relax.DataflowVar):
-            self.forms[binding.var] = Form(self.emit(form.expr), form.perm)
+            return
+        form = Form(self.emit(form.expr), form.perm)
+        if isinstance(binding.var, relax.DataflowVar):
+            self.forms[binding.var] = form
         else:
-            self.reemit_binding(binding, self.source_order(form))
+            emit = self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit
+            self.set_var_remap(binding.var, emit(self.source_order(form), self.name))
 
     def visit_var_(self, var: Any) -> Any:
         form = self.forms.get(var)
