@@ -90,6 +90,15 @@ class _Rewriter(relax.PyExprMutator):
             emit = self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit
             self.set_var_remap(binding.var, emit(self.source_order(form), self.name))
 
+    def visit_match_cast_(self, binding: Any) -> None:
+        form = self.forms.get(binding.value)
+        if form is None or not isinstance(binding.var, relax.DataflowVar) or binding.ty.shape is None:
+            super().visit_match_cast_(binding)
+            return
+        shape = [binding.ty.shape[axis] for axis in form.perm]
+        cast = self.builder_.match_cast(form.expr, relax.TensorType(shape, binding.ty.dtype), binding.var.name)
+        self.forms[binding.var] = Form(cast, form.perm)
+
     def visit_var_(self, var: Any) -> Any:
         form = self.forms.get(var)
         return super().visit_var_(var) if form is None else self.source_order(form)

@@ -141,6 +141,22 @@ def test_tiling_transposed_convolution_becomes_pointwise() -> None:
     assert "conv2d_transpose" not in after.module.script()
 
 
+def test_match_cast_keeps_the_layout() -> None:
+    builder = relax.BlockBuilder()
+    h = tirx.Var("h", "int64")
+    x = relax.Var("x", relax.TensorType((1, 3, h, 6), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.match_cast(conv(builder.emit, x, 4), relax.TensorType((1, 4, h, 6), "float32"))
+            out = builder.emit_output(op.nn.relu(conv(builder.emit, y, 5)))
+        builder.emit_func_output(out)
+    before, context = Program(builder.get(), (), (), Provenance("test", "test")), PassContext(Target("cpu", "test"))
+    after = ChannelsLast().run(before, context)
+    assert context.report.matches["transposes"] == 2
+    array = RNG.standard_normal((1, 3, 7, 6)).astype("float32")
+    np.testing.assert_allclose(run(after.module, array)[0], run(before.module, array)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_two_outputs_and_residual() -> None:
     def body(emit: Any, x: Any) -> Any:
         y = conv(emit, x, 3)
