@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...compiler.tvm import IRBuilder, T, tirx, tvm
+from ..base import Target
 from .fused import Fused
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
+
+#: multiply-adds below which a kernel runs on the calling thread: waking the others costs about as much
+SERIAL_WORK = 100_000
 
 
 def i64(value: Any) -> Any:
@@ -68,6 +72,37 @@ def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple
         yield builder, buffers
 
 
+@contextmanager
+def tasks(count: Any, work: int | None) -> Iterator[Any]:
+    """The outermost loop: parallel unless the whole kernel is too little work (multiply-adds, None: unknown) to share."""
+    with T.serial(count) if work is not None and work < SERIAL_WORK else T.parallel(count) as task:
+        yield task
+
+
+def balanced(count: int, limit: int) -> list[tuple[int, int]]:
+    """Cut `count` rows or pixels into tiles of at most `limit`, as equal as possible: (first, size) of each, larger ones first."""
+    tiles = -(-count // limit)
+    size, extra = divmod(count, tiles)
+    starts = [index * size + min(index, extra) for index in range(tiles)]
+    return [(start, size + (index < extra)) for index, start in enumerate(starts)]
+
+
+def register_tiles(target: Target, vectors: Sequence[int], available: int | None) -> list[tuple[int, int]]:
+    """Shapes (rows, column vectors) of accumulator tiles that stay in registers beside one row of weights and a broadcast.
+
+    available: column vectors of the whole output, None when unknown. A single one is offered only where there are no two: it loads as much as it multiplies.
+    """
+    registers = target.vector_registers
+    found = []
+    for nv in vectors:
+        if available is not None and nv > available or nv == 1 and available != 1:
+            continue
+        # with one vector LLVM loads every broadcast ahead of its use, so half the registers are theirs
+        most = min(registers - 4, registers - nv - 1) // nv if nv > 1 else registers // 2
+        found += [(mr, nv) for mr in range(1, min(most, 14) + 1)]
+    return found
+
+
 class Rows:
     """Flattened leading dims of the output: row number -> one index per dim, computed once per row and only when a dim is really needed."""
 
@@ -91,11 +126,15 @@ class Rows:
 
 
 class Accumulators:
-    """mr x nv vector registers; one local buffer per column vector keeps them in registers (one big buffer does not)."""
+    """mr x nv vector registers; one small buffer per column vector keeps them in registers (one big buffer does not).
+
+    The scope has to be "global": under 1 KB TVM puts that on the stack, where LLVM makes registers of it, but a "local" buffer it asks from its workspace
+    pool at every tile, and LLVM then keeps it in memory or spills.
+    """
 
     def __init__(self, mr: int, nv: int, lanes: int):
         self.mr, self.nv, self.lanes = mr, nv, lanes
-        self.buffers = [T.alloc_buffer((mr * lanes,), "float32", scope="local") for _ in range(nv)]
+        self.buffers = [T.alloc_buffer((mr * lanes,), "float32") for _ in range(nv)]
 
     def fill(self, value: Callable[[int, int], Any] | None = None) -> None:
         """Set every register to `value(row, column vector)`, zero by default."""

@@ -12,16 +12,17 @@ The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...autotune.cost_model import KernelFeatures
-from ...compiler.tvm import T, tirx
+from ...compiler.tvm import T
 from ..base import Target
-from .emit import Accumulators, Rows, i64, kernel, prefetch, product, splat, static, store_row, vector
+from .emit import Accumulators, Rows, balanced, i64, kernel, product, register_tiles, splat, static, store_row, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -70,20 +71,12 @@ class Gemm:
 
     def space(self, workload: GemmWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = target.lanes()
-        registers = target.vector_registers
-        shapes = []
-        for nv in (1, 2, 3, 4, 6, 8, 12):
-            for mr in range(1, 15):
-                # mr*nv accumulators + nv vectors of B + one broadcast of A (AVX512 broadcasts from memory inside the FMA)
-                if mr * nv + nv + 1 <= registers:
-                    shapes.append((mr, nv))
+        shapes = register_tiles(target, (1, 2, 3, 4, 6, 8, 12), None if workload.n is None else -(-workload.n // lanes))
         m = workload.m
         chunks = [0] if m is None or m <= 64 else [0, 64, 128, 256, 512]
         found = []
         for mr, nv in shapes:
             if m is not None and mr > m:
-                continue
-            if workload.n is not None and nv > 1 and (nv - 1) * lanes >= workload.n:
                 continue
             for mc in chunks:
                 rounded = mc // mr * mr
@@ -95,18 +88,18 @@ class Gemm:
         batch, m, k, n = (workload.batch or 1), (workload.m or 128), (workload.k or 128), (workload.n or 128)
         mr, nv, lanes = schedule.mr, schedule.nv, schedule.lanes
         fma = load = latency = 0.0
-        full, tail = divmod(m, mr)
+        mc = schedule.mc or m
+        tiles = Counter(size for chunk in range(0, m, mc) for _, size in balanced(min(mc, m - chunk), mr))
         wide, rest = divmod(n, nv * lanes)
         panels = wide + (rest > 0)
         broadcast = 0.0 if target.vector_bits == 512 else 1.0
-        for rows, count in ((mr, full), (tail, 1)):
+        for rows, count in tiles.items():
             for vectors, columns in ((nv, wide), (-(-rest // lanes), 1)):
                 if rows and vectors and count and columns:
                     steps = float(count * columns * k)
                     fma += steps * rows * vectors / target.fma_per_cycle
                     load += steps * (rows * max(broadcast, 0.5) + vectors) / 2.0
                     latency += steps * max(4.0, rows * vectors / target.fma_per_cycle)
-        mc = schedule.mc or m
         chunks = -(-m // mc)
         panel_bytes = 4.0 * k * nv * lanes
         a_bytes = 4.0 * mc * k
@@ -136,7 +129,12 @@ class Gemm:
             shape = (-(-workload.n // nr), workload.k, nr)
             packings = (Packing(position, shape, lambda w: pack_panels(w, nr), f"panels{nr}"),)
         with kernel(fused, {packing.param: packing.shape for packing in packings}) as (builder, buffers):
-            _Emitter(fused, buffers, schedule, workload.packed).emit()
+            a, b = fused.inputs
+            _, batch, rows = _split(fused)
+            flat = T.decl_buffer((product([*batch, *rows]), a.shape[-1]), "float32", data=buffers[a].data)
+            weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
+            operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], lambda row: lambda k: flat[row, k], weights, workload.packed)
+            GemmEmitter(fused, buffers, schedule, operands).emit()
         return Kernel(builder.get(), packings)
 
 
@@ -161,25 +159,34 @@ def _split(fused: Fused) -> tuple[Any, list[Any], list[Any]]:
     return b, batch, lead[-1:]
 
 
-class _Emitter:
+@dataclass(frozen=True)
+class GemmOperands:
+    """What a GEMM multiplies: leading dims of the output, K and N, A as row -> (k -> element), B as packed panels or as [batch, K, N]."""
+
+    batch: list[Any]
+    rows: list[Any]
+    k: Any
+    n: Any
+    a: Callable[[Any], Callable[[Any], Any]]
+    b: Any
+    packed: bool
+
+
+class GemmEmitter:
     """Emits one GEMM; see the module for the loop nest."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, packed: bool):
-        self.fused, self.buffers, self.schedule, self.packed = fused, buffers, schedule, packed
-        a, b = fused.inputs
-        _, batch, rows = _split(fused)
-        self.k, self.n = b.shape[-2], b.shape[-1]
-        self.batch, self.m = product(batch), product(rows)
-        self.rows = Rows([*batch, *rows])
-        self.a = T.decl_buffer((self.batch * self.m, self.k), "float32", data=buffers[a].data)
-        self.b = buffers[b] if packed else T.decl_buffer((self.batch, self.k, self.n), "float32", data=buffers[b].data)
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands):
+        self.fused, self.buffers, self.schedule, self.packed = fused, buffers, schedule, operands.packed
+        self.k, self.n, self.a, self.b = operands.k, operands.n, operands.a, operands.b
+        self.batch, self.m = product(operands.batch), product(operands.rows)
+        self.rows = Rows([*operands.batch, *operands.rows])
         self.nr = schedule.nv * schedule.lanes
 
     def emit(self) -> None:
         panels = T.ceildiv(self.n, T.int64(self.nr))
         m, mc = static(self.m), self.schedule.mc
         chunks = i64(-(-m // mc)) if m is not None and mc else T.int64(1)
-        with T.parallel(self.batch * chunks * panels) as task:
+        with tasks(self.batch * chunks * panels, static(product([self.batch, self.m, self.k, self.n]))) as task:
             batch = T.bind(T.floordiv(task, chunks * panels)) if static(self.batch) != 1 else T.int64(0)
             inner = T.bind(T.floormod(task, chunks * panels)) if static(self.batch) != 1 else task
             chunk = T.bind(T.floordiv(inner, panels)) if static(chunks) != 1 else T.int64(0)
@@ -265,12 +272,12 @@ class _Emitter:
                     self._static_rows(batch, T.int64(whole * step), last, jo, panel, columns, limit)
 
     def _static_rows(self, batch: Any, first: Any, rows: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
-        mr = self.schedule.mr
-        if rows >= mr:
-            with T.serial(T.int64(rows // mr)) as io:
-                self._tile(batch, first + io * mr, mr, jo, panel, columns, limit)
-        if rows % mr:
-            self._tile(batch, first + (rows - rows % mr), rows % mr, jo, panel, columns, limit)
+        """Tiles of two sizes that differ by one: a short last tile would wait for its own multiply-adds."""
+        tiles = balanced(rows, self.schedule.mr)
+        for size in sorted({size for _, size in tiles}, reverse=True):
+            starts = [start for start, length in tiles if length == size]
+            with T.serial(T.int64(len(starts))) as io:
+                self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes = self.schedule.lanes
@@ -278,10 +285,11 @@ class _Emitter:
         first = T.bind(batch * self.m + row)
         acc = Accumulators(mr, nv, lanes)
         acc.fill()
+        a_rows = [self.a(first + i) for i in range(mr)]
         with T.serial(self.k) as k:
             b = [T.bind(panel(k, v)) for v in range(nv)]
             for i in range(mr):
-                a = T.bind(splat(self.a[first + i, k], lanes))
+                a = T.bind(splat(a_rows[i](k), lanes))
                 for v in range(nv):
                     acc.fma(i, v, a, b[v])
         for i in range(mr):

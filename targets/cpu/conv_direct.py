@@ -1,0 +1,223 @@
+"""Direct convolution template: k x k, any stride, dilation, padding and groups, NHWC, weights packed as [panel][kh][kw * ci][NR].
+
+    for (n, row chunk, group, panel) in parallel:        # NR = nv * lanes output channels
+        for oh in rows of the chunk:
+            for ow in tiles of the row:                  # one register tile: pixels x nv accumulators
+                for kh in taps inside the input:         # padding is never read: the range is clipped
+                    for r in kw * ci:                    # one contiguous run of the input row where nothing is padded or dilated
+                        acc[i][v] += x[oh*s + kh, (ow+i)*s, r] * panel[kh, r, v]
+                y = epilogue(acc)
+
+Tiles at the left and right edge drop the taps that fall on padding when the width is static, and test them one by one when it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...autotune.cost_model import KernelFeatures
+from ...compiler.tvm import T
+from ..base import Target
+from .conv_common import ConvWorkload, TileRun, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
+from .conv_cost import direct_features
+from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_row, tasks, vector
+from .fused import Fused
+from .template import Kernel, Packing
+
+
+@dataclass(frozen=True)
+class DirectSchedule:
+    """At most `pixels` output columns x nv vectors of `lanes` channels in registers; `rows` output rows per task (0: all)."""
+
+    pixels: int
+    nv: int
+    lanes: int
+    rows: int
+
+
+class ConvDirect:
+    """See the module."""
+
+    name = "conv_direct"
+
+    def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
+        return conv_workload(fused, constants)
+
+    def space(self, workload: ConvWorkload, target: Target) -> Sequence[DirectSchedule]:
+        lanes = vector_lanes(workload.co_group, target)
+        vectors = -(-workload.co_group // lanes)
+        most = workload.out_w or 14
+        found = []
+        for pixels, nv in register_tiles(target, (1, 2, 3, 4), vectors):
+            if pixels <= most:
+                found += [DirectSchedule(pixels, nv, lanes, rows) for rows in row_chunks(workload.out_h)]
+        return found
+
+    def features(self, workload: ConvWorkload, schedule: DirectSchedule, target: Target) -> KernelFeatures:
+        return direct_features(workload, schedule.pixels, schedule.nv, schedule.lanes, schedule.rows, target)
+
+    def build(self, fused: Fused, workload: ConvWorkload, schedule: DirectSchedule, target: Target) -> Kernel:
+        position = fused.param_index(fused.inputs[1])
+        assert position is not None
+        nr = schedule.nv * schedule.lanes
+        panels = workload.groups * -(-workload.co_group // nr)
+        shape = (panels, workload.kh, workload.kw * workload.ci_group, nr)
+        packing = Packing(position, shape, lambda w: pack_conv(w, workload.groups, nr), f"conv{nr}g{workload.groups}")
+        with kernel(fused, {position: shape}) as (builder, buffers):
+            _Emitter(fused, buffers, workload, schedule).emit()
+        return Kernel(builder.get(), (packing,))
+
+
+class _Emitter:
+    """Emits one direct convolution; see the module for the loop nest."""
+
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DirectSchedule):
+        self.fused, self.buffers, self.workload, self.schedule = fused, buffers, workload, schedule
+        x, w = fused.inputs
+        self.n, self.h, self.w = x.shape[:3]
+        self.out_h, self.out_w = fused.output.shape[1:3]
+        self.x = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
+        self.panels = buffers[w]
+        self.nr = schedule.nv * schedule.lanes
+
+    def emit(self) -> None:
+        workload, schedule = self.workload, self.schedule
+        rows = T.int64(schedule.rows) if schedule.rows else self.out_h
+        chunks = T.ceildiv(self.out_h, rows) if schedule.rows else T.int64(1)
+        panels, rest = divmod(workload.co_group, self.nr)
+        extents = [self.n, chunks, T.int64(workload.groups), T.int64(panels + (rest > 0))]
+        with tasks(product(extents), _work(workload)) as task:
+            n, chunk, group, panel = unflatten(task, extents)
+
+            def body(columns: int) -> None:
+                first = T.bind(chunk * rows)
+                with T.serial(first, T.min(first + rows, self.out_h)) as oh:
+                    self._row(n, oh, group, panel, columns)
+
+            if not rest or not panels:
+                body(rest or self.nr)
+            else:
+                with T.If(panel < T.int64(panels)):
+                    with T.Then():
+                        body(self.nr)
+                    with T.Else():
+                        body(rest)
+
+    def _row(self, n: Any, oh: Any, group: Any, panel: Any, columns: int) -> None:
+        """All tiles of one output row."""
+        taps = row_taps(self.workload, oh, self.h)
+        limit = self.schedule.pixels
+        if static(self.out_w) is not None:
+            for run in row_tiles(self.workload, limit):
+                with T.serial(T.int64(run.count)) as tile:
+                    tile_start = T.int64(run.first) + tile * T.int64(run.pixels)
+                    _Tile(self, n, oh, T.bind(tile_start), group, panel, run.pixels, columns, taps).emit(run)
+            return
+        with T.If(self.out_w >= T.int64(limit)):
+            with T.Then(), T.serial(T.ceildiv(self.out_w, T.int64(limit))) as tile:
+                # the last tile overlaps the one before it
+                ow = T.bind(T.min(tile * T.int64(limit), self.out_w - T.int64(limit)))
+                first = T.bind(ow * self.workload.strides[1] - self.workload.padding[1])
+                reach = (limit - 1) * self.workload.strides[1] + (self.workload.kw - 1) * self.workload.dilation[1]
+                made = _Tile(self, n, oh, ow, group, panel, limit, columns, taps)
+                if any(self.workload.padding[1::2]):
+                    with T.If(T.And(first >= T.int64(0), first + T.int64(reach) < self.w)):
+                        with T.Then():
+                            made.emit(None)
+                        with T.Else():
+                            made.emit_guarded()
+                else:
+                    made.emit(None)
+            with T.Else(), T.serial(self.out_w) as ow:
+                _Tile(self, n, oh, ow, group, panel, 1, columns, taps).emit_guarded()
+
+
+class _Tile:
+    """One register tile: `pixels` output columns from `ow` x `columns` channels of a panel."""
+
+    def __init__(self, kernel: _Emitter, n: Any, oh: Any, ow: Any, group: Any, panel: Any, pixels: int, columns: int, taps: tuple[Any, Any]):
+        self.kernel, self.workload, self.lanes = kernel, kernel.workload, kernel.schedule.lanes
+        self.n, self.oh, self.ow, self.group, self.panel, self.taps = n, oh, ow, group, panel, taps
+        self.pixels, self.columns, self.nv = pixels, columns, -(-columns // self.lanes)
+
+    def emit(self, run: TileRun | None) -> None:
+        """A tile whose padded taps are known: those of `run`, or none at all."""
+        workload = self.workload
+        acc = self._start()
+        everything = tuple(range(self.pixels))
+        with T.serial(*self.taps) as kh:
+            base = self._input_row(kh)
+            for taps in run.taps if run else (None,):
+                first, count, pixels = (taps.first, taps.count, taps.pixels) if taps else (0, workload.kw, everything)
+                if workload.dilation[1] == 1 and workload.groups == 1:
+                    self._run(acc, kh, T.int64(first * workload.ci), T.int64(count * workload.ci), base + T.int64(first * workload.ci), pixels)
+                else:
+                    with T.serial(T.int64(count)) as tap:
+                        self._tap(acc, kh, tap + T.int64(first), base, pixels)
+        self._finish(acc)
+
+    def emit_guarded(self) -> None:
+        """A tile whose taps are tested at run time, per pixel where some of them fall on padding."""
+        workload = self.workload
+        acc = self._start()
+        everything = tuple(range(self.pixels))
+        left = T.bind(self.ow * T.int64(workload.strides[1]) - T.int64(workload.padding[1]))
+        with T.serial(*self.taps) as kh:
+            base = self._input_row(kh)
+            with T.serial(T.int64(workload.kw)) as tap:
+                column = T.bind(left + tap * T.int64(workload.dilation[1]))
+                last = column + T.int64((self.pixels - 1) * workload.strides[1])
+                with T.If(T.And(column >= T.int64(0), last < self.kernel.w)):
+                    with T.Then():
+                        self._tap(acc, kh, tap, base, everything)
+                    if self.pixels > 1:
+                        with T.Else():
+                            for i in everything:
+                                at = column + T.int64(i * workload.strides[1])
+                                with T.If(T.And(at >= T.int64(0), at < self.kernel.w)), T.Then():
+                                    self._tap(acc, kh, tap, base, (i,))
+        self._finish(acc)
+
+    def _start(self) -> Accumulators:
+        acc = Accumulators(self.pixels, self.nv, self.lanes)
+        acc.fill()
+        return acc
+
+    def _input_row(self, kh: Any) -> Any:
+        """Offset of the first tap of pixel 0 in the input row that tap row kh reads; may point into the padding left of it."""
+        workload = self.workload
+        row = self.oh * T.int64(workload.strides[0]) + kh * T.int64(workload.dilation[0]) - T.int64(workload.padding[0])
+        column = self.ow * T.int64(workload.strides[1]) - T.int64(workload.padding[1])
+        pixel = (self.n * self.kernel.h + row) * self.kernel.w + column
+        return T.bind(pixel * T.int64(workload.ci) + self.group * T.int64(workload.ci_group))
+
+    def _tap(self, acc: Accumulators, kh: Any, tap: Any, base: Any, pixels: Sequence[int]) -> None:
+        """One horizontal tap: ci_group steps."""
+        workload = self.workload
+        start = base + tap * T.int64(workload.dilation[1] * workload.ci)
+        self._run(acc, kh, tap * T.int64(workload.ci_group), T.int64(workload.ci_group), start, pixels)
+
+    def _run(self, acc: Accumulators, kh: Any, first: Any, steps: Any, start: Any, pixels: Sequence[int]) -> None:
+        """`steps` consecutive rows of the panel from `first` against consecutive input elements from `start`."""
+        stride = self.workload.strides[1] * self.workload.ci
+        panel = self.panel + self.group * T.int64(-(-self.workload.co_group // self.kernel.nr))
+        start = T.bind(start)
+        with T.serial(steps) as r:
+            weights = [T.bind(self.kernel.panels[panel, kh, first + r, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(self.nv)]
+            for i in pixels:
+                value = T.bind(splat(self.kernel.x[start + r + T.int64(i * stride)], self.lanes))
+                for v in range(self.nv):
+                    acc.fma(i, v, value, weights[v])
+
+    def _finish(self, acc: Accumulators) -> None:
+        channel = T.bind(self.group * T.int64(self.workload.co_group) + self.panel * T.int64(self.kernel.nr))
+        for i in range(self.pixels):
+            lead = [self.n, self.oh, self.ow + T.int64(i)]
+            store_row(self.kernel.fused, self.kernel.buffers, acc, i, lead, lambda v: channel + T.int64(v * self.lanes), self.columns)
+
+
+def _work(workload: ConvWorkload) -> int:
+    n, height, width = workload.sizes()
+    return n * height * width * workload.co * workload.kh * workload.kw * workload.ci_group

@@ -1,0 +1,73 @@
+"""1x1 convolution template: the GEMM of all output pixels [N * OH * OW, Ci] with the weights [Ci, Co]; a strided one reads every s-th pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...autotune.cost_model import KernelFeatures
+from ...compiler.tvm import T
+from ..base import Target
+from .conv_common import ConvWorkload, conv_workload, vector_lanes
+from .emit import Rows, kernel, product
+from .fused import Fused, Unfusable
+from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
+from .template import Kernel, Packing
+
+
+class ConvPointwise:
+    """See the module; schedules are those of the GEMM."""
+
+    name = "conv_pointwise"
+
+    def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
+        workload = conv_workload(fused, constants)
+        if (workload.kh, workload.kw) != (1, 1) or any(workload.padding) or workload.groups > 1:
+            raise Unfusable("not a plain 1x1 convolution")
+        return workload
+
+    def space(self, workload: ConvWorkload, target: Target) -> Sequence[GemmSchedule]:
+        lanes = vector_lanes(workload.co, target)
+        return [GemmSchedule(s.mr, s.nv, lanes, s.mc) for s in Gemm().space(_gemm(workload), target) if s.nv == 1 or (s.nv - 1) * lanes < workload.co]
+
+    def features(self, workload: ConvWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
+        return Gemm().features(_gemm(workload), schedule, target)
+
+    def build(self, fused: Fused, workload: ConvWorkload, schedule: GemmSchedule, target: Target) -> Kernel:
+        x, w = fused.inputs
+        position = fused.param_index(w)
+        assert position is not None
+        nr = schedule.nv * schedule.lanes
+        shape = (-(-workload.co // nr), workload.ci, nr)
+        packing = Packing(position, shape, lambda weight: pack_panels(weight.reshape(workload.ci, workload.co), nr), f"panels{nr}")
+        with kernel(fused, {position: shape}) as (builder, buffers):
+            pixels = list(fused.output.shape[:3])
+            flat = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
+            operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), _reader(workload, flat, x, pixels), buffers[w], True)
+            GemmEmitter(fused, buffers, schedule, operands).emit()
+        return Kernel(builder.get(), (packing,))
+
+
+def _gemm(workload: ConvWorkload) -> GemmWorkload:
+    sizes = (workload.n, workload.out_h, workload.out_w)
+    known = [size for size in sizes if size is not None]
+    rows = None
+    if len(known) == 3:
+        rows = known[0] * known[1] * known[2]
+    return GemmWorkload(1, rows, workload.ci, workload.co, True, workload.epilogue)
+
+
+def _reader(workload: ConvWorkload, flat: Any, x: Any, pixels: list[Any]) -> Callable[[Any], Callable[[Any], Any]]:
+    """Row number of the GEMM -> (k -> input element)."""
+    channels = T.int64(workload.ci)
+    if workload.strides == (1, 1):
+        return lambda row: lambda k: flat[row * channels + k]
+    rows = Rows(pixels)
+
+    def strided(row: Any) -> Callable[[Any], Any]:
+        n, i, j = rows.indices(row)
+        pixel = (n * x.shape[1] + i * T.int64(workload.strides[0])) * x.shape[2] + j * T.int64(workload.strides[1])
+        start = T.bind(pixel * channels)
+        return lambda k: flat[start + k]
+
+    return strided
