@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...compiler.tvm import T, structural_map, tirx, tvm
+from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, tirx, tvm
 
 #: 1.5 * 2^23: adding it rounds a float32 of magnitude below 2^22 to an integer, which then stands in the low bits of the sum
 ROUND32 = 12582912.0
@@ -46,21 +46,16 @@ EXP2 = (
 
 
 class Names:
-    """Collects `let` bindings of one expansion, so that a value used twice is computed once."""
+    """Names values while a statement is expanded, so that one used twice is computed once; the bindings go before the statement."""
 
     def __init__(self) -> None:
-        self.bindings: list[tuple[Any, Any]] = []
+        self.bindings: list[Any] = []
 
     def __call__(self, value: Any) -> Any:
         """The variable that stands for `value`."""
         var = tirx.Var(f"t{len(self.bindings)}", value.ty.dtype)
-        self.bindings.append((var, value))
+        self.bindings.append(tirx.Bind(var, value))
         return var
-
-    def close(self, result: Any) -> Any:
-        for var, value in reversed(self.bindings):
-            result = tirx.Let(var, value, result)
-        return result
 
 
 def _f32(value: float) -> Any:
@@ -69,6 +64,40 @@ def _f32(value: float) -> Any:
 
 def _f64(value: float) -> Any:
     return tirx.FloatImm("float64", value)
+
+
+def _lanes(x: Any) -> int:
+    return tvm.DataType(str(x.ty.dtype)).lanes
+
+
+def _typed(kind: str, like: Any) -> str:
+    """The dtype `kind` with as many lanes as `like`."""
+    return f"{kind}x{_lanes(like)}" if _lanes(like) > 1 else kind
+
+
+def _cast(kind: str, x: Any) -> Any:
+    return tirx.Cast(_typed(kind, x), x)
+
+
+def _reinterpret(kind: str, x: Any) -> Any:
+    return T.reinterpret(_typed(kind, x), x)
+
+
+def _select(condition: Any, yes: Any, no: Any) -> Any:
+    """Select with scalars spread over the lanes of the condition, as the arithmetic operators do by themselves."""
+    condition = condition.asobject() if hasattr(condition, "asobject") else condition
+    lanes = _lanes(condition)
+
+    def spread(x: Any) -> Any:
+        return tirx.Broadcast(x, lanes) if lanes > 1 and _lanes(x) == 1 else x
+
+    return tirx.Select(condition, spread(yes), spread(no))
+
+
+def _constant(x: Any) -> float | None:
+    """The value of a constant, or of a vector of one constant."""
+    x = x.value if isinstance(x, tirx.Broadcast) else x
+    return float(x.value) if isinstance(x, tirx.FloatImm) else None
 
 
 def _horner(x: Any, coefficients: Sequence[float], constant: Callable[[float], Any] = _f32) -> Any:
@@ -81,20 +110,20 @@ def _horner(x: Any, coefficients: Sequence[float], constant: Callable[[float], A
 
 def _at_least(x: Any, low: Any) -> Any:
     """max(x, low) that keeps a NaN of x; one instruction on x86, whose max returns its second operand on NaN."""
-    return tirx.Select(low > x, low, x)
+    return _select(low > x, low, x)
 
 
 def _at_most(x: Any, high: Any) -> Any:
-    return tirx.Select(high < x, high, x)
+    return _select(high < x, high, x)
 
 
 def _bits(x: Any) -> Any:
-    return T.reinterpret("int32", x)
+    return _reinterpret("int32", x)
 
 
 def _power_of_two(exponent: Any) -> Any:
     """2^exponent as float32 for an int32 exponent in -126..127."""
-    return T.reinterpret("float32", (exponent + T.int32(127)) << T.int32(23))
+    return _reinterpret("float32", (exponent + T.int32(127)) << T.int32(23))
 
 
 def _scale(name: Names, value: Any, exponent: Any) -> Any:
@@ -104,7 +133,7 @@ def _scale(name: Names, value: Any, exponent: Any) -> Any:
 
 
 def _with_sign(magnitude: Any, sign_of: Any) -> Any:
-    return T.reinterpret("float32", _bits(magnitude) | (_bits(sign_of) & T.int32(-(2**31))))
+    return _reinterpret("float32", _bits(magnitude) | (_bits(sign_of) & T.int32(-(2**31))))
 
 
 def exp(name: Names, x: Any) -> Any:
@@ -120,17 +149,17 @@ def exp(name: Names, x: Any) -> Any:
 def _split(name: Names, x: Any) -> tuple[Any, Any]:
     """Positive x = m * 2^e with m in [sqrt(1/2), sqrt(2)): (m, e as float32); denormals are scaled up first."""
     small = x < _f32(2.0**-126)  # booleans stay unbound: TVM's interval analysis cannot hold a vector of them
-    bits = name(_bits(tirx.Select(small, x * _f32(2.0**23), x)))
+    bits = name(_bits(_select(small, x * _f32(2.0**23), x)))
     e = name((bits - T.int32(0x3F3504F3)) >> T.int32(23))
-    m = T.reinterpret("float32", bits - (e << T.int32(23)))
-    return name(m), name(tirx.Cast("float32", e) - tirx.Select(small, _f32(23.0), _f32(0.0)))
+    m = _reinterpret("float32", bits - (e << T.int32(23)))
+    return name(m), name(_cast("float32", e) - _select(small, _f32(23.0), _f32(0.0)))
 
 
 def _log_edges(x: Any, value: Any) -> Any:
     """What a logarithm is at 0, infinity, below 0 and at NaN."""
-    value = tirx.Select(x == _f32(0.0), _f32(-math.inf), value)
-    value = tirx.Select(x < _f32(math.inf), value, x)
-    return tirx.Select(x < _f32(0.0), _f32(math.nan), value)
+    value = _select(x == _f32(0.0), _f32(-math.inf), value)
+    value = _select(x < _f32(math.inf), value, x)
+    return _select(x < _f32(0.0), _f32(math.nan), value)
 
 
 def _log_finite(name: Names, x: Any) -> Any:
@@ -151,7 +180,7 @@ def log1p(name: Names, x: Any) -> Any:
     x = name(x)
     u = name(x + _f32(1.0))
     value = name(_log_finite(name, u) + (x - (u - _f32(1.0))) / u)
-    return tirx.Select(T.fabs(x) < _f32(2.0**-24), x, _log_edges(u, value))
+    return _select(T.fabs(x) < _f32(2.0**-24), x, _log_edges(u, value))
 
 
 def _odd_rational(name: Names, x: Any, bound: float, p: Sequence[float], q: Sequence[float]) -> Any:
@@ -176,16 +205,16 @@ def sigmoid(name: Names, x: Any) -> Any:
 
 def _trigonometric(name: Names, x: Any, quadrants: int) -> Any:
     """sin(x + quadrants * pi/2). The argument is reduced in float64, by pi/2 in two parts."""
-    wide = name(tirx.Cast("float64", x))
+    wide = name(_cast("float64", x))
     shifted = name(wide * _f64(2.0 / math.pi) + _f64(ROUND64))
     n = name(shifted - _f64(ROUND64))
-    r = name(tirx.Cast("float32", (wide - n * _f64(math.pi / 2)) - n * _f64(6.123233995736766e-17)))
-    quadrant = name(tirx.Cast("int32", T.reinterpret("int64", shifted) & T.int64(3)) + T.int32(quadrants))
+    r = name(_cast("float32", (wide - n * _f64(math.pi / 2)) - n * _f64(6.123233995736766e-17)))
+    quadrant = name(_cast("int32", _reinterpret("int64", shifted) & T.int64(3)) + T.int32(quadrants))
     square = name(r * r)
     sine = name((r * square) * _horner(square, SIN) + r)
     cosine = name((square * square) * _horner(square, COS) - square * _f32(0.5) + _f32(1.0))
-    value = name(tirx.Select((quadrant & T.int32(1)) == T.int32(1), cosine, sine))
-    return T.reinterpret("float32", _bits(value) ^ ((quadrant & T.int32(2)) << T.int32(30)))
+    value = name(_select((quadrant & T.int32(1)) == T.int32(1), cosine, sine))
+    return _reinterpret("float32", _bits(value) ^ ((quadrant & T.int32(2)) << T.int32(30)))
 
 
 def sin(name: Names, x: Any) -> Any:
@@ -203,7 +232,7 @@ def _small_power(name: Names, x: Any, exponent: float) -> Any | None:
     if exponent == 0.5:
         # pow(-0, .5) = +0 and pow(-inf, .5) = inf, unlike sqrt
         x = name(x)
-        return tirx.Select(x == _f32(-math.inf), _f32(math.inf), T.sqrt(x + _f32(0.0)))
+        return _select(x == _f32(-math.inf), _f32(math.inf), T.sqrt(x + _f32(0.0)))
     if exponent != int(exponent) or abs(exponent) > 4:
         return None
     x = name(x)
@@ -215,33 +244,33 @@ def _small_power(name: Names, x: Any, exponent: float) -> Any | None:
 
 def power(name: Names, x: Any, y: Any) -> Any:
     """x^y = 2^(y log2 |x|), the exponent in float64 so that the product keeps enough digits; the edges are C99's."""
-    if isinstance(y, tirx.FloatImm):
-        small = _small_power(name, x, float(y.value))
+    if _constant(y) is not None:
+        small = _small_power(name, x, _constant(y))
         if small is not None:
             return small
     x, y = name(x), name(y)
     magnitude = name(T.fabs(x))
     m, e = _split(name, magnitude)
-    wide = name(tirx.Cast("float64", m))
+    wide = name(_cast("float64", m))
     s = name((wide - _f64(1.0)) / (wide + _f64(1.0)))
-    logarithm = name(s * _horner(name(s * s), LOG2, _f64) + tirx.Cast("float64", e))
-    edge = tirx.Select(magnitude == _f32(0.0), _f64(-math.inf), tirx.Select(magnitude < _f32(math.inf), logarithm, tirx.Cast("float64", magnitude)))
-    t = name(tirx.Cast("float64", y) * edge)
-    t = name(tirx.Select(_f64(-152.0) > t, _f64(-152.0), t))
-    t = name(tirx.Select(_f64(130.0) < t, _f64(130.0), t))
+    logarithm = name(s * _horner(name(s * s), LOG2, _f64) + _cast("float64", e))
+    edge = _select(magnitude == _f32(0.0), _f64(-math.inf), _select(magnitude < _f32(math.inf), logarithm, _cast("float64", magnitude)))
+    t = name(_cast("float64", y) * edge)
+    t = name(_select(_f64(-152.0) > t, _f64(-152.0), t))
+    t = name(_select(_f64(130.0) < t, _f64(130.0), t))
     shifted = name(t + _f64(ROUND64))
     r = name(t - (shifted - _f64(ROUND64)))
-    exponent = name(tirx.Cast("int32", T.reinterpret("int64", shifted)))
-    result = name(_scale(name, tirx.Cast("float32", _horner(r, EXP2, _f64)), exponent))
+    exponent = name(_cast("int32", _reinterpret("int64", shifted)))
+    result = name(_scale(name, _cast("float32", _horner(r, EXP2, _f64)), exponent))
     integer = T.floor(y) == y
     odd = tirx.And(integer, T.floor(y * _f32(0.5)) * _f32(2.0) != y)
     negative = _bits(x) < T.int32(0)
-    signed = tirx.Select(tirx.And(negative, odd), T.reinterpret("float32", _bits(result) | T.int32(-(2**31))), result)
+    signed = _select(tirx.And(negative, odd), _reinterpret("float32", _bits(result) | T.int32(-(2**31))), result)
     invalid = tirx.And(tirx.And(x < _f32(0.0), magnitude < _f32(math.inf)), tirx.Not(integer))
-    result = name(tirx.Select(invalid, _f32(math.nan), signed))
+    result = name(_select(invalid, _f32(math.nan), signed))
     # 1^y and x^0 are 1 even for NaN; (-1)^(+-inf) is 1
     one = tirx.Or(tirx.Or(x == _f32(1.0), y == _f32(0.0)), tirx.And(magnitude == _f32(1.0), T.fabs(y) == _f32(math.inf)))
-    return tirx.Select(one, _f32(1.0), result)
+    return _select(one, _f32(1.0), result)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -257,16 +286,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def expand(call: Any) -> Any:
-    """A float32 call of a known function as its expansion; anything else unchanged."""
-    function = FUNCTIONS.get(getattr(call.op, "name", ""))
-    if function is None or str(call.ty.dtype) != "float32":
-        return call
-    name = Names()
-    return name.close(function(name, *call.args))
-
-
-def _extremum(node: Any) -> Any:
+def _extremum(name: Names, node: Any) -> Any:
     """Float max and min that keep NaN: one select when an operand is a constant, a NaN test more when not."""
     if not str(node.ty.dtype).startswith("float"):
         return node
@@ -274,18 +294,76 @@ def _extremum(node: Any) -> Any:
 
     def pick(first: Any, second: Any) -> Any:
         # NaN in either operand selects the second
-        return tirx.Select(first > second if above else first < second, first, second)
+        return _select(first > second if above else first < second, first, second)
 
-    if isinstance(node.a, tirx.FloatImm):
+    if _constant(node.a) is not None:
         return pick(node.a, node.b)
-    if isinstance(node.b, tirx.FloatImm):
+    if _constant(node.b) is not None:
         return pick(node.b, node.a)
-    name = Names()
     a, b = name(node.a), name(node.b)
-    return name.close(tirx.Select(T.isnan(a), a, pick(a, b)))
+    return _select(a != a, a, pick(a, b))
+
+
+def _expand(statement: Any) -> Any:
+    """One store or binding with its calls expanded. What an if-then-else guards keeps its calls: it must not be computed before the test."""
+    guarded: set[Any] = set()
+
+    def guard(call: Any) -> None:
+        if getattr(call.op, "name", "") == "tirx.if_then_else":
+            for branch in call.args[1:]:
+                structural_walk(branch, ((tvm.ir.Call, tirx.Max, tirx.Min), guarded.add))
+
+    structural_walk(statement.value, (tvm.ir.Call, guard))
+    name = Names()
+
+    def call(node: Any) -> Any:
+        function = FUNCTIONS.get(getattr(node.op, "name", ""))
+        if function is None or str(node.ty.dtype).split("x")[0] != "float32" or node in guarded:
+            return node
+        return function(name, *node.args)
+
+    def extremum(node: Any) -> Any:
+        return node if node in guarded else _extremum(name, node)
+
+    value = structural_map(statement.value, [(tvm.ir.Call, call), ((tirx.Max, tirx.Min), extremum)])
+    if value.same_as(statement.value):
+        return statement
+    if isinstance(statement, tirx.Bind):
+        last = tirx.Bind(statement.var, value)
+    else:
+        last = tirx.BufferStore(statement.buffer, value, list(statement.indices))
+    return tirx.SeqStmt([*name.bindings, last]) if name.bindings else last
+
+
+def _flatten(sequence: Any) -> Any:
+    """Sequences within a sequence dissolve: a binding holds until the end of the sequence it stands in."""
+    if not any(isinstance(statement, tirx.SeqStmt) for statement in sequence.seq):
+        return sequence
+    flat: list[Any] = []
+    for statement in sequence.seq:
+        flat.extend(statement.seq if isinstance(statement, tirx.SeqStmt) else [statement])
+    return tirx.SeqStmt(flat)
 
 
 def vector_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Expand every call and every float max/min of a finished kernel; run before vectorised loops are lowered."""
-    body = structural_map(func.body, [(tvm.ir.Call, expand), (tirx.Max, _extremum), (tirx.Min, _extremum)])
+    """Expand every call and every float max/min of a lowered kernel (vectorised loops already vectors, simplification done)."""
+    body = structural_map(
+        func.body,
+        [((tirx.Bind, tirx.BufferStore), _expand), (tirx.SeqStmt, _flatten)],
+    )
     return func if body.same_as(func.body) else func.with_body(body)
+
+
+@tvm.tirx.transform.prim_func_pass(opt_level=0, name="tcompile.VectorMath")
+def _vector_math_pass(func: tirx.PrimFunc, module: tvm.IRModule, context: tvm.transform.PassContext) -> tirx.PrimFunc:
+    return vector_math(func)
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    lower, finish_host, finish_device = PIPELINE_MAP["s_tir"]()
+    return tvm.transform.Sequential([lower, _vector_math_pass]), finish_host, finish_device
+
+
+#: name of the lowering pipeline with vector mathematics: `relax.build(..., tir_pipeline=TIR_PIPELINE)`
+TIR_PIPELINE = "tcompile_cpu"
+PIPELINE_MAP[TIR_PIPELINE] = _pipeline

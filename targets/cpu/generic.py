@@ -1,0 +1,91 @@
+"""The generic scheduler: vector code for every PrimFunc that no template takes.
+
+What can be read as a chain of stages (element-wise code, data movement, reductions, softmax and normalisations, pooling) is planned as loop nests and emitted anew. What can
+not (sort, scan, scatter, tuple reductions) keeps its loops, the outer ones made parallel where they carry no dependence. Nothing is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...compiler.tvm import IRBuilder, T, s_tir, tirx, tvm
+from ..base import Target
+from .emit import ATTRS, static
+from .loops import SERIAL_WORK, Emitter
+from .nests import Flat, Nest, plan
+from .stages import Unreadable, inline, read_stages
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A function and the rule that scheduled it: "map", "row reduction", "column reduction" (joined by "+" over its nests), "parallel loops: why" or "as is: why"."""
+
+    func: tirx.PrimFunc
+    rule: str
+
+
+def schedule(func: tirx.PrimFunc, target: Target) -> Scheduled:
+    """Schedule any s_tir PrimFunc; its parameters stay as they are."""
+    try:
+        outputs = set(func.params)
+        flat = Flat()
+        nests = plan(inline(read_stages(func), outputs), outputs, flat)
+        emitted, rule = _emit(func, nests, flat, target)
+        return Scheduled(emitted, rule)
+    except Unreadable as reason:
+        return _parallel_loops(func, str(reason))
+
+
+def _emit(func: tirx.PrimFunc, nests: list[Nest], flat: Flat, target: Target) -> tuple[tirx.PrimFunc, str]:
+    rules: list[str] = []
+    used = {step.target for nest in nests for step in nest.steps if step.address is not None}
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr(dict(ATTRS))
+        buffers = {}
+        for param in func.params:
+            kind = T.buffer(tuple(param.shape), param.ty.dtype) if hasattr(param, "shape") else T.var("int64", param.name)
+            buffers[param] = T.arg(param.name, kind)
+        views = {}
+        for source, planned in flat.buffers.items():
+            if source in buffers:
+                views[planned] = T.decl_buffer(tuple(planned.shape), planned.ty.dtype, data=buffers[source].data)
+            elif planned in used:
+                views[planned] = T.alloc_buffer(tuple(planned.shape), planned.ty.dtype)
+        for nest in nests:
+            emitter = Emitter(nest, views, target)
+            emitter.emit()
+            rules.append(emitter.rule)
+    return builder.get(), "+".join(dict.fromkeys(rules))
+
+
+def _parallel_loops(func: tirx.PrimFunc, reason: str) -> Scheduled:
+    """Make the outermost spatial loop of every block parallel, and leave the rest."""
+    sch = s_tir.Schedule(func, error_render_level="none")
+    changed = False
+    for block in _blocks(sch):
+        loops = sch.get_loops(block)
+        work = 1
+        for loop in loops:
+            work *= static(sch.get(loop).extent) or 256
+        if not loops or work < SERIAL_WORK:
+            continue
+        try:
+            sch.parallel(loops[0])
+            changed = True
+        except (s_tir.ScheduleError, tvm.error.TVMError, RuntimeError):
+            continue  # a loop that carries a dependence, or an opaque block
+    result = sch.mod["main"].with_attr("tcompile.scheduled", True)
+    for name, value in (func.attrs or {}).items():
+        result = result.with_attr(name, value)
+    return Scheduled(result, f"{'parallel loops' if changed else 'as is'}: {reason}")
+
+
+def _blocks(sch: Any) -> list[Any]:
+    root = sch.get_sblock("root") if _has_root(sch) else None
+    return list(sch.get_child_blocks(root)) if root is not None else []
+
+
+def _has_root(sch: Any) -> bool:
+    body = sch.mod["main"].body
+    return isinstance(body, s_tir.SBlockRealize) and not body.block.iter_vars
