@@ -28,6 +28,7 @@ from typing import Any
 from ...compiler.tvm import T, TensorLoad, structural_map, structural_walk, tirx, tvm
 from ..base import Target
 from .emit import static
+from .math import VECTOR_CALLS
 from .nests import Axis, Nest, Step, coefficients
 from .stages import COMBINERS, cost, loads, renamed
 
@@ -69,12 +70,12 @@ def vector_axis(nest: Nest) -> Axis | None:
     def score(axis: Axis) -> float:
         total = 0.0
         for stride, wide in strides(nest, axis):
-            total += (4.0 if wide else 1.0) * {1: 2.0, 0: 0.5}.get(stride, -1.0)
+            total += (4.0 if wide else 1.0) * {1: 2.0, 0: 0.5, 2: 0.0}.get(stride, -1.0)
         for step in nest.steps:
             if step.address is not None:
                 linear = coefficients(step.address, [axis.var])
                 total += 4.0 if linear and static(linear[0]) == 1 and (step.wide or nest.is_map) else 0.0
-        return total + min(0.0, math.log2(extent_of(axis) / 8.0))
+        return total + 4.0 * min(0.0, math.log2(extent_of(axis) / 8.0))
 
     return max(nest.axes, key=score, default=None)
 
@@ -88,7 +89,9 @@ class Emitter:
     target: Target
     axis: Axis | None = None
     lanes: int = 1
+    vectorizable: bool = True
     known: dict[Any, Callable[[dict[Any, Any], Any], Any]] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def emit(self) -> None:
         """Emit the nest and name the rule that was used."""
@@ -99,6 +102,7 @@ class Emitter:
         dtypes = [step.dtype for step in self.nest.steps] + [str(load.ty.dtype) for step in self.nest.steps for load in loads(step.value)]
         self.lanes = max(1, self.target.vector_bits // max(element_bits(dtype) for dtype in dtypes))
         size = static(self.axis.extent)
+        self.vectorizable = vectorizable(self.nest, self.axis)
         if self.axis.inner:
             self.lanes = self.lanes if size is None else min(self.lanes, _power_below(size))
             self._inner()
@@ -158,13 +162,13 @@ class Emitter:
             if self.lanes == 1:
                 body(base + v, tirx.const(v, "int64"))
             else:
-                with T.vectorized(T.int64(self.lanes)) as lane:
+                with (T.vectorized if self.vectorizable else T.serial)(T.int64(self.lanes)) as lane:
                     body(base + (lane + v * self.lanes), lane + v * self.lanes)
 
     # -- values ------------------------------------------------------------------------------------------------------------------------------------
 
     def _value(self, step: Step, point: dict[Any, Any], slot: Any) -> Any:
-        """Bind the value of a step at a point."""
+        """The value of a step at a point, bound to a name."""
 
         def name(var: Any) -> Any:
             return self.known[var](point, slot) if var in self.known else point.get(var, var)
@@ -172,7 +176,25 @@ class Emitter:
         def read(load: Any) -> Any:
             return self.views[load.source][load.indices[0]]
 
-        return T.bind(structural_map(renamed(step.value), [(TensorLoad, read), (tirx.Var, name)]))
+        value = structural_map(renamed(step.value), [(TensorLoad, read), (tirx.Var, name)])
+        # TVM's interval analysis of integer bindings stumbles over vectors of booleans
+        return T.bind(value) if step.dtype.startswith(("float", "bfloat")) else value
+
+    def _share(self, steps: Sequence[Step], width: int) -> None:
+        """Give a register to each value without a load that several later steps use: the simplifier would copy a mere binding into every use."""
+        self.shared = {}
+        uses = [var for step in self.nest.steps for var in _occurrences(step.value)]
+        for step in steps:
+            if not step.combine and not loads(step.value) and sum(var.same_as(step.ref) for var in uses) > 1:
+                self.shared[step.ref] = T.alloc_buffer((width,), step.dtype, scope="local")
+
+    def _known(self, step: Step, value: Any, slot: Any) -> Any:
+        """Let later steps of the same pass use a value."""
+        if step.ref in self.shared:
+            T.buffer_store(self.shared[step.ref], value, [slot])
+            value = self.shared[step.ref][slot]
+        self.known[step.ref] = _constant(value)
+        return value
 
     def _store(self, step: Step, point: dict[Any, Any], value: Any) -> None:
         if step.address is not None:
@@ -274,6 +296,7 @@ class Emitter:
         inner = [axis for axis in self.nest.axes if axis.inner]
         for steps in passes:
             folds = {step.ref: self._accumulator(step, width) for step in steps if step.combine}
+            self._share(steps, width)
             with ExitStack() as stack:
                 point = dict(rows)
                 if steps[0].wide and not self.nest.is_map:
@@ -287,7 +310,7 @@ class Emitter:
                             acc = folds[step.ref]  # noqa: B023
                             T.buffer_store(acc, COMBINERS[step.combine](acc[slot], value), [slot])
                             continue
-                        self.known[step.ref] = _constant(value)
+                        value = self._known(step, value, slot)
                         self._store(step, here, value)
                         if step.ref in kept:
                             T.buffer_store(kept[step.ref], value, [self._place(here, slot, width)])
@@ -334,6 +357,7 @@ class Emitter:
         vectors = self._vectors(size if size is not None else 1 << 30)
         width = vectors * self.lanes
         folds = {step.ref: self._accumulator(step, width) for step in steps if step.combine}
+        self._share(steps, width)
         inner = [axis for axis in self.nest.axes if axis.inner and axis is not self.axis]
         with ExitStack() as stack:
             point = rows | {axis.var: stack.enter_context(T.serial(axis.extent)) for axis in inner}
@@ -348,7 +372,7 @@ class Emitter:
                         value = value if fresh is None else tirx.Select(fresh, value, tirx.Cast(step.dtype, step.init))
                         T.buffer_store(acc, COMBINERS[step.combine](acc[slot], value), [slot])
                         continue
-                    self.known[step.ref] = _constant(value)
+                    value = self._known(step, value, slot)
                     self._store(step, here, value)
                     if step.ref in kept:
                         T.buffer_store(kept[step.ref], value, [self._place(here, position, extent)])
@@ -395,6 +419,29 @@ class Emitter:
                 T.buffer_store(acc, combine(acc[lane], acc[lane + half]), [lane])
             half //= 2
         return T.bind(acc[T.int64(0)])
+
+
+def vectorizable(nest: Nest, axis: Axis) -> bool:
+    """No step branches by lane or calls what has no vector form; TVM would take such a statement apart, bindings not."""
+    varying = {axis.var} | {step.ref for step in nest.steps}
+    blocked = False
+
+    def visit(call: Any) -> None:
+        nonlocal blocked
+        if getattr(call.op, "name", "") == "prim.if_then_else":
+            blocked = blocked or bool(varying & _variables(call.args[0])) or bool(loads(call.args[0]))
+        else:
+            blocked = blocked or call.op.name not in VECTOR_CALLS
+
+    for step in nest.steps:
+        structural_walk(step.value, (tvm.ir.Call, visit))
+    return not blocked
+
+
+def _occurrences(expr: Any) -> list[Any]:
+    found: list[Any] = []
+    structural_walk(expr, (tirx.Var, found.append))
+    return found
 
 
 def _power_below(size: int) -> int:

@@ -301,7 +301,7 @@ def _extremum(name: Names, node: Any) -> Any:
     if _constant(node.b) is not None:
         return pick(node.b, node.a)
     a, b = name(node.a), name(node.b)
-    return _select(a != a, a, pick(a, b))
+    return _select(T.isnan(a), a, pick(a, b))
 
 
 def _expand(statement: Any) -> Any:
@@ -309,7 +309,7 @@ def _expand(statement: Any) -> Any:
     guarded: set[Any] = set()
 
     def guard(call: Any) -> None:
-        if getattr(call.op, "name", "") == "tirx.if_then_else":
+        if getattr(call.op, "name", "") == "prim.if_then_else":
             for branch in call.args[1:]:
                 structural_walk(branch, ((tvm.ir.Call, tirx.Max, tirx.Min), guarded.add))
 
@@ -363,6 +363,16 @@ def _pipeline() -> tuple[Any, Any, Any]:
     lower, finish_host, finish_device = PIPELINE_MAP["s_tir"]()
     return tvm.transform.Sequential([lower, _vector_math_pass]), finish_host, finish_device
 
+
+# these expand to, or lower to, plain vector arithmetic; TVM's vectoriser would take them apart lane by lane
+for _name in ("tirx.erf", "tirx.log1p", "tirx.rsqrt", "tirx.isnan", "tirx.nearbyint"):
+    tvm.ir.register_op_attr(_name, "TVectorizable", True)
+
+#: calls that a vectorised loop may hold
+VECTOR_CALLS = frozenset(FUNCTIONS) | {
+    f"tirx.{_name}" for _name in ("sqrt", "rsqrt", "floor", "ceil", "trunc", "nearbyint", "fabs", "isnan", "reinterpret", "shift_left", "shift_right", "bitwise_and",
+    "bitwise_or", "bitwise_xor", "bitwise_not", "likely")
+}  # fmt: skip
 
 #: name of the lowering pipeline with vector mathematics: `relax.build(..., tir_pipeline=TIR_PIPELINE)`
 TIR_PIPELINE = "tcompile_cpu"

@@ -10,7 +10,7 @@ Rewrites: axes of extent 1 go; an axis read through div and mod is split so that
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,30 +67,52 @@ class Nest:
 
     def rewrite(self, values: dict[Any, Any], axes: Sequence[Axis]) -> Nest:
         """The nest over other axes; `values` gives the old variables in terms of the new."""
-        analyzer = tvm.sym.Analyzer()
-        for axis in axes:
-            analyzer.bind(axis.var, tvm.ir.Range.from_min_extent(tirx.const(0, "int64"), axis.extent))
+        simplify = _simplifier(axes)
         steps = []
         for step in self.steps:
-            address = None if step.address is None else analyzer.simplify(substitute(step.address, values))
-            steps.append(replace(step, value=_simplify(substitute(step.value, values), analyzer), address=address))
+            address = None if step.address is None else simplify(substitute(step.address, values))
+            steps.append(replace(step, value=_simplify(substitute(step.value, values), simplify), address=address))
         return Nest(tuple(axes), tuple(steps))
 
 
-def _simplify(value: Any, analyzer: Any) -> Any:
+def _simplifier(axes: Sequence[Axis]) -> Callable[[Any], Any]:
+    """Simplification of indices within the ranges of the axes."""
+    analyzer = tvm.sym.Analyzer()
+    dynamic = [axis for axis in axes if static(axis.extent) is None]
+    for axis in axes:
+        analyzer.bind(axis.var, tvm.ir.Range.from_min_extent(tirx.const(0, "int64"), axis.extent))
+
+    def within(node: Any) -> bool:
+        return any(node.a.same_as(axis.var) and analyzer.can_prove_equal(node.b, axis.extent) for axis in dynamic)
+
+    def simplify(index: Any) -> Any:
+        index = analyzer.simplify(index)
+        if not dynamic:
+            return index
+        # v % n and v // n for v < n: the analyzer does not see through a symbolic n
+        taken = [
+            (tirx.FloorMod, lambda node: node.a if within(node) else node),
+            (tirx.FloorDiv, lambda node: tirx.const(0, "int64") if within(node) else node),
+        ]
+        return analyzer.simplify(structural_map(index, taken))
+
+    return simplify
+
+
+def _simplify(value: Any, simplify: Callable[[Any], Any]) -> Any:
     """Simplify indices and drop the branches that cannot be taken; arithmetic on values stays as written."""
 
     def branch(call: Any) -> Any:
-        if getattr(call.op, "name", "") != "tirx.if_then_else":
+        if getattr(call.op, "name", "") != "prim.if_then_else":
             return call
-        condition = analyzer.simplify(call.args[0])
+        condition = simplify(call.args[0])
         known = static(condition)
         return call if known is None else call.args[1 if known else 2]
 
     return structural_map(
         value,
         [
-            (TensorLoad, lambda load: tirx.BufferLoad(load.source, [analyzer.simplify(index) for index in load.indices])),
+            (TensorLoad, lambda load: tirx.BufferLoad(load.source, [simplify(index) for index in load.indices])),
             (tvm.ir.Call, branch),
         ],
     )
@@ -331,7 +353,7 @@ def _cuts(nest: Nest) -> tuple[Axis, list[int]] | None:
             points.update(point for point in (zero, zero + 1) if 0 < point < extent)  # noqa: B023
 
         def visit(call: Any) -> None:
-            if getattr(call.op, "name", "") == "tirx.if_then_else":
+            if getattr(call.op, "name", "") == "prim.if_then_else":
                 structural_walk(call.args[0], ((tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE), compare))  # noqa: B023
 
         for step in nest.steps:
@@ -354,7 +376,7 @@ def _decides(nest: Nest, axis: Axis, point: int) -> bool:
         changed = changed or (None not in values and values[0] != values[1])
 
     def visit(call: Any) -> None:
-        if getattr(call.op, "name", "") == "tirx.if_then_else":
+        if getattr(call.op, "name", "") == "prim.if_then_else":
             structural_walk(call.args[0], ((tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE), compare))
 
     for step in nest.steps:

@@ -70,7 +70,7 @@ def cost(expr: Any) -> int:
     def visit(node: Any) -> None:
         nonlocal total
         if isinstance(node, tvm.ir.Call):
-            total += 1 if getattr(node.op, "name", "") == "tirx.if_then_else" else 10
+            total += 1 if getattr(node.op, "name", "") == "prim.if_then_else" else 10
         elif not isinstance(node, _FREE) and str(node.ty.dtype).startswith(("float", "bfloat")):
             total += 1
 
