@@ -6,6 +6,7 @@ not (sort, scan, scatter, tuple reductions) keeps its loops, the outer ones made
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,32 +61,26 @@ def _emit(func: tirx.PrimFunc, nests: list[Nest], flat: Flat, target: Target) ->
 
 
 def _parallel_loops(func: tirx.PrimFunc, reason: str) -> Scheduled:
-    """Make the outermost spatial loop of every block parallel, and leave the rest."""
-    sch = s_tir.Schedule(func, error_render_level="none")
-    changed = False
-    for block in _blocks(sch):
-        loops = sch.get_loops(block)
-        work = 1
-        for loop in loops:
-            work *= static(sch.get(loop).extent) or 256
-        if not loops or work < SERIAL_WORK:
-            continue
-        try:
-            sch.parallel(loops[0])
-            changed = True
-        except (s_tir.ScheduleError, tvm.error.TVMError, RuntimeError):
-            continue  # a loop that carries a dependence, or an opaque block
-    result = sch.mod["main"].with_attr("tcompile.scheduled", True)
-    for name, value in (func.attrs or {}).items():
-        result = result.with_attr(name, value)
-    return Scheduled(result, f"{'parallel loops' if changed else 'as is'}: {reason}")
+    """Make the outermost loop of every block parallel where that is legal, and leave the rest."""
+    result, changed = func, False
+    try:
+        sch = s_tir.Schedule(func, error_render_level="none")
+        for block in sch.get_child_blocks(sch.get_sblock("root")):
+            loops = sch.get_loops(block)
+            if loops and math.prod(static(sch.get(loop).extent) or 256 for loop in loops) >= SERIAL_WORK:
+                changed |= _try_parallel(sch, loops[0])
+        if changed:
+            result = sch.mod["main"]
+            for name, value in (func.attrs or {}).items():
+                result = result.with_attr(name, value)
+    except (s_tir.ScheduleError, tvm.error.InternalError):
+        pass  # opaque code: not for the scheduler at all
+    return Scheduled(result.with_attr("tcompile.scheduled", True), f"{'parallel loops' if changed else 'as is'}: {reason}")
 
 
-def _blocks(sch: Any) -> list[Any]:
-    root = sch.get_sblock("root") if _has_root(sch) else None
-    return list(sch.get_child_blocks(root)) if root is not None else []
-
-
-def _has_root(sch: Any) -> bool:
-    body = sch.mod["main"].body
-    return isinstance(body, s_tir.SBlockRealize) and not body.block.iter_vars
+def _try_parallel(sch: s_tir.Schedule, loop: Any) -> bool:
+    try:
+        sch.parallel(loop)
+    except (s_tir.ScheduleError, tvm.error.InternalError):
+        return False  # the loop carries a dependence
+    return True

@@ -7,7 +7,7 @@ Max and Min do, where LLVM's plain lowering (`a > b ? a : b`) drops it.
 The polynomials are least-squares fits on Chebyshev nodes, weighted by the relative error (Lawson's iteration for the rational ones); the errors below are measured
 over the whole range by tests/test_cpu_math.py. Range reduction follows Cody and Waite, "Software Manual for the Elementary Functions" (1980).
 
-    exp, log, log1p, pow 1 ulp; sin, cos 2 ulp for |x| < 2^40; sigmoid 3 ulp for x > -87, 3e-39 absolute below; tanh 5 ulp; erf 6 ulp
+    exp, log, log1p, pow 1 ulp; log2 2 ulp; sin, cos 2 ulp for |x| < 2^40; sigmoid 3 ulp for x > -87, 3e-39 absolute below; tanh 5 ulp; erf 6 ulp
 
 Denormal arguments and results are exact to the same bounds; infinities, NaN and signed zeros follow IEEE 754 and C99's annex F. Other precisions keep their calls.
 """
@@ -175,6 +175,17 @@ def log(name: Names, x: Any) -> Any:
     return _log_edges(x, _log_finite(name, x))
 
 
+def log2(name: Names, x: Any) -> Any:
+    """Exact at powers of two."""
+    x = name(x)
+    m, e = _split(name, x)
+    f = name(m - _f32(1.0))
+    square = name(f * f)
+    tail = name((f * square) * _horner(f, LOG) - square * _f32(0.5))
+    # log2(e) = 1 + .4427: the parts of f and tail that need no product come last
+    return _log_edges(x, (tail * _f32(0.44269504) + f * _f32(0.44269504) + tail) + f + e)
+
+
 def log1p(name: Names, x: Any) -> Any:
     """log(u) + (x - (u - 1)) / u with u = 1 + x: the second term restores what rounding u lost (Goldberg 1991, theorem 4)."""
     x = name(x)
@@ -276,6 +287,7 @@ def power(name: Names, x: Any, y: Any) -> Any:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tirx.exp": exp,
     "tirx.log": log,
+    "prim.log2": log2,
     "tirx.log1p": log1p,
     "tirx.erf": erf,
     "tirx.tanh": tanh,
@@ -370,9 +382,9 @@ for _name in ("tirx.erf", "tirx.log1p", "tirx.rsqrt", "tirx.isnan", "tirx.nearby
 
 #: calls that a vectorised loop may hold
 VECTOR_CALLS = frozenset(FUNCTIONS) | {
-    f"tirx.{_name}" for _name in ("sqrt", "rsqrt", "floor", "ceil", "trunc", "nearbyint", "fabs", "isnan", "reinterpret", "shift_left", "shift_right", "bitwise_and",
-    "bitwise_or", "bitwise_xor", "bitwise_not", "likely")
-}  # fmt: skip
+    f"tirx.{_name}" for _name in ("sqrt", "rsqrt", "floor", "trunc", "nearbyint", "fabs", "isnan", "reinterpret", "shift_left", "shift_right", "bitwise_and",
+    "bitwise_or", "bitwise_xor", "bitwise_not")
+} | {"prim.ceil", "prim.likely"}  # fmt: skip
 
 #: name of the lowering pipeline with vector mathematics: `relax.build(..., tir_pipeline=TIR_PIPELINE)`
 TIR_PIPELINE = "tcompile_cpu"
