@@ -36,8 +36,6 @@ from .stages import COMBINERS, cost, loads, renamed
 SERIAL_WORK = 32768
 #: iterations that the parallel loop should have
 PARALLEL_EXTENT = 64
-#: largest row buffer on the stack, bytes
-STACK_BYTES = 64 * 1024
 #: side of the tiles of a transposition, elements
 TILE = 16
 
@@ -115,7 +113,7 @@ class Emitter:
                     self._rows(1)
         else:
             self.lanes = min(self.lanes, _power_below(size))
-            self._rows(self._vectors(size))
+            self._rows(self._vectors(size, self.nest.steps))
 
     @property
     def rule(self) -> str:
@@ -123,9 +121,9 @@ class Emitter:
             return "map"
         return "row reduction" if self.axis is not None and self.axis.inner else "column reduction"
 
-    def _vectors(self, size: int) -> int:
+    def _vectors(self, size: int, steps: Sequence[Step]) -> int:
         """Vectors per tile: enough independent work to hide latencies, no more than the axis has."""
-        work = sum(cost(step.value) for step in self.nest.steps)
+        work = sum(cost(step.value) for step in steps)
         limit = max(1, self.target.vector_registers // 4)
         vectors = limit * (1 if self.nest.is_map or self.axis is None or self.axis.inner else 2) if work <= 4 else 2 if work <= 12 else 1
         return max(1, min(vectors, size // self.lanes))
@@ -186,7 +184,7 @@ class Emitter:
         uses = [var for step in self.nest.steps for var in _occurrences(step.value)]
         for step in steps:
             if not step.combine and not loads(step.value) and sum(var.same_as(step.ref) for var in uses) > 1:
-                self.shared[step.ref] = T.alloc_buffer((width,), step.dtype, scope="local")
+                self.shared[step.ref] = T.alloc_buffer((width,), step.dtype)
 
     def _known(self, step: Step, value: Any, slot: Any) -> Any:
         """Let later steps of the same pass use a value."""
@@ -202,7 +200,7 @@ class Emitter:
             T.buffer_store(self.views[step.target], value, [address])
 
     def _accumulator(self, step: Step, size: int) -> Any:
-        acc = T.alloc_buffer((size,), step.dtype, scope="local")
+        acc = T.alloc_buffer((size,), step.dtype)
         self._fill(acc, size, step.init)
         return acc
 
@@ -235,9 +233,7 @@ class Emitter:
                         if axis.inner and axis is not self.axis:
                             size = size * axis.extent
                     size = tvm.sym.Analyzer().simplify(size)
-                    known = static(size)
-                    small = known is not None and known * element_bits(step.dtype) // 8 <= STACK_BYTES
-                    kept[step.ref] = T.alloc_buffer((size,), step.dtype, scope="local" if small else "global")
+                    kept[step.ref] = T.alloc_buffer((size,), step.dtype)
         return kept
 
     def _place(self, point: dict[Any, Any], position: Any, width: Any) -> Any:
@@ -317,7 +313,7 @@ class Emitter:
                         elif not step.wide:
                             T.buffer_store(rowwise[step.ref], value, [slot])  # noqa: B023
 
-                rowwise = {step.ref: T.alloc_buffer((width,), step.dtype, scope="local") for step in steps if not step.wide}
+                rowwise = {step.ref: T.alloc_buffer((width,), step.dtype) for step in steps if not step.wide}
                 self._vector(base, vectors, body)
             for step in steps:
                 if step.combine:
@@ -337,10 +333,11 @@ class Emitter:
     # -- vectors along an inner axis -----------------------------------------------------------------------------------------------------------------
 
     def _inner(self) -> None:
+        assert self.axis is not None
         rows = [(axis.var, axis.extent) for axis in self.nest.axes if not axis.inner]
         passes = self._passes()
         with self._loops(rows) as point:
-            kept = self._kept(passes, self.axis.extent)  # type: ignore[union-attr]
+            kept = self._kept(passes, self.axis.extent)
             for steps in passes:
                 if steps[0].wide:
                     self._inner_pass(steps, point, kept)
@@ -354,7 +351,7 @@ class Emitter:
         """One pass over a row."""
         assert self.axis is not None
         extent, size = self.axis.extent, static(self.axis.extent)
-        vectors = self._vectors(size if size is not None else 1 << 30)
+        vectors = self._vectors(size if size is not None else 1 << 30, steps)
         width = vectors * self.lanes
         folds = {step.ref: self._accumulator(step, width) for step in steps if step.combine}
         self._share(steps, width)

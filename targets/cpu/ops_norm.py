@@ -38,10 +38,14 @@ def _axes(axes: Any, rank: int) -> list[int]:
     return sorted(int(axis) % rank for axis in axes)
 
 
+#: maximum that may lose a NaN: the sum of a softmax brings it back
+_plain_max = te.comm_reducer(lambda a, b: tirx.Select(a > b, a, b), te.min_value, name="plain_max")
+
+
 def softmax(x: Any, axis: int, log: bool = False) -> Any:
     """x: any shape, float. exp(x - max) / sum, or its logarithm."""
     axes = _axes([axis], len(x.shape))
-    top = _fold(x, axes, te.max, lambda *i: x(*i), "top")
+    top = _fold(x, axes, _plain_max, lambda *i: x(*i), "top")
     shifted = te.compute(x.shape, lambda *i: x(*i) - top(*_rows(i, axes)), name="shifted")
     power = te.compute(x.shape, lambda *i: te.exp(shifted(*i)), name="power")
     total = _fold(x, axes, te.sum, lambda *i: power(*i), "total")

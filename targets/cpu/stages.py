@@ -26,6 +26,7 @@ COMBINERS: dict[str, Callable[[Any, Any], Any]] = {
     "Min": tirx.Min,
     "And": tirx.And,
     "Or": tirx.Or,
+    "Greater": lambda a, b: tirx.Select(a > b, a, b),
 }
 
 
@@ -134,6 +135,11 @@ def _read_block(realize: Any, loops: dict[Any, Any]) -> Stage:
 
 def _read_reduction(stage: Stage, block: Any) -> Stage:
     kind = type(stage.value).__name__
+    if kind == "Select" and isinstance(stage.value.condition, tirx.GT):
+        # the plain maximum, one instruction, for those who do not mind losing a NaN
+        condition = stage.value.condition
+        if condition.a.same_as(stage.value.true_value) or str(condition.a) == str(stage.value.true_value):
+            stage, kind = replace(stage, value=tirx.Max(stage.value.true_value, stage.value.false_value)), "Greater"
     if block.init is None or not isinstance(block.init, tirx.BufferStore) or kind not in COMBINERS:
         raise Unreadable(f"block {block.name_hint} reduces by {kind}")
     for own, rest in ((stage.value.a, stage.value.b), (stage.value.b, stage.value.a)):
