@@ -1,13 +1,13 @@
 """Vector mathematics: `vector_math` replaces the float32 calls of a kernel (exp, erf, tanh, ...) by polynomials that LLVM vectorises.
 
-Without it LLVM calls libm once per lane. Templates and schedulers keep the calls (`T.exp(x)` inlines and fuses well); the replacement is the last step on a finished
-kernel, where every call site gets bindings of its own. It also settles what float32 and float64 `max`/`min` do with NaN: they keep it, as onnxruntime's Relu, Clip,
+Without it LLVM calls libm once per lane. Templates and schedulers keep the calls (`T.exp(x)` inlines and fuses well); the lowering pipeline `TIR_PIPELINE` replaces them
+after TVM has vectorised and simplified: its simplifier would fold the rounding constants away and copy bound values into every use. It also settles what float32 and float64 `max`/`min` do with NaN: they keep it, as onnxruntime's Relu, Clip,
 Max and Min do, where LLVM's plain lowering (`a > b ? a : b`) drops it.
 
 The polynomials are least-squares fits on Chebyshev nodes, weighted by the relative error (Lawson's iteration for the rational ones); the errors below are measured
 over the whole range by tests/test_cpu_math.py. Range reduction follows Cody and Waite, "Software Manual for the Elementary Functions" (1980).
 
-    exp, log, log1p, pow 1 ulp; log2 2 ulp; sin, cos 2 ulp for |x| < 2^40; sigmoid 3 ulp for x > -87, 3e-39 absolute below; tanh 5 ulp; erf 6 ulp
+    log, log1p, pow 1 ulp; exp, log2, sin, cos 2 ulp (sin, cos for |x| < 2^40); sigmoid 3 ulp for x > -87, 3e-39 absolute below; tanh 5 ulp; erf 6 ulp
 
 Denormal arguments and results are exact to the same bounds; infinities, NaN and signed zeros follow IEEE 754 and C99's annex F. Other precisions keep their calls.
 """
@@ -27,7 +27,8 @@ ROUND32 = 12582912.0
 ROUND64 = 6755399441055744.0
 
 LN2_HIGH, LN2_LOW = 0.693145751953125, 1.42860677e-6
-EXP = (0.499999885899947, 0.16666518415101672, 0.041669533959393684, 0.008368921740882773, 0.0013751388271632404)
+#: (e^r - 1 - r) / r^2 on [-ln 2, ln 2]
+EXP = (0.5000003455933478, 0.16666614281965308, 0.0416612769111975, 0.008336098379459776, 0.001410429665492409, 0.00019611817011219376)
 LOG = (
     0.3333331089896389, -0.2500001627905827, 0.20002204183610234, -0.16667643716103692, 0.14217891534661792,
     -0.12411268686874026, 0.11904712128779407, -0.11646434415873085, 0.06675271890576213,
@@ -137,13 +138,15 @@ def _with_sign(magnitude: Any, sign_of: Any) -> Any:
 
 
 def exp(name: Names, x: Any) -> Any:
-    """e^x = 2^n e^r with |r| <= ln(2)/2."""
+    """e^x = e^r s s with s = 2^n and |r| <= ln 2: the two products round once, down to the denormals and up to infinity."""
     x = name(_at_most(_at_least(x, _f32(-104.0)), _f32(89.0)))
-    shifted = name(x * _f32(math.log2(math.e)) + _f32(ROUND32))
-    n = name(shifted - _f32(ROUND32))
-    r = name((x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW))
+    # the exponent's bias rides on the rounding constant, so that the low bits of the sum are those of 2^n, ready to shift
+    shifted = name(x * _f32(0.5 * math.log2(math.e)) + _f32(ROUND32 + 127.0))
+    n = name(shifted - _f32(ROUND32 + 127.0))
+    r = name((x - n * _f32(2.0 * LN2_HIGH)) - n * _f32(2.0 * LN2_LOW))
     value = name((r * r) * _horner(r, EXP) + r + _f32(1.0))
-    return _scale(name, value, name(_bits(shifted) - T.int32(0x4B400000)))
+    s = name(_reinterpret("float32", _bits(shifted) << T.int32(23)))
+    return value * s * s
 
 
 def _split(name: Names, x: Any) -> tuple[Any, Any]:
