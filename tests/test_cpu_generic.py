@@ -27,8 +27,10 @@ def compiled(define: Callable, *params: tuple[tuple, str], target: Target = HASW
     """(executable, {function: rule}) of one Relax expression, fused and scheduled."""
     builder = relax.BlockBuilder()
     inputs = [relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, (shape, dtype) in enumerate(params)]
-    with builder.function("main", inputs), builder.dataflow():
-        builder.emit_func_output(builder.emit_output(builder.normalize(define(builder.emit, *inputs))))
+    with builder.function("main", inputs):
+        with builder.dataflow():
+            output = builder.emit_output(builder.normalize(define(builder.emit, *inputs)))
+        builder.emit_func_output(output)
     with llvm:
         module = legalize(DispatchSortScan()(builder.get()))
         before = ["AnnotateTIROpPattern", "FuseOps", "FuseTIR", "RewriteDataflowReshape", "DeadCodeElimination"]

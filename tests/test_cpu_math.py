@@ -96,10 +96,10 @@ def test_power():
 def test_constant_power(exponent):
     x = whole_range()
     with np.errstate(all="ignore"):
-        expected = np.power(x.astype(np.float64), np.float64(np.float32(exponent))).astype(np.float32)
+        expected = np.power(x.astype(np.float64), np.full(x.shape, np.float32(exponent), np.float64)).astype(np.float32)
     normal = (np.abs(expected) > 1e-37) | (expected == 0) | np.isnan(expected)
     got = evaluate(lambda v: T.pow(v, T.float32(exponent)), x)
-    assert ulps(got[normal], expected[normal]).max() <= 3
+    assert ulps(got[normal], expected[normal]).max() <= 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

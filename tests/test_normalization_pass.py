@@ -99,10 +99,11 @@ def test_softmax():
     """Built by hand: TVM's torch importer does not know amax."""
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType((2, 3, HIDDEN), "float32"))
-    with builder.function("main", [x]), builder.dataflow():
-        power = builder.emit(relax.op.exp(builder.emit(relax.op.subtract(x, builder.emit(relax.op.max(x, axis=-1, keepdims=True))))))
-        total = builder.emit(relax.op.sum(power, axis=-1, keepdims=True))
-        builder.emit_func_output(builder.emit_output(relax.op.divide(power, total)))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            power = builder.emit(relax.op.exp(builder.emit(relax.op.subtract(x, builder.emit(relax.op.max(x, axis=-1, keepdims=True))))))
+            output = builder.emit_output(relax.op.divide(power, builder.emit(relax.op.sum(power, axis=-1, keepdims=True))))
+        builder.emit_func_output(output)
     spec = (TensorSpec("x", (2, 3, HIDDEN), "float32"),)
     program = Program(builder.get(), spec, spec, Provenance("test", "relax"))
     rewritten = RecognizeNormalizations().run(program, PassContext(Target("cpu", "test")))

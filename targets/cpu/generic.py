@@ -47,16 +47,18 @@ def _emit(func: tirx.PrimFunc, nests: list[Nest], flat: Flat, target: Target) ->
         for param in func.params:
             kind = T.buffer(tuple(param.shape), param.ty.dtype) if hasattr(param, "shape") else T.var("int64", param.name)
             buffers[param] = T.arg(param.name, kind)
-        views = {}
-        for source, planned in flat.buffers.items():
-            if source in buffers:
-                views[planned] = T.decl_buffer(tuple(planned.shape), planned.ty.dtype, data=buffers[source].data)
-            elif planned in used:
-                views[planned] = T.alloc_buffer(tuple(planned.shape), planned.ty.dtype)
-        for nest in nests:
-            emitter = Emitter(nest, views, target)
-            emitter.emit()
-            rules.append(emitter.rule)
+        # Relax's reshape analysis wants every function to start with a block
+        with T.sblock("root"):
+            views = {}
+            for source, planned in flat.buffers.items():
+                if source in buffers:
+                    views[planned] = T.decl_buffer(tuple(planned.shape), planned.ty.dtype, data=buffers[source].data)
+                elif planned in used:
+                    views[planned] = T.alloc_buffer(tuple(planned.shape), planned.ty.dtype)
+            for nest in nests:
+                emitter = Emitter(nest, views, target)
+                emitter.emit()
+                rules.append(emitter.rule)
     return builder.get(), "+".join(dict.fromkeys(rules))
 
 

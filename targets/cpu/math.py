@@ -242,7 +242,7 @@ def cos(name: Names, x: Any) -> Any:
 def _small_power(name: Names, x: Any, exponent: float) -> Any | None:
     """x^exponent by products and a square root where that is exact to an ulp or two."""
     if exponent == 0.0:
-        return _f32(1.0)
+        return tirx.Broadcast(_f32(1.0), _lanes(x)) if _lanes(x) > 1 else _f32(1.0)
     if exponent == 0.5:
         # pow(-0, .5) = +0 and pow(-inf, .5) = inf, unlike sqrt
         x = name(x)

@@ -58,7 +58,7 @@ class Nest:
 
     @property
     def is_map(self) -> bool:
-        return not any(axis.inner for axis in self.axes)
+        return not any(axis.inner for axis in self.axes) and not any(step.combine for step in self.steps)
 
     def addresses(self) -> list[Any]:
         """The flat index of every access to memory, stores included."""
