@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tvm.relax.backend import DispatchSortScan
-from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
-
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.legalize import legalize
 from tcompile.targets.cpu.math import TIR_PIPELINE
+from tvm.relax.backend import DispatchSortScan
+from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
 
 op = relax.op
 LLVM = tvm.target.Target({"kind": "llvm", "mcpu": "haswell"})
@@ -190,7 +189,14 @@ def test_channel_norms():
 def test_layer_norm_with_a_large_mean():
     """The variance is not a difference of squares."""
     x = data(4, 64) + 1000
-    check(lambda emit, a, g, b: op.nn.layer_norm(a, g, b, axes=[-1]), lambda a, g, b: F.layer_norm(a, (64,), g, b), x, data(64), data(64), tolerance=1e-3)
+    check(
+        lambda emit, a, g, b: op.nn.layer_norm(a, g, b, axes=[-1]),
+        lambda a, g, b: F.layer_norm(a, (64,), g, b),
+        x,
+        data(64),
+        data(64),
+        tolerance=1e-3,
+    )
 
 
 def test_epilogue_joins_the_row():

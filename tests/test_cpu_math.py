@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 from scipy.special import erf
-
 from tcompile.compiler.tvm import IRBuilder, T, tirx, tvm
 from tcompile.targets.cpu.math import TIR_PIPELINE
 

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from tcompile.compiler.program import Program, Provenance, TensorSpec
 from tcompile.compiler.tvm import relax, tvm
 from tcompile.passes.base import PassContext

@@ -14,7 +14,8 @@ from ...compiler.tvm import IRBuilder, T, s_tir, tirx, tvm
 from ..base import Target
 from .emit import ATTRS, static
 from .loops import SERIAL_WORK, Emitter
-from .nests import Flat, Nest, plan
+from .nests import Flat, Nest, group
+from .refine import refine
 from .stages import Unreadable, inline, read_stages
 
 
@@ -31,7 +32,7 @@ def schedule(func: tirx.PrimFunc, target: Target) -> Scheduled:
     try:
         outputs = set(func.params)
         flat = Flat()
-        nests = plan(inline(read_stages(func), outputs), outputs, flat)
+        nests = [simple for nest in group(inline(read_stages(func), outputs), outputs, flat) for simple in refine(nest)]
         emitted, rule = _emit(func, nests, flat, target)
         return Scheduled(emitted, rule)
     except Unreadable as reason:

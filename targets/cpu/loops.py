@@ -25,12 +25,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...compiler.tvm import T, TensorLoad, structural_map, structural_walk, tirx, tvm
+from ...compiler.tvm import T, TensorLoad, structural_map, tirx, tvm
 from ..base import Target
 from .emit import static
-from .math import VECTOR_CALLS
-from .nests import Axis, Nest, Step, coefficients
+from .nests import Axis, Nest, Step
 from .stages import COMBINERS, cost, loads, renamed
+from .vectors import element_bits, extent_of, occurrences, power_below, strides, variables_of, vector_axis, vectorizable
 
 #: element operations below which a nest stays on the calling thread
 SERIAL_WORK = 32768
@@ -38,44 +38,6 @@ SERIAL_WORK = 32768
 PARALLEL_EXTENT = 64
 #: side of the tiles of a transposition, elements
 TILE = 16
-
-
-def extent_of(axis: Axis) -> int:
-    """The extent, or a guess for a dynamic one."""
-    return static(axis.extent) or 256
-
-
-def element_bits(dtype: str) -> int:
-    return max(8, tvm.DataType(dtype).bits)
-
-
-def strides(nest: Nest, axis: Axis) -> list[tuple[int | None, bool]]:
-    """(stride, is a wide access) of every access along an axis; None for a stride that is not a known number."""
-    found = []
-    for step in nest.steps:
-        wide = step.wide and not step.combine
-        accesses = [(step.address, wide)] if step.address is not None else []
-        accesses += [(load.indices[0], step.wide) for load in loads(step.value)]
-        for address, is_wide in accesses:
-            linear = coefficients(address, [axis.var])
-            found.append((static(linear[0]) if linear else None, is_wide))
-    return found
-
-
-def vector_axis(nest: Nest) -> Axis | None:
-    """The axis along which most accesses are contiguous; stores and wide accesses weigh more."""
-
-    def score(axis: Axis) -> float:
-        total = 0.0
-        for stride, wide in strides(nest, axis):
-            total += (4.0 if wide else 1.0) * {1: 2.0, 0: 0.5, 2: 0.0}.get(stride, -1.0)
-        for step in nest.steps:
-            if step.address is not None:
-                linear = coefficients(step.address, [axis.var])
-                total += 4.0 if linear and static(linear[0]) == 1 and (step.wide or nest.is_map) else 0.0
-        return total + 4.0 * min(0.0, math.log2(extent_of(axis) / 8.0))
-
-    return max(nest.axes, key=score, default=None)
 
 
 @dataclass
@@ -102,7 +64,7 @@ class Emitter:
         size = static(self.axis.extent)
         self.vectorizable = vectorizable(self.nest, self.axis)
         if self.axis.inner:
-            self.lanes = self.lanes if size is None else min(self.lanes, _power_below(size))
+            self.lanes = self.lanes if size is None else min(self.lanes, power_below(size))
             self._inner()
         elif size is None:
             with T.If(self.axis.extent >= self.lanes):
@@ -112,7 +74,7 @@ class Emitter:
                     self.lanes = 1
                     self._rows(1)
         else:
-            self.lanes = min(self.lanes, _power_below(size))
+            self.lanes = min(self.lanes, power_below(size))
             self._rows(self._vectors(size, self.nest.steps))
 
     @property
@@ -181,7 +143,7 @@ class Emitter:
     def _share(self, steps: Sequence[Step], width: int) -> None:
         """Give a register to each value without a load that several later steps use: the simplifier would copy a mere binding into every use."""
         self.shared = {}
-        uses = [var for step in self.nest.steps for var in _occurrences(step.value)]
+        uses = [var for step in self.nest.steps for var in occurrences(step.value)]
         for step in steps:
             if not step.combine and not loads(step.value) and sum(var.same_as(step.ref) for var in uses) > 1:
                 self.shared[step.ref] = T.alloc_buffer((width,), step.dtype)
@@ -215,7 +177,7 @@ class Emitter:
         found: list[list[Step]] = []
         for step in self.nest.steps:
             folded = {other.ref for other in found[-1] if other.combine} if found and found[-1][0].wide else set()
-            if step.wide and found and found[-1][0].wide and not folded & _variables(step.value):
+            if step.wide and found and found[-1][0].wide and not folded & variables_of(step.value):
                 found[-1].append(step)
             else:
                 found.append([step])
@@ -225,7 +187,7 @@ class Emitter:
         """Row buffers, by ref, of the wide values that a later pass reads."""
         kept = {}
         for position, steps in enumerate(passes):
-            later = set().union(*(_variables(step.value) for other in passes[position + 1 :] for step in other))
+            later = set().union(*(variables_of(step.value) for other in passes[position + 1 :] for step in other))
             for step in steps:
                 if step.wide and not step.combine and step.ref in later:
                     size: Any = width
@@ -418,39 +380,5 @@ class Emitter:
         return T.bind(acc[T.int64(0)])
 
 
-def vectorizable(nest: Nest, axis: Axis) -> bool:
-    """No step branches by lane or calls what has no vector form; TVM would take such a statement apart, bindings not."""
-    varying = {axis.var} | {step.ref for step in nest.steps}
-    blocked = False
-
-    def visit(call: Any) -> None:
-        nonlocal blocked
-        if getattr(call.op, "name", "") == "prim.if_then_else":
-            blocked = blocked or bool(varying & _variables(call.args[0])) or bool(loads(call.args[0]))
-        else:
-            blocked = blocked or call.op.name not in VECTOR_CALLS
-
-    for step in nest.steps:
-        structural_walk(step.value, (tvm.ir.Call, visit))
-    return not blocked
-
-
-def _occurrences(expr: Any) -> list[Any]:
-    found: list[Any] = []
-    structural_walk(expr, (tirx.Var, found.append))
-    return found
-
-
-def _power_below(size: int) -> int:
-    """The largest power of two that is at most `size`."""
-    return 1 << max(0, size.bit_length() - 1)
-
-
 def _constant(value: Any) -> Callable[[dict[Any, Any], Any], Any]:
     return lambda point, slot: value
-
-
-def _variables(expr: Any) -> set[Any]:
-    found: set[Any] = set()
-    structural_walk(expr, (tirx.Var, found.add))
-    return found
