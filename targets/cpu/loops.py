@@ -87,7 +87,11 @@ class Emitter:
         """Vectors per tile: enough independent work to hide latencies, no more than the axis has."""
         work = sum(cost(step.value) for step in steps)
         limit = max(1, self.target.vector_registers // 4)
-        vectors = limit * (1 if self.nest.is_map or self.axis is None or self.axis.inner else 2) if work <= 4 else 2 if work <= 12 else 1
+        columns = not self.nest.is_map and self.axis is not None and not self.axis.inner
+        if work <= 4:
+            vectors = 2 * limit if columns else limit
+        else:
+            vectors = limit if columns else 1  # long polynomials overlap by themselves and need the registers
         return max(1, min(vectors, size // self.lanes))
 
     # -- loops -------------------------------------------------------------------------------------------------------------------------------------
