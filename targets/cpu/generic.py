@@ -35,8 +35,9 @@ def schedule(func: tirx.PrimFunc, target: Target) -> Scheduled:
         nests = [simple for nest in group(inline(read_stages(func), outputs), outputs, flat) for simple in refine(nest)]
         emitted, rule = _emit(func, nests, flat, target)
         return Scheduled(emitted, rule)
-    except Unreadable as reason:
-        return _parallel_loops(func, str(reason))
+    except (Unreadable, tvm.error.InternalError) as reason:
+        # an internal error is TVM refusing what was planned: slower code is better than none, and the rule says why
+        return _parallel_loops(func, str(reason).splitlines()[0])
 
 
 def _emit(func: tirx.PrimFunc, nests: list[Nest], flat: Flat, target: Target) -> tuple[tirx.PrimFunc, str]:
