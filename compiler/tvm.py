@@ -8,12 +8,14 @@ from __future__ import annotations
 import tvm
 from tvm import relax, s_tir, te, tirx, topi
 from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.compilation_pipeline import PIPELINE_MAP
 from tvm.tirx.script import builder as T
 from tvm_ffi import structural_map, structural_walk
 
 __all__ = [
     "Constant",
     "IRBuilder",
+    "PIPELINE_MAP",
     "T",
     "TensorLoad",
     "is_constant",
