@@ -109,7 +109,7 @@ def _tensor(value: Any) -> Any:
     elif not value.is_contiguous() or value.is_conj() or value.is_neg():
         return from_dlpack(aligned(value.resolve_conj().resolve_neg().numpy()))
     tensor = from_dlpack(value)
-    if tensor.data_ptr % ALIGNMENT == 0:
+    if tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     return from_dlpack(aligned(value if isinstance(value, np.ndarray) else value.numpy()))
 

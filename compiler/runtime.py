@@ -13,8 +13,8 @@ from . import threads as pool
 from .artifact import Artifact, read, require_host
 from .binding import Binder, is_torch
 from .errors import TcompileError
-from .program import TensorSpec
-from .tvm_runtime import array, config_threadpool, from_dlpack, load_executable
+from .program import DimRange, TensorSpec
+from .tvm_runtime import Executable, array, config_threadpool, from_dlpack, load_executable
 
 
 class CompiledModel:
@@ -25,33 +25,41 @@ class CompiledModel:
     """
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
-        """Load the artifact's code. Raises ToolchainError when it needs what this CPU lacks, UsageError for a bad `threads`."""
-        require_host(artifact)
+        """Code is loaded at `start` or the first call, so that a model compiled for another machine can be saved. UsageError for a bad `threads`."""
         self._artifact = artifact
         self.threads = pool.checked(threads)
         self.inputs: tuple[TensorSpec, ...] = artifact.inputs
         self.outputs: tuple[TensorSpec, ...] = artifact.outputs
-        self._binder = Binder(self.inputs, artifact.dims)
-        self._executable = load_executable(artifact.library)
-        tensors = [from_dlpack(weight) for weight in artifact.weights.values()]
-        self._weights = array(tensors)
-        #: where memory lies that outputs must not share
-        self._weight_pointers = frozenset(tensor.data_ptr for tensor in tensors)
+        self.dims: Mapping[str, DimRange] = artifact.dims
+        self._binder = Binder(self.inputs, self.dims)
         self._local = threading.local()
+        self._lock = threading.Lock()
+        self._executable: Executable | None = None
+
+    def start(self) -> CompiledModel:
+        """Load the artifact's code now; returns the model. Raises ToolchainError when the code needs what this CPU lacks."""
+        with self._lock:
+            if self._executable is None:
+                require_host(self._artifact)
+                tensors = [from_dlpack(weight) for weight in self._artifact.weights.values()]
+                self._weights = array(tensors)
+                #: where memory lies that outputs must not share
+                self._weight_pointers = frozenset(tensor.data_ptr() for tensor in tensors)
+                self._executable = load_executable(self._artifact.library)
+        return self
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the model. Raises UsageError for an input that does not fit, TcompileError when the model itself fails (an index out of range)."""
         if named or len(args) != len(self.inputs):
             args = self._binder.order(args, named)
         tensors = self._binder.bind(args)
+        main = self._main()
         pool.use(self.threads, config_threadpool)
         try:
-            result = self._main()(*tensors, self._weights)
+            result = main(*tensors, self._weights)
         except Exception as error:
-            raise TcompileError(
-                f"the model failed while running: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
-            ) from error
-        taken = {tensor.data_ptr for tensor in tensors}
+            raise TcompileError(f"the model failed while running: {_last_line(error)}") from error
+        taken = {tensor.data_ptr() for tensor in tensors}
         to_torch = bool(args) and is_torch(args[0])
         if len(self.outputs) == 1:
             return self._own(result[0] if isinstance(result, array) else result, taken, to_torch)
@@ -62,12 +70,14 @@ class CompiledModel:
         try:
             return self._local.main
         except AttributeError:
-            self._local.main = self._executable.main()
+            executable = self.start()._executable
+            assert executable is not None
+            self._local.main = executable.main()
             return self._local.main
 
     def _own(self, output: Any, taken: set[int], to_torch: bool) -> Any:
         """`output` for the caller; a copy where the model passed an input or weight through, or returns one tensor twice."""
-        pointer = output.data_ptr
+        pointer = output.data_ptr()
         shared = pointer in taken or pointer in self._weight_pointers
         taken.add(pointer)
         if to_torch:
@@ -102,6 +112,11 @@ class CompiledModel:
         return f"CompiledModel({inputs} -> {outputs}; {self.manifest['target']['text']})"
 
 
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
 def load(path: str | Path, *, threads: int | None = None, check: str = "full") -> CompiledModel:
     """Load the artifact at `path`; `check` as in `artifact.read`. Raises UsageError, VerificationError (damaged) or ToolchainError (another ISA)."""
-    return CompiledModel(read(path, check=check), threads=threads)
+    return CompiledModel(read(path, check=check), threads=threads).start()
