@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["build_artifact", "compile", "compile_program", "import_model", "load"]
 
 
-def compile(  # noqa: A001  the name users expect
+def compile(
     model: Any,
     target: str | Target = "cpu",
     *,

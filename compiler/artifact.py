@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..targets.base import Target
 from .digest import chunked_sha256, sha256, sha256_of_json
 from .errors import ToolchainError, UsageError, VerificationError
 from .lowered import Lowered

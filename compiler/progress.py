@@ -21,7 +21,7 @@ class Stage:
     seconds: float = 0.0
 
 
-_show: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()
+_show: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typing import Any
 # the caller, other pools and peers in a benchmark need. This is about 2 ms, longer than any serial stretch inside a model.
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "4000")
 
-import tvm_ffi  # noqa: E402  reads its environment when loaded
+import tvm_ffi
 
 __all__ = ["Executable", "array", "config_threadpool", "from_dlpack", "load_executable"]
 
@@ -55,13 +56,16 @@ class Executable:
 def load_executable(library: bytes) -> Executable:
     """Load a shared library from memory.
 
-    Through an anonymous file: what runs is exactly the bytes that were checked, and every load is separate (the linker would hand out one handle
-    for a path loaded twice, and TVM's modules keep state in it).
+    Through an anonymous file: what runs is exactly the bytes that were checked. The path to it is a link with a name never used before, because the
+    dynamic linker gives a path that it has seen the library it loaded then, and TVM's modules keep state in theirs.
     """
     descriptor = os.memfd_create("lib.so", os.MFD_CLOEXEC)
     try:
         with os.fdopen(descriptor, "wb", closefd=False) as file:
             file.write(library)
-        return Executable(_load_library(f"/proc/self/fd/{descriptor}", "so"))
+        with tempfile.TemporaryDirectory(prefix="tcompile-") as folder:
+            link = os.path.join(folder, "lib.so")
+            os.symlink(f"/proc/self/fd/{descriptor}", link)
+            return Executable(_load_library(link, "so"))
     finally:
         os.close(descriptor)

@@ -41,10 +41,11 @@ def compile_verb(
     from ..progress import stage
 
     start = time.perf_counter()
+    require_file(model)
     path = writable_path(output if output is not None else Path(model.with_suffix(SUFFIX).name))
     resolved = Target.parse(target)
     options = CompileOptions(recipe=recipe, dump_ir=dump_ir, seed=seed, threads=threads)
-    artifact = build_artifact(import_model(require_file(model), shapes=parse_shapes(shape)), resolved, options)
+    artifact = build_artifact(import_model(model, shapes=parse_shapes(shape)), resolved, options)
     with stage("writing"):
         write(artifact, path)
     seconds = time.perf_counter() - start
