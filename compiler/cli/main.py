@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
         arguments.insert(0, "compile")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     try:
         app(arguments, prog_name="tcompile")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(bool(end.code))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
