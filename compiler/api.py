@@ -89,14 +89,14 @@ def import_model(model: Any, *, example_inputs: Any = None, shapes: Mapping[str,
             from .importers.onnx import import_onnx
 
             return import_onnx(model, shapes=shapes)
-        from .importers.torch import import_torch
-
         if isinstance(model, (str, os.PathLike)):
             model = _load_exported(Path(model))
         elif not any(base.__module__.partition(".")[0] == "torch" for base in type(model).__mro__):
             raise UsageError(
                 f"cannot compile a {type(model).__name__}: expected a path, onnx.ModelProto, torch.nn.Module or torch.export.ExportedProgram"
             )
+        from .importers.torch import import_torch
+
         return import_torch(model, example_inputs=example_inputs, shapes=shapes)
 
 

@@ -61,6 +61,8 @@ def _inspect_onnx(path: Path, shape: list[str], as_json: bool) -> None:
         program = import_model(path, shapes=parse_shapes(shape))
         blockers, tensors = [], {"inputs": [_tensor(spec) for spec in program.inputs], "outputs": [_tensor(spec) for spec in program.outputs]}
     except UnsupportedModel as error:
+        if not any(blocker.op for blocker in error.blockers):  # not a graph at all: there is nothing to show
+            raise
         blockers, tensors, failure = error.blockers, {"inputs": [], "outputs": []}, error
     summary: dict[str, Any] = {**tensors, "operators": _operators(path), "blockers": [vars(blocker) for blocker in blockers]}
     if as_json:
@@ -77,10 +79,7 @@ def _operators(path: Path) -> dict[str, int]:
     """Operator -> count, most frequent first, straight from the file; weights are not read."""
     import onnx
 
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception:  # the importer has said by now what is wrong with the file
-        return {}
+    graph = onnx.load(str(path), load_external_data=False).graph
     counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.node)
     return dict(counts.most_common())
 
