@@ -57,6 +57,7 @@ def _inspect_onnx(path: Path, shape: list[str], as_json: bool) -> None:
     from .verb_compile import parse_shapes, require_file
 
     require_file(path)
+    failure: UnsupportedModel | None = None
     try:
         program = import_model(path, shapes=parse_shapes(shape))
         blockers, tensors = [], {"inputs": [_tensor(spec) for spec in program.inputs], "outputs": [_tensor(spec) for spec in program.outputs]}
@@ -71,7 +72,7 @@ def _inspect_onnx(path: Path, shape: list[str], as_json: bool) -> None:
         _print_tensors(summary["inputs"], summary["outputs"])
         print_table(["operator", "count"], summary["operators"].items())
         print(f"blockers: {len(blockers) or 'none, this model compiles'}")
-    if blockers:
+    if failure is not None:
         raise failure
 
 
