@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from .tvm import relax, tvm
+if TYPE_CHECKING:  # the runtime reads specs from here and must load without the compiler
+    from .tvm import relax, tvm
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ Everything else writes `from ..compiler.tvm import relax, tirx, tvm`.
 
 from __future__ import annotations
 
-import tvm
+from . import tvm_runtime  # noqa: F401  first: it sets what TVM reads only once
+
+import tvm  # isort: skip
 from tvm import relax, s_tir, te, tirx, topi
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.compilation_pipeline import PIPELINE_MAP

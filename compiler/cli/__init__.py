@@ -1,0 +1,1 @@
+"""The `tcompile` command: one file per verb."""

@@ -1,0 +1,84 @@
+"""`tcompile MODEL`: compile a model to an artifact."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import typer
+
+from ..errors import UsageError
+from .terminal import Json, Seed, Shape, Threads, guarded, print_json
+
+
+@guarded
+def compile_verb(
+    model: Path = typer.Argument(..., help="ONNX file, or .pt2 file written by torch.export.save.", show_default=False),
+    target: str = typer.Option("cpu", "--target", "-t", help="cpu (this machine) or cpu:NAME; `tcompile targets` lists them."),
+    output: Path | None = typer.Option(None, "--output", "-o", help="Artifact directory, ending in .tcm; default: MODEL's name in this folder."),
+    shape: list[str] = Shape,
+    threads: int | None = Threads,
+    recipe: Path | None = typer.Option(None, "--recipe", help="TOML file with the passes to run."),
+    dump_ir: Path | None = typer.Option(None, "--dump-ir", help="Write the module after every pass into this directory."),
+    seed: int = Seed,
+    as_json: bool = Json,
+) -> None:
+    """Compile MODEL to an artifact directory (the verb may be left out).
+
+    Examples:
+
+      tcompile resnet50.onnx
+
+      tcompile bert.onnx --shape input_ids=1x128 --target cpu:haswell -o bert.tcm
+
+    An older artifact at --output is replaced; anything else there is left alone.
+    """
+    from ...targets.base import Target
+    from ..api import build_artifact, import_model
+    from ..artifact import SUFFIX
+    from ..artifact_writer import writable_path, write
+    from ..options import CompileOptions
+    from ..progress import stage
+
+    start = time.perf_counter()
+    require_file(model)
+    path = writable_path(output if output is not None else Path(model.with_suffix(SUFFIX).name))
+    resolved = Target.parse(target)
+    options = CompileOptions(recipe=recipe, dump_ir=dump_ir, seed=seed, threads=threads)
+    artifact = build_artifact(import_model(model, shapes=parse_shapes(shape)), resolved, options)
+    with stage("writing"):
+        write(artifact, path)
+    seconds = time.perf_counter() - start
+    weight_bytes = sum(array.nbytes for array in artifact.weights.values())
+    if as_json:
+        print_json(
+            {
+                "output": str(path),
+                "seconds": round(seconds, 3),
+                "weight_bytes": weight_bytes,
+                "manifest": artifact.manifest,
+                "report": artifact.report,
+            }
+        )
+        return
+    print(f"{path}  {resolved.text}, {weight_bytes / 1e6:.1f} MB weights, {len(artifact.library) / 1e6:.1f} MB code, {seconds:.1f} s")
+    for spec in artifact.inputs:
+        print(f"  in   {spec}")
+    for spec in artifact.outputs:
+        print(f"  out  {spec}")
+
+
+def require_file(path: Path) -> Path:
+    """`path` when it is a file (UsageError)."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such file")
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file; expected an ONNX model")
+    return path
+
+
+def parse_shapes(flags: list[str]) -> dict[str, object] | None:
+    """`--shape` flags as the importers take them."""
+    from ..shapes import parse_shape_flag
+
+    return dict(parse_shape_flag(flag) for flag in flags) or None

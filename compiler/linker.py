@@ -1,0 +1,71 @@
+"""From a TVM executable to the bytes of a shared library.
+
+Object files never touch a disk: LLVM ends the whole process when it cannot write one, so they are written into anonymous memory files. The linker is a
+child process and reports a full disk like any other failure. Its command line is fixed, without build id, so that equal objects give equal bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from .errors import ToolchainError, UsageError
+from .tvm import relax
+
+#: compiler drivers first (they know where libm is), then bare linkers
+DRIVERS = ("cc", "gcc", "clang")
+LINKERS = ("ld", "ld.lld", "ld.gold")
+
+
+def find_linker() -> list[str]:
+    """Command prefix that links a shared library; raises ToolchainError when the host has none."""
+    for name in DRIVERS:
+        if path := shutil.which(name):
+            return [path, "-shared", "-nostartfiles", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
+    for name in LINKERS:
+        if path := shutil.which(name):
+            return [path, "-shared", "--build-id=none", "-z", "noexecstack"]
+    raise ToolchainError(
+        f"no linker found: none of {', '.join(DRIVERS + LINKERS)} is on PATH; install one, for example `apt-get install gcc` or `apt-get install binutils`"
+    )
+
+
+def link(executable: relax.VMExecutable) -> bytes:
+    """Shared library of `executable` as bytes; equal for equal executables under the same linker.
+
+    Raises ToolchainError when no linker is there or it fails, UsageError when the disk is full.
+    """
+    command = find_linker()
+    libm = ["-lm"] if Path(command[0]).name in DRIVERS else ["-l:libm.so.6"]
+    with ExitStack() as stack:
+        workspace = Path(stack.enter_context(_temporary_directory()))
+        descriptors: list[int] = []
+        for name in ("lib0.o", "devc.o"):  # the names that export_library gives its objects
+            descriptor = os.memfd_create(name)
+            stack.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+            os.symlink(f"/proc/self/fd/{descriptor}", workspace / name)
+        result = workspace / "lib.so"
+
+        def run(output: str, objects: list[str], **_: object) -> None:
+            done = subprocess.run([*command, "-o", output, *objects, *libm], capture_output=True, text=True, pass_fds=descriptors)
+            if done.returncode == 0:
+                return
+            message = done.stderr.strip()
+            if "No space left" in message or "File too large" in message:
+                raise UsageError(f"cannot link into {tempfile.gettempdir()}: the disk is full; free some space and run again")
+            raise ToolchainError(f"{command[0]} could not link the kernels (exit {done.returncode}):\n{message}")
+
+        executable.export_library(str(result), fcompile=run, workspace_dir=str(workspace))
+        return result.read_bytes()
+
+
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="tcompile-")
+    except OSError as error:
+        raise UsageError(f"cannot create a temporary directory: {error.strerror}; free some space and run again") from error

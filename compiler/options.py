@@ -1,0 +1,28 @@
+"""Options of one compilation that are not properties of the program or the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """recipe: a TOML file with passes and options, None for the target's default. dump_ir: directory for the module after every pass. seed: of every
+    random choice. threads: worker count the schedules are chosen for, None for all physical cores of the target.
+    """
+
+    recipe: Path | None = None
+    dump_ir: Path | None = None
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.recipe is not None and not self.recipe.is_file():
+            raise UsageError(f"recipe file {self.recipe} does not exist")
+        if self.dump_ir is not None and self.dump_ir.exists() and not self.dump_ir.is_dir():
+            raise UsageError(f"--dump-ir needs a directory; {self.dump_ir} is a file")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UsageError(f"seed must be an integer of at least 0, not {self.seed!r}")

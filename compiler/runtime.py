@@ -1,0 +1,122 @@
+"""CompiledModel: an artifact that can be called."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import threads as pool
+from .artifact import Artifact, read, require_host
+from .binding import Binder, is_torch
+from .errors import TcompileError
+from .program import DimRange, TensorSpec
+from .tvm_runtime import Executable, array, config_threadpool, from_dlpack, load_executable
+
+
+class CompiledModel:
+    """A compiled model. Call it with numpy arrays or CPU torch tensors, by position or by input name.
+
+    One output comes back as an array, several as a tuple in the model's order; torch tensors when the first input is one. Outputs own their memory.
+    Any number of threads may call at once: each gets a virtual machine of its own, all share the weights.
+    """
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        """Code is loaded at `start` or the first call, so that a model compiled for another machine can be saved. UsageError for a bad `threads`."""
+        self._artifact = artifact
+        self.threads = pool.checked(threads)
+        self.inputs: tuple[TensorSpec, ...] = artifact.inputs
+        self.outputs: tuple[TensorSpec, ...] = artifact.outputs
+        self.dims: Mapping[str, DimRange] = artifact.dims
+        self._binder = Binder(self.inputs, self.dims)
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._executable: Executable | None = None
+
+    def start(self) -> CompiledModel:
+        """Load the artifact's code now; returns the model. Raises ToolchainError when the code needs what this CPU lacks."""
+        with self._lock:
+            if self._executable is None:
+                require_host(self._artifact)
+                tensors = [from_dlpack(weight) for weight in self._artifact.weights.values()]
+                self._weights = array(tensors)
+                #: where memory lies that outputs must not share
+                self._weight_pointers = frozenset(tensor.data_ptr() for tensor in tensors)
+                self._executable = load_executable(self._artifact.library)
+        return self
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Run the model. Raises UsageError for an input that does not fit, TcompileError when the model itself fails (an index out of range)."""
+        if named or len(args) != len(self.inputs):
+            args = self._binder.order(args, named)
+        tensors = self._binder.bind(args)
+        main = self._main()
+        pool.use(self.threads, config_threadpool)
+        try:
+            result = main(*tensors, self._weights)
+        except Exception as error:
+            raise TcompileError(f"the model failed while running: {_last_line(error)}") from error
+        taken = {tensor.data_ptr() for tensor in tensors}
+        to_torch = bool(args) and is_torch(args[0])
+        if len(self.outputs) == 1:
+            return self._own(result[0] if isinstance(result, array) else result, taken, to_torch)
+        return tuple(self._own(output, taken, to_torch) for output in result)
+
+    def _main(self) -> Any:
+        """This thread's entry point."""
+        try:
+            return self._local.main
+        except AttributeError:
+            executable = self.start()._executable
+            assert executable is not None
+            self._local.main = executable.main()
+            return self._local.main
+
+    def _own(self, output: Any, taken: set[int], to_torch: bool) -> Any:
+        """`output` for the caller; a copy where the model passed an input or weight through, or returns one tensor twice."""
+        pointer = output.data_ptr()
+        shared = pointer in taken or pointer in self._weight_pointers
+        taken.add(pointer)
+        if to_torch:
+            import torch
+
+            result = torch.from_dlpack(output)
+            return result.clone() if shared else result
+        value = np.from_dlpack(output)
+        return value.copy() if shared else value
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact to the directory `path` (NAME.tcm), complete or not at all. Raises UsageError where that is impossible."""
+        from .artifact_writer import write
+
+        return write(self._artifact, path)
+
+    def report(self) -> dict[str, Any]:
+        """What the compiler did: passes with matches, kernels, memory plan; seconds only on the model that `compile` returned."""
+        return dict(self._artifact.report)
+
+    def source(self) -> str:
+        """The emitted code as text, one file after the other."""
+        return "\n".join(f"// ==== {name} ====\n{text}" for name, text in self._artifact.sources.items())
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The artifact's manifest: specs, target, recipe, versions."""
+        return self._artifact.manifest
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(str(spec) for spec in specs) for specs in (self.inputs, self.outputs))
+        return f"CompiledModel({inputs} -> {outputs}; {self.manifest['target']['text']})"
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def load(path: str | Path, *, threads: int | None = None, check: str = "full") -> CompiledModel:
+    """Load the artifact at `path`; `check` as in `artifact.read`. Raises UsageError, VerificationError (damaged) or ToolchainError (another ISA)."""
+    return CompiledModel(read(path, check=check), threads=threads).start()

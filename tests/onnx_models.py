@@ -1,0 +1,47 @@
+"""Small ONNX files for the tests of the command and the API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper, numpy_helper, save
+
+
+def mlp(rows: int | str = 2, *, layers: int = 1, width: int = 3) -> ModelProto:
+    """y[rows, width] = relu(... relu(x[rows, 4] @ w0) ... @ wN): seeded weights."""
+    generator = np.random.default_rng(0)
+    nodes, weights, value, size = [], [], "x", 4
+    for layer in range(layers):
+        weights.append(numpy_helper.from_array(generator.standard_normal((size, width), dtype=np.float32) / np.float32(np.sqrt(size)), f"w{layer}"))
+        nodes.append(helper.make_node("MatMul", [value, f"w{layer}"], [f"m{layer}"], name=f"matmul_{layer}"))
+        value, size = "y" if layer == layers - 1 else f"r{layer}", width
+        nodes.append(helper.make_node("Relu", [f"m{layer}"], [value], name=f"relu_{layer}"))
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, width])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def saved_mlp(folder: Path, **options: object) -> Path:
+    path = folder / "mlp.onnx"
+    save(mlp(**options), path)  # type: ignore[arg-type]
+    return path
+
+
+def unsupported(folder: Path) -> Path:
+    """Two nodes of a domain that nobody knows."""
+    nodes = [
+        helper.make_node("Frobnicate", ["x"], ["a"], name="first", domain="acme"),
+        helper.make_node("Twiddle", ["a"], ["y"], name="second", domain="acme"),
+    ]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "odd", tensors[:1], tensors[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("acme", 1)], ir_version=8)
+    path = folder / "odd.onnx"
+    save(model, path)
+    return path
