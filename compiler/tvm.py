@@ -9,6 +9,7 @@ from . import tvm_runtime  # noqa: F401  first: it sets what TVM reads only once
 
 import tvm  # isort: skip
 from tvm import relax, s_tir, te, tirx, topi
+from tvm.relax.expr_functor import mutator
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.compilation_pipeline import PIPELINE_MAP
 from tvm.tirx.script import builder as T
@@ -21,6 +22,7 @@ __all__ = [
     "T",
     "TensorLoad",
     "is_constant",
+    "mutator",
     "relax",
     "s_tir",
     "structural_map",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..compiler.program import Program
-from ..compiler.tvm import Constant, relax, tvm
+from ..compiler.tvm import Constant, mutator, relax, tvm
 from .base import Pass, PassContext
 
 _VIEWS = {"relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze"}
@@ -48,7 +48,7 @@ def _array(expr: Any) -> np.ndarray | None:
     return expr.value.numpy() if isinstance(expr, Constant) else None
 
 
-@relax.expr_functor.mutator
+@mutator
 class _Peephole(relax.PyExprMutator):
     """Local rewrites, one visit per binding; the builder's lookup sees through variables."""
 

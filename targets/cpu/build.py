@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.tvm import Constant, relax, tirx, tvm
+from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
 from ..base import Target
 from .lower import tvm_target
+from .math import TIR_PIPELINE
 
 
 def lift_weights(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -20,7 +21,7 @@ def lift_weights(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
     return lifter.apply(), lifter.weights
 
 
-@relax.expr_functor.mutator
+@mutator
 class _Lifter(relax.PyExprMutator):
     def __init__(self, module: Any):
         super().__init__(module)
@@ -74,7 +75,7 @@ def build(module: Any, target: Target) -> tuple[Any, dict[str, str]]:
             transform.AttachGlobalSymbol(),
         ):
             module = step(module)
-        executable = relax.build(module, target=code, relax_pipeline=None, exec_mode="compiled")
+        executable = relax.build(module, target=code, relax_pipeline=None, tir_pipeline=TIR_PIPELINE, exec_mode="compiled")
     return executable, sources
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...autotune.cost_model import CostModel
-from ...compiler.tvm import Constant, relax, tirx, tvm
+from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
 from ..base import Target
 from .fused import Fused, Unfusable, analyze
 from .template import Kernel, KernelTemplate, machine
@@ -17,9 +17,12 @@ from .template import Kernel, KernelTemplate, machine
 
 def templates() -> list[KernelTemplate]:
     """All kernel templates, in the order they are asked. A new one is one line here."""
+    from .conv_depthwise import ConvDepthwise
+    from .conv_direct import ConvDirect
+    from .conv_pointwise import ConvPointwise
     from .gemm import Gemm
 
-    return [Gemm()]
+    return [Gemm(), ConvDepthwise(), ConvPointwise(), ConvDirect()]
 
 
 @dataclass
@@ -66,9 +69,9 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel, progres
         name = variable.name_hint
         kernel = _from_template(func, name, known, constants.get(name, frozenset()), lowering)
         if kernel is None:
-            scheduled, rule = generic(func, target)
-            lowering.choices[name].schedule = rule
-            kernel = Kernel(scheduled)
+            scheduled = generic(func, target)
+            lowering.choices[name].schedule = scheduled.rule
+            kernel = Kernel(scheduled.func)
         kernels[name] = kernel
         if progress:
             progress(done + 1, len(functions))
@@ -118,7 +121,7 @@ def constant_positions(main: Any) -> dict[str, frozenset[int]]:
     return positions
 
 
-@relax.expr_functor.mutator
+@mutator
 class _Replace(relax.PyExprMutator):
     """Swap in the kernels; a kernel with packed parameters gets a new variable, as the old one carries the old signature."""
 

@@ -1,0 +1,10 @@
+"""All graph passes by name. A new pass is one line here."""
+
+from __future__ import annotations
+
+from .base import Pass
+from .canonicalize import Canonicalize
+from .layout import ChannelsLast
+from .normalization import RecognizeNormalizations
+
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeNormalizations, ChannelsLast)}
