@@ -1,11 +1,11 @@
 """Recipe: the ordered graph passes with their options, as TOML.
 
-    [[pass]]
-    name = "canonicalize"
+[[pass]]
+name = "canonicalize"
 
-    [[pass]]
-    name = "fuse_epilogues"
-    depth = 64
+[[pass]]
+name = "fuse_epilogues"
+depth = 64
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ class PlanMemory(Pass):
         module = transform.StaticPlanBlockMemory()(module)
         planned = _storage_bytes(module["main"], "relax.memory.alloc_storage")
         context.matched(storages=planned[1], tensors=unplanned[1])
-        context.note(f"planned_bytes={planned[0]} unshared_bytes={unplanned[0]} dynamic_tensors={_count(module['main'], 'relax.builtin.alloc_tensor')}")
+        context.note(
+            f"planned_bytes={planned[0]} unshared_bytes={unplanned[0]} dynamic_tensors={_count(module['main'], 'relax.builtin.alloc_tensor')}"
+        )
         return program.with_module(module)
 
 

@@ -43,7 +43,7 @@ class _Recognizer(relax.PyExprMutator):
         self.found: Counter[str] = Counter()
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
-        call = super().visit_call_(call)
+        call = super().visit_call_(call)  # pyright: ignore[reportAssignmentType]
         name = getattr(call.op, "name", "")
         if name not in ("relax.multiply", "relax.add", "relax.divide") or str(_dtype(call)) != "float32":
             return call

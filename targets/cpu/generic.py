@@ -61,7 +61,7 @@ def _emit(func: tirx.PrimFunc, nests: list[Nest], flat: Flat, target: Target) ->
                 emitter = Emitter(nest, views, target)
                 emitter.emit()
                 rules.append(emitter.rule)
-    return builder.get(), "+".join(dict.fromkeys(rules))
+    return builder.get(), "+".join(dict.fromkeys(rules))  # pyright: ignore[reportReturnType]
 
 
 def _parallel_loops(func: tirx.PrimFunc, reason: str) -> Scheduled:

@@ -93,7 +93,9 @@ def host() -> Target:
 
     features = host_features()
     if not {"avx2", "fma"} <= features:
-        raise ToolchainError("this CPU lacks AVX2 and FMA, the least that tcompile's CPU kernels need; name another machine with --target cpu:NAME to cross compile")
+        raise ToolchainError(
+            "this CPU lacks AVX2 and FMA, the least that tcompile's CPU kernels need; name another machine with --target cpu:NAME to cross compile"
+        )
     wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features
     formats = {"float32"} | ({"int8"} if features & {"avx512vnni", "avxvnni"} else set()) | ({"bfloat16"} if "avx512bf16" in features else set())
     model = tvm.target.codegen.llvm_get_system_cpu()

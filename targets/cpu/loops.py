@@ -227,7 +227,7 @@ class Emitter:
             side = min(TILE, extent_of(across))
             blocks = tvm.sym.Analyzer().simplify(tvm.tirx.floordiv(across.extent + (side - 1), tirx.const(side, "int64")))
             loops = [*((var, extent) for var, extent in rows if not var.same_as(across.var)), (block, blocks), (tile, tiles)]
-        even = static(self.axis.extent) is not None and static(self.axis.extent) % width == 0
+        even = static(self.axis.extent) is not None and static(self.axis.extent) % width == 0  # pyright: ignore[reportOptionalOperand]
         with self._loops(loops) as point:
             base = point[tile] * width
             base = T.bind(base if even else T.min(base, last))

@@ -56,7 +56,9 @@ def tvm_target(target: Target) -> Any:
     return tvm.target.Target(options)
 
 
-def schedule_kernels(module: Any, target: Target, cost_model: CostModel, progress: Callable[[int, int], None] | None = None) -> tuple[Any, list[Choice]]:
+def schedule_kernels(
+    module: Any, target: Target, cost_model: CostModel, progress: Callable[[int, int], None] | None = None
+) -> tuple[Any, list[Choice]]:
     """Give every PrimFunc its kernel and pack the constants that kernels want in another layout."""
     from .generic import schedule as generic
 

@@ -38,7 +38,7 @@ def split_divisions(nest: Nest) -> Nest:
         if found is None:
             return nest
         axis, factor = found
-        outer = Axis(tirx.Var(f"{axis.var.name}o", "int64"), tirx.const(static(axis.extent) // factor, "int64"), axis.inner)
+        outer = Axis(tirx.Var(f"{axis.var.name}o", "int64"), tirx.const(static(axis.extent) // factor, "int64"), axis.inner)  # pyright: ignore[reportOptionalOperand]
         inner = Axis(tirx.Var(f"{axis.var.name}i", "int64"), tirx.const(factor, "int64"), axis.inner)
         axes = list(itertools.chain.from_iterable([outer, inner] if other is axis else [other] for other in nest.axes))
         nest = nest.rewrite({axis.var: outer.var * factor + inner.var}, axes)

@@ -154,7 +154,7 @@ class Node:
         result = list(dims)
         if not all(isinstance(dim, int) for dim in result):
             raise Refusal(f"{what} must be static, but is {result}")
-        return result
+        return result  # pyright: ignore[reportReturnType]
 
     def rank(self, value: relax.Expr) -> int:
         return len(self.shape(value))

@@ -233,7 +233,7 @@ class _Translator(ExportedProgramImporter):
 
 
 def _spec(name: str, ty: relax.TensorType) -> TensorSpec:
-    shape = tuple(int(dim) if isinstance(dim, tirx.IntImm) else dim.name if tvm.ir.is_prim_var(dim) else str(dim) for dim in ty.shape)
+    shape = tuple(int(dim) if isinstance(dim, tirx.IntImm) else dim.name if tvm.ir.is_prim_var(dim) else str(dim) for dim in ty.shape)  # pyright: ignore[reportOptionalIterable]
     return TensorSpec(name, shape, str(ty.dtype.dtype))
 
 

@@ -20,7 +20,7 @@ def _affine(translator: Any, node: fx.Node, positions: tuple[int, int], shape: l
 
 def layer_norm(translator: Any, node: fx.Node) -> relax.Expr:
     """layer_norm and native_layer_norm, x: [..., *shape], normalised over the axes of `shape`."""
-    x, shape = translator.value(node.args[0]), [int(size) for size in node.args[1]]
+    x, shape = translator.value(node.args[0]), [int(size) for size in node.args[1]]  # pyright: ignore[reportOptionalIterable]
     scale, shift = _affine(translator, node, (2, 3), shape, str(x.ty.dtype.dtype))
     return translator.emit(relax.op.nn.layer_norm(x, scale, shift, axes=list(range(-len(shape), 0)), epsilon=argument(node, 4, "eps", 1e-5)))
 
