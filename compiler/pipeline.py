@@ -20,7 +20,7 @@ from .options import CompileOptions
 from .program import Program
 from .progress import stage
 from .recipe import Recipe
-from .tvm import relax, tvm
+from .tvm import relax
 
 
 class _Run:
@@ -93,6 +93,4 @@ def lower(program: Program, target: Target, options: CompileOptions) -> Lowered:
 def _legalize(program: Program) -> Any:
     module = relax.backend.DispatchSortScan()(relax.transform.DecomposeOpsForInference()(program.module))
     module = cpu_legalize.legalize(module)
-    module = relax.transform.FoldConstant()(module)
-    with tvm.transform.PassContext():
-        return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
+    return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))

@@ -11,6 +11,7 @@ import numpy as np
 from ..compiler.program import Program
 from ..compiler.tvm import Constant, mutator, relax, tvm
 from .base import Pass, PassContext
+from .folding import fold_constants
 
 _VIEWS = {"relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze"}
 
@@ -31,7 +32,8 @@ class Canonicalize(Pass):
             if not peephole.counts:
                 break
             module = transform.DeadCodeElimination()(module)
-        module = transform.FoldConstant()(module)
+        module, folded = fold_constants(module)
+        context.matched(constant_folded=folded)
         module = transform.EliminateCommonSubexpr()(module)
         return program.with_module(transform.DeadCodeElimination()(module))
 
