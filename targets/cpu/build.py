@@ -53,7 +53,7 @@ class _Lifter(relax.PyExprMutator):
 
         relax.analysis.post_order_visit(main, visit)
 
-    def visit_constant_(self, constant: Any) -> Any:
+    def visit_generic_const_(self, constant: Any) -> Any:
         position = self.position.get(constant)
         if position is None:
             return constant
