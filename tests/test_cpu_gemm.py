@@ -1,0 +1,86 @@
+"""GEMM template: numbers over awkward sizes under several schedules, and the instructions it compiles to."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from tcompile.compiler.tvm import relax, tirx, tvm
+from tcompile.targets.base import Target
+from tcompile.targets.cpu.fused import analyze
+from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
+from tcompile.targets.cpu.lower import tvm_target
+from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.ops_linear import matmul
+
+HASWELL = Target.parse("cpu:haswell")
+
+
+def fused(lead, m, k, n, batched=False):
+    """relu(x @ w + b) as Relax fuses it."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((*lead, m, k), "float32"))
+    w = relax.Var("w", relax.TensorType((*lead, k, n) if batched else (k, n), "float32"))
+    b = relax.Var("b", relax.TensorType((n,), "float32"))
+    with builder.function("main", [x, w, b]):
+        with builder.dataflow():
+            out = builder.emit_output(relax.op.nn.relu(relax.op.add(builder.emit_te(matmul, x, w), b)))
+        builder.emit_func_output(out)
+    module = builder.get()
+    transform = relax.transform
+    for step in (
+        transform.LegalizeOps(),
+        transform.AnnotateTIROpPattern(),
+        transform.FuseOps(),
+        transform.FuseTIR(),
+        transform.DeadCodeElimination(),
+    ):
+        module = step(module)
+    (func,) = [func for _, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
+    return analyze(func)
+
+
+def compiled(kernel, target):
+    return tvm.compile(kernel.func.with_attr("global_symbol", "f"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
+
+
+@pytest.mark.parametrize(
+    ("lead", "m", "k", "n", "batched"),
+    [
+        ((), 13, 17, 31, False),
+        ((), 1, 5, 1, False),
+        ((2, 3), 7, 64, 100, False),
+        ((), 129, 33, 50, False),
+        ((2, 3), 13, 8, 19, True),
+        ((), 1, 1, 1, False),
+    ],
+)
+@pytest.mark.parametrize("pick", [0, 0.5, 1])
+def test_awkward_sizes(lead, m, k, n, batched, pick):
+    template, func = Gemm(), fused(lead, m, k, n, batched)
+    workload = template.workload(func, frozenset([1]))
+    space = list(template.space(workload, HASWELL))
+    kernel = template.build(func, workload, space[int(pick * (len(space) - 1))], HASWELL)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((*lead, m, k)).astype("float32")
+    w = rng.standard_normal((*lead, k, n) if batched else (k, n)).astype("float32")
+    b = rng.standard_normal(n).astype("float32")
+    packed = kernel.packings[0].pack(w) if kernel.packings else w
+    out = tvm.runtime.tensor(np.full((*lead, m, n), np.nan, "float32"))
+    compiled(kernel, HASWELL)["f"](tvm.runtime.tensor(x), tvm.runtime.tensor(packed), tvm.runtime.tensor(b), out)
+    want = np.maximum(x.astype("float64") @ w + b, 0)
+    np.testing.assert_allclose(out.numpy(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("machine", "schedule", "register"), [("haswell", (4, 3, 8), "ymm"), ("cascadelake", (8, 3, 16), "zmm")])
+def test_inner_loop_is_fma_without_spills(machine, schedule, register):
+    target = Target.parse(f"cpu:{machine}")
+    func = fused((), 128, 256, 384)
+    workload = Gemm().workload(func, frozenset([1]))
+    kernel = Gemm().build(func, workload, GemmSchedule(*schedule, 0), target)
+    assembly = compiled(kernel, target).mod.inspect_source("asm")
+    blocks = re.split(r"\n\.LBB", assembly)
+    hot = max(blocks, key=lambda block: len(re.findall(r"vfmadd\w+ps", block)))
+    assert len(re.findall(rf"vfmadd\w+ps.*%{register}", hot)) >= schedule[0] * schedule[1]
+    assert "(%rsp)" not in hot

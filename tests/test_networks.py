@@ -1,0 +1,35 @@
+"""Small real networks through the whole compiler, beside onnxruntime."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tcompile
+from tcompile.models.zoo import ZOO
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def agree(ours, reference):
+    outputs = ours if isinstance(ours, tuple) else (ours,)
+    for mine, want in zip(outputs, reference, strict=True):
+        np.testing.assert_allclose(mine / np.abs(want).max(), want / np.abs(want).max(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ppocr-cls", "magika"])
+@pytest.mark.parametrize("static", [True, False])
+def test_agrees_with_onnxruntime(name, static):
+    entry = ZOO[name]
+    path, feeds = entry.onnx_path(), entry.example_inputs()
+    shapes = {key: tuple(value.shape) for key, value in feeds.items()} if static else None
+    model = tcompile.compile(str(path), shapes=shapes)
+    session = onnxruntime.InferenceSession(str(path))
+    agree(model(**feeds), session.run(None, feeds))
+
+
+def test_kernels_come_from_templates():
+    entry = ZOO["ppocr-cls"]
+    feeds = entry.example_inputs()
+    report = tcompile.compile(str(entry.onnx_path()), shapes={key: tuple(value.shape) for key, value in feeds.items()}).report()
+    (counts,) = [step["matches"] for step in report["passes"] if step["name"] == "kernels"]
+    assert counts["conv_depthwise"] >= 9 and counts["conv_pointwise"] >= 25
