@@ -130,7 +130,7 @@ def test_an_internal_fault_is_one_line_unless_debug(call, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["lowering", "writing"])
+@pytest.mark.parametrize("moment", ["code generation", "writing"])
 def test_interrupted_compilation_leaves_nothing(tmp_path, name, moment):
     """The signal arrives while the named stage runs; an older artifact survives."""
     onnx_models.saved_mlp(tmp_path)
