@@ -82,5 +82,6 @@ def test_inner_loop_is_fma_without_spills(machine, schedule, register):
     assembly = compiled(kernel, target).mod.inspect_source("asm")
     blocks = re.split(r"\n\.LBB", assembly)
     hot = max(blocks, key=lambda block: len(re.findall(r"vfmadd\w+ps", block)))
+    hot = re.split(r"\n\tj", hot)[0]  # up to the back edge: the epilogue follows
     assert len(re.findall(rf"vfmadd\w+ps.*%{register}", hot)) >= schedule[0] * schedule[1]
     assert "(%rsp)" not in hot

@@ -16,13 +16,11 @@ def agree(ours, reference):
         np.testing.assert_allclose(mine / np.abs(want).max(), want / np.abs(want).max(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ppocr-cls", "magika"])
-@pytest.mark.parametrize("static", [True, False])
-def test_agrees_with_onnxruntime(name, static):
+@pytest.mark.parametrize("name", ["ppocr-cls", "mobilenetv3-l"])
+def test_agrees_with_onnxruntime(name):
     entry = ZOO[name]
     path, feeds = entry.onnx_path(), entry.example_inputs()
-    shapes = {key: tuple(value.shape) for key, value in feeds.items()} if static else None
-    model = tcompile.compile(str(path), shapes=shapes)
+    model = tcompile.compile(str(path), shapes={key: tuple(value.shape) for key, value in feeds.items()})
     session = onnxruntime.InferenceSession(str(path))
     agree(model(**feeds), session.run(None, feeds))
 
