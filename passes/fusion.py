@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..compiler.program import Program
-from ..compiler.tvm import relax, tirx
+from ..compiler.tvm import relax, tvm
 from .base import Pass, PassContext
 
 
@@ -21,8 +21,6 @@ class FuseEpilogues(Pass):
     depth: int = 256
 
     def run(self, program: Program, context: PassContext) -> Program:
-        from ..compiler.tvm import tvm
-
         transform = relax.transform
         before = _kernel_calls(program)
         module = transform.AnnotateTIROpPattern()(program.module)
@@ -42,8 +40,3 @@ def _kernel_calls(program: Program) -> int:
 
     relax.analysis.post_order_visit(program.main, visit)
     return count
-
-
-def kernels(program: Program) -> list[tuple[str, tirx.PrimFunc]]:
-    """The PrimFuncs of a program by name."""
-    return [(variable.name_hint, func) for variable, func in program.module.functions_items() if isinstance(func, tirx.PrimFunc)]

@@ -32,13 +32,9 @@ class PlanMemory(Pass):
         planned = _storage_bytes(module["main"], "relax.memory.alloc_storage")
         context.matched(storages=planned[1], tensors=unplanned[1])
         context.note(
-            f"planned_bytes={planned[0]} unshared_bytes={unplanned[0]} dynamic_tensors={_count(module['main'], 'relax.builtin.alloc_tensor')}"
+            f"planned_bytes={planned[0]} unshared_bytes={unplanned[0]} dynamic_tensors={len(_calls(module['main'], 'relax.builtin.alloc_tensor'))}"
         )
         return program.with_module(module)
-
-
-def _count(function: Any, op: str) -> int:
-    return len(_calls(function, op))
 
 
 def _calls(function: Any, op: str) -> list[Any]:

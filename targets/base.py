@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.errors import UsageError
@@ -33,7 +33,6 @@ class Target:
     bandwidth_gbs: float = 12.0
     formats: frozenset[str] = frozenset({"float32"})
     disabled: tuple[str, ...] = ()
-    limits: dict[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def text(self) -> str:

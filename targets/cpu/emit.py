@@ -51,12 +51,6 @@ def fma(a: Any, b: Any, c: Any, lanes: int) -> Any:
     return T.call_llvm_pure_intrin(dtype, T.llvm_lookup_intrinsic_id("llvm.fma"), a, b, c)
 
 
-def prefetch(buffer: Any, indices: Sequence[Any]) -> None:
-    """Ask for the cache line of an element, for reading, into L2."""
-    address = T.address_of(buffer[tuple(indices)])
-    T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id("llvm.prefetch"), address, T.int32(0), T.int32(2), T.int32(1)))
-
-
 @contextmanager
 def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple[IRBuilder, dict[Any, Any]]]:
     """Open a PrimFunc with the parameters of `fused`; `replaced` gives packed parameters their new shape.

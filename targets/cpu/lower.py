@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,9 +55,7 @@ def tvm_target(target: Target) -> Any:
     return tvm.target.Target(options)
 
 
-def schedule_kernels(
-    module: Any, target: Target, cost_model: CostModel, progress: Callable[[int, int], None] | None = None
-) -> tuple[Any, list[Choice]]:
+def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tuple[Any, list[Choice]]:
     """Give every PrimFunc its kernel and pack the constants that kernels want in another layout."""
     from .generic import schedule as generic
 
@@ -67,7 +64,7 @@ def schedule_kernels(
     constants = constant_positions(module["main"])
     kernels: dict[str, Kernel] = {}
     functions = [(variable, func) for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
-    for done, (variable, func) in enumerate(sorted(functions, key=lambda item: item[0].name_hint)):
+    for variable, func in sorted(functions, key=lambda item: item[0].name_hint):
         name = variable.name_hint
         kernel = _from_template(func, name, known, constants.get(name, frozenset()), lowering)
         if kernel is None:
@@ -75,8 +72,6 @@ def schedule_kernels(
             lowering.choices[name].schedule = scheduled.rule
             kernel = Kernel(scheduled.func)
         kernels[name] = kernel
-        if progress:
-            progress(done + 1, len(functions))
     return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
 
 
