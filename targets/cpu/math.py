@@ -1,8 +1,8 @@
 """Vector mathematics: `vector_math` replaces the float32 calls of a kernel (exp, erf, tanh, ...) by polynomials that LLVM vectorises.
 
 Without it LLVM calls libm once per lane. Templates and schedulers keep the calls (`T.exp(x)` inlines and fuses well); the lowering pipeline `TIR_PIPELINE` replaces them
-after TVM has vectorised and simplified: its simplifier would fold the rounding constants away and copy bound values into every use. It also settles what float32 and float64 `max`/`min` do with NaN: they keep it, as onnxruntime's Relu, Clip,
-Max and Min do, where LLVM's plain lowering (`a > b ? a : b`) drops it.
+last of all: TVM's simplifier would fold the rounding constants away and copy bound values into every use. It also settles what float32 and float64 `max`/`min` do with
+NaN: they keep it, as onnxruntime's Relu, Clip, Max and Min do, where LLVM's plain lowering (`a > b ? a : b`) drops it.
 
 The polynomials are least-squares fits on Chebyshev nodes, weighted by the relative error (Lawson's iteration for the rational ones); the errors below are measured
 over the whole range by tests/test_cpu_math.py. Range reduction follows Cody and Waite, "Software Manual for the Elementary Functions" (1980).
@@ -319,35 +319,43 @@ def _extremum(name: Names, node: Any) -> Any:
     return _select(T.isnan(a), a, pick(a, b))
 
 
+def _lowered(node: Any) -> Any:
+    """What LowerIntrin makes of one call or sum: the target's instruction, or a fused multiply-add."""
+    if isinstance(node, tirx.Add):
+        for product, other in ((node.b, node.a), (node.a, node.b)):
+            if isinstance(product, tirx.Mul) and str(node.ty.dtype).startswith("float"):
+                return _FMA(tirx.call_intrin(node.ty.dtype, "tirx.fma", product.a, product.b, other))
+        return node
+    rule = node.op.get_attr("llvm.FLowerIntrinsic") if isinstance(node.op, tvm.ir.Op) else None
+    return node if rule is None else rule(node)
+
+
 def _expand(statement: Any) -> Any:
-    """One store or binding with its calls expanded. What an if-then-else guards keeps its calls: it must not be computed before the test."""
-    guarded: set[Any] = set()
-
-    def guard(call: Any) -> None:
-        if getattr(call.op, "name", "") == "prim.if_then_else":
-            for branch in call.args[1:]:
-                structural_walk(branch, ((tvm.ir.Call, tirx.Max, tirx.Min), guarded.add))
-
-    structural_walk(statement.value, (tvm.ir.Call, guard))
+    """One store or binding with its marked calls expanded and its float extremes settled."""
     name = Names()
 
     def call(node: Any) -> Any:
-        function = FUNCTIONS.get(getattr(node.op, "name", ""))
-        if function is None or str(node.ty.dtype).split("x")[0] != "float32" or node in guarded:
-            return node
-        return function(name, *node.args)
+        function = FUNCTIONS.get(_marked(node))
+        return node if function is None else function(name, *node.args[1:])
 
-    def extremum(node: Any) -> Any:
-        return node if node in guarded else _extremum(name, node)
-
-    value = structural_map(statement.value, [(tvm.ir.Call, call), ((tirx.Max, tirx.Min), extremum)])
+    value = structural_map(statement.value, [(tvm.ir.Call, call), ((tirx.Max, tirx.Min), lambda node: _extremum(name, node))])
     if value.same_as(statement.value):
         return statement
+    lower = ((tirx.Add, tvm.ir.Call), _lowered)
+    bindings = [tirx.Bind(binding.var, structural_map(binding.value, lower)) for binding in name.bindings]
+    value = structural_map(value, lower)
     if isinstance(statement, tirx.Bind):
         last = tirx.Bind(statement.var, value)
     else:
         last = tirx.BufferStore(statement.buffer, value, list(statement.indices))
-    return tirx.SeqStmt([*name.bindings, last]) if name.bindings else last
+    return tirx.SeqStmt([*bindings, last]) if bindings else last
+
+
+def _marked(call: Any) -> str:
+    """The function that a call marked by `mark_math` stands for."""
+    if getattr(call.op, "name", "") != "tirx.call_pure_extern" or not isinstance(call.args[0], tvm.ir.expr.StringImm):
+        return ""
+    return call.args[0].value.removeprefix(_MARK)
 
 
 def _flatten(sequence: Any) -> Any:
@@ -360,23 +368,50 @@ def _flatten(sequence: Any) -> Any:
     return tirx.SeqStmt(flat)
 
 
-def vector_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Expand every call and every float max/min of a lowered kernel (vectorised loops already vectors, simplification done)."""
-    body = structural_map(
-        func.body,
-        [((tirx.Bind, tirx.BufferStore), _expand), (tirx.SeqStmt, _flatten)],
-    )
+def mark_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Hide the float32 calls that `vector_math` expands from LowerIntrin, which would turn them into calls of libm.
+
+    What an if-then-else guards stays: its expansion would be computed before the test.
+    """
+    guarded: set[Any] = set()
+
+    def guard(call: Any) -> None:
+        if getattr(call.op, "name", "") == "prim.if_then_else":
+            for branch in call.args[1:]:
+                structural_walk(branch, (tvm.ir.Call, guarded.add))
+
+    def mark(call: Any) -> Any:
+        name = getattr(call.op, "name", "")
+        if name not in FUNCTIONS or str(call.ty.dtype).split("x")[0] != "float32" or call in guarded:
+            return call
+        return tirx.call_pure_extern(call.ty.dtype, _MARK + name, *call.args)
+
+    structural_walk(func.body, (tvm.ir.Call, guard))
+    body = structural_map(func.body, (tvm.ir.Call, mark))
     return func if body.same_as(func.body) else func.with_body(body)
 
 
-@tvm.tirx.transform.prim_func_pass(opt_level=0, name="tcompile.VectorMath")
-def _vector_math_pass(func: tirx.PrimFunc, module: tvm.IRModule, context: tvm.transform.PassContext) -> tirx.PrimFunc:
-    return vector_math(func)
+def vector_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Expand every marked call and every float max/min of a kernel that LowerIntrin has been over.
+
+    It has to come that late: TVM's analyzers copy bound values into every use, and an expansion is a chain of bindings each used twice or more.
+    """
+    body = structural_map(func.body, [((tirx.Bind, tirx.BufferStore), _expand), (tirx.SeqStmt, _flatten)])
+    return func if body.same_as(func.body) else func.with_body(body)
+
+
+_MARK = "tcompile."
+_FMA = tvm.ir.Op.get("tirx.fma").get_attr("llvm.FLowerIntrinsic")
+
+
+def _function_pass(rewrite: Callable[[Any], Any], name: str) -> Any:
+    return tvm.tirx.transform.prim_func_pass(lambda func, module, context: rewrite(func), opt_level=0, name=name)
 
 
 def _pipeline() -> tuple[Any, Any, Any]:
     lower, finish_host, finish_device = PIPELINE_MAP["s_tir"]()
-    return tvm.transform.Sequential([lower, _vector_math_pass]), finish_host, finish_device
+    mark, expand = _function_pass(mark_math, "tcompile.MarkMath"), _function_pass(vector_math, "tcompile.VectorMath")
+    return tvm.transform.Sequential([lower, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
 
 
 # these expand to, or lower to, plain vector arithmetic; TVM's vectoriser would take them apart lane by lane
