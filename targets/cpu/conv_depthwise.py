@@ -22,7 +22,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, Taps, conv_workload, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import depthwise_features
-from .emit import Accumulators, kernel, product, static, store_row, tasks, vector
+from .emit import Accumulators, kernel, product, static, store_tile, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel
 
@@ -165,6 +165,4 @@ class _Emitter:
                     value = load(T.int64(column))
                     for i, tap in users[column]:
                         acc.fma(i, 0, value, weights[tap])
-        for i in range(pixels):
-            lead = [n, oh, ow + T.int64(i)]
-            store_row(self.fused, self.buffers, acc, i, lead, lambda v: channel, lanes)
+        store_tile(self.fused, self.buffers, acc, lambda i: [n, oh, ow + i], lambda v: channel, lanes)

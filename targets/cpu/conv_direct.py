@@ -22,7 +22,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, TileRun, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import direct_features
-from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_row, tasks, vector
+from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
 from .fused import Fused
 from .template import Kernel, Packing
 
@@ -213,9 +213,10 @@ class _Tile:
 
     def _finish(self, acc: Accumulators) -> None:
         channel = T.bind(self.group * T.int64(self.workload.co_group) + self.panel * T.int64(self.kernel.nr))
-        for i in range(self.pixels):
-            lead = [self.n, self.oh, self.ow + T.int64(i)]
-            store_row(self.kernel.fused, self.kernel.buffers, acc, i, lead, lambda v: channel + T.int64(v * self.lanes), self.columns)
+        kernel = self.kernel
+        store_tile(
+            kernel.fused, kernel.buffers, acc, lambda i: [self.n, self.oh, self.ow + i], lambda v: channel + T.int64(v * self.lanes), self.columns
+        )
 
 
 def _work(workload: ConvWorkload) -> int:

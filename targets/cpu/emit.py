@@ -13,6 +13,9 @@ from .fused import Fused
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
 
+#: operations of the epilogue of one tile up to which it is unrolled
+UNROLLED_EPILOGUE = 192
+
 #: multiply-adds below which a kernel runs on the calling thread: waking the others costs about as much
 SERIAL_WORK = 100_000
 
@@ -142,26 +145,43 @@ class Accumulators:
         index = vector(T.int64(i * self.lanes), self.lanes)
         T.buffer_store(self.buffers[v], fma(a, b, self.buffers[v][index], self.lanes), [index])
 
-    def lane(self, i: int, v: int, lane: Any) -> Any:
-        return self.buffers[v][T.int64(i * self.lanes) + lane]
+    def lane(self, i: Any, v: int, lane: Any) -> Any:
+        return self.buffers[v][i * T.int64(self.lanes) + lane]
 
 
-def store_row(
+def store_tile(
     fused: Fused,
     buffers: dict[Any, Any],
     acc: Accumulators,
-    i: int,
-    lead: Sequence[Any],
+    lead: Callable[[Any], Sequence[Any]],
     column: Callable[[int], Any],
     columns: int,
     limit: Any = None,
 ) -> None:
-    """Run the epilogue on row i of a tile and store it.
+    """Run the epilogue on a tile and store it.
 
-    lead: indices of the row in the output's leading dims. column(v): first output column of vector v. columns: how many columns of the tile are real
-    (static); the last vector is stored element by element when it is partial. limit: run-time number of output columns, checked per element.
+    lead(i): indices of row i of the tile in the output's leading dims. column(v): first output column of vector v. columns: how many columns of the tile
+    are real (static); the last vector is stored element by element when it is partial. limit: run-time number of output columns, checked per element.
+
+    A long epilogue (an erf, a sigmoid) runs as a loop over the rows, on copies of the accumulators: unrolled for all of them it is thousands of
+    instructions, which LLVM takes seconds to compile.
     """
+    if acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
+        for i in range(acc.mr):
+            _store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
+        return
+    spilled = Accumulators(acc.mr, acc.nv, acc.lanes)
+    for v in range(acc.nv):
+        for i in range(acc.mr):
+            index = [vector(T.int64(i * acc.lanes), acc.lanes)]
+            T.buffer_store(spilled.buffers[v], acc.buffers[v][tuple(index)], index)
+    with T.serial(T.int64(acc.mr)) as row:
+        _store_row(fused, buffers, spilled, row, lead(row), column, columns, limit)
 
+
+def _store_row(
+    fused: Fused, buffers: dict[Any, Any], acc: Accumulators, i: Any, lead: Sequence[Any], column: Callable[[int], Any], columns: int, limit: Any
+) -> None:
     def load(buffer: Any, indices: Sequence[Any]) -> Any:
         return buffers[buffer][tuple(indices)]
 

@@ -15,6 +15,8 @@ from ...compiler.tvm import T, TensorLoad, s_tir, structural_map, structural_wal
 
 #: block annotation that marks the core block; its value is a JSON object {"op": ..., attributes}
 CORE = "tcompile.core"
+#: nodes that cost nothing to recompute
+_FREE = (tirx.IntImm, tirx.FloatImm, tirx.Var, tirx.Cast, TensorLoad)
 
 
 def core_attrs(op: str, **attrs: Any) -> dict[str, str]:
@@ -31,6 +33,21 @@ def sblocks(func: tirx.PrimFunc) -> list[Any]:
 
 def is_reduction(block: Any) -> bool:
     return block.init is not None or any(int(var.iter_type) == 2 for var in block.iter_vars)
+
+
+def cost(expr: Any) -> int:
+    """Arithmetic nodes of an expression, index arithmetic left out; calls count ten."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, tvm.ir.Call):
+            total += 1 if getattr(node.op, "name", "") == "prim.if_then_else" else 10
+        elif not isinstance(node, _FREE) and str(node.ty.dtype).startswith(("float", "bfloat")):
+            total += 1
+
+    structural_walk(expr, (tvm.ir.Expr, visit))
+    return total
 
 
 class Unfusable(Exception):
@@ -67,6 +84,11 @@ class Fused:
     def epilogue_text(self) -> str:
         """The epilogue as text, for workload keys and reports."""
         return "; ".join(str(block.body.value).replace("\n", " ") for block in self.epilogue)
+
+    @property
+    def epilogue_cost(self) -> int:
+        """Arithmetic operations of the epilogue per element; calls count ten."""
+        return sum(cost(block.body.value) for block in self.epilogue)
 
     def emit_epilogue(self, value: Any, indices: Sequence[Any], load: Callable[[Any, Sequence[Any]], Any]) -> Any:
         """Emit the epilogue for one element and return its value.

@@ -22,7 +22,7 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .emit import Accumulators, Rows, balanced, i64, kernel, product, register_tiles, splat, static, store_row, tasks, vector
+from .emit import Accumulators, Rows, balanced, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -292,5 +292,4 @@ class GemmEmitter:
                 a = T.bind(splat(a_rows[i](k), lanes))
                 for v in range(nv):
                     acc.fma(i, v, a, b[v])
-        for i in range(mr):
-            store_row(self.fused, self.buffers, acc, i, self.rows.indices(first + i), lambda v: jo * self.nr + v * lanes, columns, limit)
+        store_tile(self.fused, self.buffers, acc, lambda i: self.rows.indices(first + i), lambda v: jo * self.nr + v * lanes, columns, limit)

@@ -28,8 +28,9 @@ from typing import Any
 from ...compiler.tvm import T, TensorLoad, structural_map, tirx, tvm
 from ..base import Target
 from .emit import static
+from .fused import cost
 from .nests import Axis, Nest, Step
-from .stages import COMBINERS, cost, loads, renamed
+from .stages import COMBINERS, loads, renamed
 from .vectors import element_bits, extent_of, occurrences, power_below, strides, variables_of, vector_axis, vectorizable
 
 #: element operations below which a nest stays on the calling thread

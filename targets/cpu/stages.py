@@ -12,12 +12,10 @@ from typing import Any
 
 from ...compiler.tvm import TensorLoad, s_tir, structural_map, structural_walk, tirx, tvm
 from .emit import static
-from .fused import is_reduction
+from .fused import cost, is_reduction
 
 #: operations a stage may cost and still be computed again by every reader
 CHEAP = 2
-#: nodes that cost nothing to recompute
-_FREE = (tirx.IntImm, tirx.FloatImm, tirx.Var, tirx.Cast, TensorLoad)
 #: combiners of reductions, by the node that the block's update is
 COMBINERS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": lambda a, b: a + b,
@@ -62,21 +60,6 @@ def loads(expr: Any) -> list[Any]:
     found: list[Any] = []
     structural_walk(expr, (TensorLoad, found.append))
     return found
-
-
-def cost(expr: Any) -> int:
-    """Arithmetic nodes of an expression, index arithmetic left out; calls count ten."""
-    total = 0
-
-    def visit(node: Any) -> None:
-        nonlocal total
-        if isinstance(node, tvm.ir.Call):
-            total += 1 if getattr(node.op, "name", "") == "prim.if_then_else" else 10
-        elif not isinstance(node, _FREE) and str(node.ty.dtype).startswith(("float", "bfloat")):
-            total += 1
-
-    structural_walk(expr, (tvm.ir.Expr, visit))
-    return total
 
 
 def read_stages(func: tirx.PrimFunc) -> list[Stage]:
