@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,8 @@ def compile(
 
     model: path of an ONNX file (or `.pt2` saved by torch.export), `onnx.ModelProto`, `torch.nn.Module` or `ExportedProgram`. target: `cpu` (this
     machine) or `cpu:NAME`. example_inputs: what a `torch.nn.Module` is traced with. shapes: `{"x": (1, 3, 224, 224)}` or `{"x": "1..8..32x128"}`
-    (min..opt..max of a dim). recipe: TOML file with the passes to run. seed: of every random choice. threads: worker threads of the returned model.
+    (min..opt..max of a dim). recipe: TOML file with the passes to run. seed: of every random choice. threads: worker threads of the returned model, and what schedules are
+    chosen for (default: all cores).
 
     Raises UnsupportedModel with every blocker at once, UsageError for a wrong request (also for an option whose feature is not available yet),
     ToolchainError for a missing linker or package.
@@ -69,9 +71,11 @@ def compile_program(program: Program, target: Target, options: CompileOptions | 
 
 
 def build_artifact(program: Program, target: Target, options: CompileOptions) -> Artifact:
-    """Lower and link `program` without loading what comes out."""
+    """Lower and link `program` without loading what comes out. Schedules are chosen for `options.threads` cores where given."""
     from .pipeline import lower
 
+    if options.threads is not None:
+        target = replace(target, cores=options.threads)
     lowered = lower(program, target, options)
     with stage("linking"):
         return build(lowered)

@@ -30,7 +30,7 @@ class Target:
     l3_bytes: int = 32 * 1024 * 1024
     frequency_ghz: float = 2.5
     fma_per_cycle: float = 2.0
-    bandwidth_gbs: float = 12.0
+    bandwidth_gbs: float = 18.0
     formats: frozenset[str] = frozenset({"float32"})
     disabled: tuple[str, ...] = ()
 

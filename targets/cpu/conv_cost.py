@@ -58,6 +58,47 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
     )
 
 
+def winograd_features(
+    workload: ConvWorkload, m: int, counts: tuple[int, int], strip: int, mr: int, nv: int, lanes: int, shared: bool, target: Target
+) -> KernelFeatures:
+    """Features of the Winograd template: `counts` tile rows and columns of F(m x m), strips of `strip` tile rows, register tiles of mr x nv vectors."""
+    n = workload.n or 1
+    rows, columns = counts
+    positions = (m + 2) ** 2
+    strips = -(-rows // strip)
+    tiles = strip * columns
+    panels = -(-workload.co // (nv * lanes))
+    fma = load = latency = 0.0
+    for _, size in balanced(tiles, mr):
+        steps = float(panels * positions * workload.ci)
+        fma += steps * size * nv / target.fma_per_cycle
+        load += steps * (size * (0.5 if target.vector_bits == 512 else 1.0) + nv) / 2.0
+        latency += steps * max(4.0, size * nv / target.fma_per_cycle)
+    # transforms, in vector operations: two passes of one-dimensional transforms, a load and a store per position, spills of what does not fit
+    side = {2: 4.0, 4: 14.0}[m]
+    ci_vectors, co_vectors = -(-workload.ci // lanes), -(-workload.co // lanes)
+    before = ci_vectors * (2 * (m + 2) * side + 2.5 * positions)
+    after = co_vectors * ((2 * m + 2) * side + 2.0 * positions + 3.0 * m * m)
+    transform = tiles * (before + after) / target.fma_per_cycle * 0.75
+    repeats = n * strips
+    weights = 4.0 * positions * workload.ci * workload.co
+    v_bytes, m_bytes = 4.0 * positions * tiles * workload.ci, 4.0 * positions * tiles * nv * lanes
+    # the transformed input is read once per panel, in L2 where it fits; products are written and read
+    near = v_bytes + m_bytes < target.l2_bytes * 0.75
+    again = repeats * (v_bytes * (panels + 1) + 2.0 * m_bytes * panels)
+    in_l2 = weights < target.l2_bytes / 2
+    return KernelFeatures(
+        flops=2.0 * n * (workload.out_h or 1) * (workload.out_w or 1) * workload.co * 9 * workload.ci,
+        fma_cycles=repeats * (fma + transform),
+        load_cycles=repeats * (load + transform / 2),
+        latency_cycles=repeats * (latency + transform),
+        l2_bytes=(again if near else 0.0) + repeats * weights,
+        l3_bytes=(0.0 if near else again) + (0.0 if in_l2 else repeats * weights),
+        dram_bytes=weights,
+        tasks=n * (min(panels, rows) if shared else strips),
+    )
+
+
 def depthwise_features(workload: ConvWorkload, pixels: int, lanes: int, rows: int, channels_outer: bool, target: Target) -> KernelFeatures:
     """Features of the depthwise template: tiles of at most `pixels` x one vector of `lanes`, `rows` output rows per task (0: all)."""
     n, out_h, out_w = workload.sizes()

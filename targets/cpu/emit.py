@@ -157,26 +157,38 @@ def store_tile(
     column: Callable[[int], Any],
     columns: int,
     limit: Any = None,
+    inside: Callable[[Any], Any] | None = None,
 ) -> None:
     """Run the epilogue on a tile and store it.
 
     lead(i): indices of row i of the tile in the output's leading dims. column(v): first output column of vector v. columns: how many columns of the tile
     are real (static); the last vector is stored element by element when it is partial. limit: run-time number of output columns, checked per element.
+    inside(i): whether row i of the tile exists at all (None: it does).
 
     A long epilogue (an erf, a sigmoid) runs as a loop over the rows, on copies of the accumulators: unrolled for all of them it is thousands of
     instructions, which LLVM takes seconds to compile.
     """
     if acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
         for i in range(acc.mr):
-            _store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
+            with _if(inside, T.int64(i)):
+                _store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
         return
     spilled = Accumulators(acc.mr, acc.nv, acc.lanes)
     for v in range(acc.nv):
         for i in range(acc.mr):
             index = [vector(T.int64(i * acc.lanes), acc.lanes)]
             T.buffer_store(spilled.buffers[v], acc.buffers[v][tuple(index)], index)
-    with T.serial(T.int64(acc.mr)) as row:
+    with T.serial(T.int64(acc.mr)) as row, _if(inside, row):
         _store_row(fused, buffers, spilled, row, lead(row), column, columns, limit)
+
+
+@contextmanager
+def _if(condition: Callable[[Any], Any] | None, row: Any) -> Iterator[None]:
+    if condition is None:
+        yield
+        return
+    with T.If(condition(row)), T.Then():
+        yield
 
 
 def _store_row(

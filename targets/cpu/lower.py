@@ -10,18 +10,19 @@ import numpy as np
 from ...autotune.cost_model import CostModel
 from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
 from ..base import Target
-from .fused import Fused, Unfusable, analyze
+from .fused import Unfusable, analyze
 from .template import Kernel, KernelTemplate, machine
 
 
 def templates() -> list[KernelTemplate]:
-    """All kernel templates, in the order they are asked. A new one is one line here."""
+    """All kernel templates; the one with the lowest predicted latency gets the workload. A new one is one line here."""
     from .conv_depthwise import ConvDepthwise
     from .conv_direct import ConvDirect
     from .conv_pointwise import ConvPointwise
+    from .conv_winograd import ConvWinograd
     from .gemm import Gemm
 
-    return [Gemm(), ConvDepthwise(), ConvPointwise(), ConvDirect()]
+    return [Gemm(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect()]
 
 
 @dataclass
@@ -81,27 +82,40 @@ def _from_template(func: Any, name: str, known: list[KernelTemplate], constants:
     except Unfusable as reason:
         lowering.choices[name] = Choice(name, "generic", "", "", None, reason=str(reason))
         return None
-    reasons = []
+    reasons, offers = [], []
     for template in known:
         try:
             workload = template.workload(fused, constants)
         except Unfusable as reason:
             reasons.append(f"{template.name}: {reason}")
             continue
-        kernel, choice = _best(template, fused, workload, name, lowering)
-        lowering.choices[name] = choice
-        return kernel
-    lowering.choices[name] = Choice(name, "generic", "", "", None, reason="; ".join(reasons))
-    return None
+        offers.append(_best(template, workload, lowering))
+    if not offers:
+        lowering.choices[name] = Choice(name, "generic", "", "", None, reason="; ".join(reasons))
+        return None
+    best = min(offers, key=lambda offer: offer.predicted_us)
+    candidates = sum(offer.candidates for offer in offers)
+    lowering.choices[name] = Choice(name, best.template.name, str(best.workload), str(best.schedule), round(best.predicted_us, 2), candidates)
+    return best.template.build(fused, best.workload, best.schedule, lowering.target)
 
 
-def _best(template: KernelTemplate, fused: Fused, workload: Any, name: str, lowering: Lowering) -> tuple[Kernel, Choice]:
+@dataclass(frozen=True)
+class _Offer:
+    """The schedule that one template would take, and its predicted latency."""
+
+    template: KernelTemplate
+    workload: Any
+    schedule: Any
+    predicted_us: float
+    candidates: int
+
+
+def _best(template: KernelTemplate, workload: Any, lowering: Lowering) -> _Offer:
     space = list(template.space(workload, lowering.target))
     features = [template.features(workload, schedule, lowering.target) for schedule in space]
     predicted = lowering.cost_model.predict(features, machine(lowering.target))
     best = min(range(len(space)), key=lambda index: predicted[index])
-    choice = Choice(name, template.name, str(workload), str(space[best]), round(predicted[best], 2), candidates=len(space))
-    return template.build(fused, workload, space[best], lowering.target), choice
+    return _Offer(template, workload, space[best], predicted[best], len(space))
 
 
 def constant_positions(main: Any) -> dict[str, frozenset[int]]:
