@@ -44,7 +44,7 @@ def link(executable: relax.VMExecutable) -> bytes:
     with ExitStack() as stack:
         workspace = Path(stack.enter_context(_temporary_directory()))
         descriptors: list[int] = []
-        for name in ("lib0.o", "devc.o"):  # the names that export_library gives its objects
+        for name in ("lib0.o", "lib1.o", "devc.o"):  # the names that export_library gives its objects
             descriptor = os.memfd_create(name)
             stack.callback(os.close, descriptor)
             descriptors.append(descriptor)

@@ -22,6 +22,7 @@ __all__ = [
     "T",
     "TensorLoad",
     "is_constant",
+    "link_executable",
     "mutator",
     "relax",
     "s_tir",
@@ -43,3 +44,8 @@ TensorLoad = type(tirx.BufferLoad(tirx.decl_buffer((1,), "float32"), [0]))
 def is_constant(expr: object) -> bool:
     """True for a Relax constant."""
     return isinstance(expr, Constant)
+
+
+def link_executable(builder: relax.ExecBuilder, target: tvm.target.Target, library: tvm.runtime.Module) -> relax.VMExecutable:
+    """The VM executable of a builder's functions and the library that holds their code; what `relax.build` does last."""
+    return relax.VMExecutable(relax._ffi_api.VMLink(builder, target, library, [], {}))

@@ -6,10 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
+from ...compiler.tvm import PIPELINE_MAP, Constant, link_executable, mutator, relax, tirx, tvm
 from ..base import Target
 from .lower import tvm_target
 from .math import TIR_PIPELINE
+
+#: names of the functions that Relax's code generator makes of the program's own functions
+_HOST_PREFIX = "__vmtir__"
+#: sorts before them
+_DECLARATIONS = "__declarations"
 
 
 def lift_weights(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -75,8 +80,38 @@ def build(module: Any, target: Target) -> tuple[Any, dict[str, str]]:
             transform.AttachGlobalSymbol(),
         ):
             module = step(module)
-        executable = relax.build(module, target=code, relax_pipeline=None, tir_pipeline=TIR_PIPELINE, exec_mode="compiled")
+        builder = relax.ExecBuilder()
+        functions = relax.vm_build._vmcodegen(builder, module, "compiled")
+        executable = link_executable(builder, code, _machine_code(functions, code))
     return executable, sources
+
+
+def _machine_code(functions: Any, code: Any) -> Any:
+    """Compile kernels with all of LLVM's optimisations, and the host functions, which only call them one after the other, with none.
+
+    Optimising the call sequence gains nothing, and takes LLVM time that grows with the square of its length: a minute for 600 kernels.
+    """
+    lower, finish, _ = PIPELINE_MAP[TIR_PIPELINE]()
+    lowered = finish()(lower(tvm.tirx.transform.BindTarget(code.with_host(code))(functions)))
+    generate = tvm.get_global_func("target.build.llvm")
+    kernels, host = {}, {}
+    for variable, func in lowered.functions_items():
+        (host if variable.name_hint.startswith(_HOST_PREFIX) else kernels)[variable] = func
+    if not kernels:
+        return generate(tvm.IRModule(host, attrs=lowered.attrs), code)
+    host[tvm.ir.GlobalVar(_DECLARATIONS)] = _declarations(list(kernels.values()))
+    options = {name: list(value) if name in ("keys", "mattr") else value for name, value in code.export().items()}
+    library = generate(tvm.IRModule(host, attrs=lowered.attrs), tvm.target.Target(options | {"opt-level": 0}))
+    # in this order: TVM asks the module that comes last whether all of them are a system library, and unoptimised ones say yes
+    library.import_module(generate(tvm.IRModule(kernels, attrs=lowered.attrs), code))
+    return library
+
+
+def _declarations(kernels: list[Any]) -> Any:
+    """A function that is never called, generated before all others of the host's module, so that they find the kernels of the other module declared."""
+    first = kernels[0]
+    calls = [tirx.Evaluate(tirx.call_extern("int32", kernel.attrs["global_symbol"], *first.params)) for kernel in kernels]
+    return first.with_body(tirx.SeqStmt([*calls, tirx.Return(tirx.const(0, "int32"))])).with_attr("global_symbol", _DECLARATIONS)
 
 
 def _kernel_text(module: Any) -> str:
