@@ -47,16 +47,22 @@ EXP2 = (
 
 
 class Names:
-    """Names values while a statement is expanded, so that one used twice is computed once; the bindings go before the statement."""
+    """Names values while a statement is expanded, so that one used twice is computed once; `statements` go before the statement.
+
+    A name is a small buffer, not a binding: TVM's code generator simplifies every binding with the earlier ones put in, which takes minutes on a chain in which
+    each is used twice. LLVM makes registers of the buffers.
+    """
 
     def __init__(self) -> None:
-        self.bindings: list[Any] = []
+        self.statements: list[Any] = []
 
     def __call__(self, value: Any) -> Any:
-        """The variable that stands for `value`."""
-        var = tirx.Var(f"t{len(self.bindings)}", value.ty.dtype)
-        self.bindings.append(tirx.Bind(var, value))
-        return var
+        """What stands for `value` from here on."""
+        lanes = _lanes(value)
+        buffer = tirx.decl_buffer((lanes,), str(value.ty.dtype).split("x")[0], f"t{len(self.statements) // 2}")
+        index = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes) if lanes > 1 else tirx.const(0, "int32")
+        self.statements += [tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [index])]
+        return tirx.BufferLoad(buffer, [index])
 
 
 def _f32(value: float) -> Any:
@@ -341,14 +347,11 @@ def _expand(statement: Any) -> Any:
     value = structural_map(statement.value, [(tvm.ir.Call, call), ((tirx.Max, tirx.Min), lambda node: _extremum(name, node))])
     if value.same_as(statement.value):
         return statement
-    lower = ((tirx.Add, tvm.ir.Call), _lowered)
-    bindings = [tirx.Bind(binding.var, structural_map(binding.value, lower)) for binding in name.bindings]
-    value = structural_map(value, lower)
     if isinstance(statement, tirx.Bind):
         last = tirx.Bind(statement.var, value)
     else:
         last = tirx.BufferStore(statement.buffer, value, list(statement.indices))
-    return tirx.SeqStmt([*bindings, last]) if bindings else last
+    return structural_map(tirx.SeqStmt([*name.statements, last]) if name.statements else last, ((tirx.Add, tvm.ir.Call), _lowered))
 
 
 def _marked(call: Any) -> str:
