@@ -141,7 +141,7 @@ class Emitter:
         def read(load: Any) -> Any:
             return self.views[load.source][load.indices[0]]
 
-        value = structural_map(renamed(step.value), [(TensorLoad, read), (tirx.Var, name)])
+        value = structural_map(renamed(step.value), [(TensorLoad, read), (tirx.Var, name), (tirx.Cast, _number)])
         # TVM's interval analysis of integer bindings stumbles over vectors of booleans
         return T.bind(value) if step.dtype.startswith(("float", "bfloat")) else value
 
@@ -383,6 +383,13 @@ class Emitter:
                 T.buffer_store(acc, combine(acc[lane], acc[lane + half]), [lane])
             half //= 2
         return T.bind(acc[T.int64(0)])
+
+
+def _number(cast: Any) -> Any:
+    """A boolean as a number, written as a choice: TVM's interval analysis looks into a cast, where it cannot hold a vector of booleans, but not into a condition."""
+    if str(cast.value.ty.dtype) != "bool" or str(cast.ty.dtype) == "bool":
+        return cast
+    return tirx.Select(cast.value, tirx.const(1, cast.ty.dtype), tirx.const(0, cast.ty.dtype))
 
 
 def _constant(value: Any) -> Callable[[dict[Any, Any], Any], Any]:
