@@ -62,11 +62,21 @@ def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple
     """
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_attr(dict(ATTRS))
-        buffers = {}
-        for position, param in enumerate(fused.params):
-            shape = replaced.get(position, tuple(param.shape)) if hasattr(param, "shape") else None
-            buffers[param] = T.arg(param.name, T.buffer(shape, param.ty.dtype) if shape is not None else T.var("int64", param.name))
-        yield builder, buffers
+        yield builder, declare(fused.params, replaced)
+
+
+def declare(params: Sequence[Any], replaced: dict[int, tuple[int, ...]]) -> dict[Any, Any]:
+    """Give the PrimFunc being built these parameters; a map from the old buffers to the new ones.
+
+    Scalars stay the very variables they are: `call_tir` passes the symbols that no buffer binds by itself, and the buffers' shapes are written in them.
+    """
+    buffers = {}
+    for position, param in enumerate(params):
+        if hasattr(param, "shape"):
+            buffers[param] = T.arg(param.name, T.buffer(replaced.get(position, tuple(param.shape)), param.ty.dtype))
+        else:
+            T.arg(param.name, param)
+    return buffers
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...autotune.cost_model import CostModel
-from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
+from ...compiler.tvm import BufferType, Constant, mutator, relax, structural_map, tirx, tvm
 from ..base import Target
 from .fused import Fused, Unfusable, analyze
 from .template import Kernel, KernelTemplate, machine
@@ -65,7 +65,7 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
     kernels: dict[str, Kernel] = {}
     functions = [(variable, func) for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
     for variable, func in sorted(functions, key=lambda item: item[0].name_hint):
-        name = variable.name_hint
+        name, func = variable.name_hint, simplify_shapes(func)
         kernel = _from_template(func, name, known, constants.get(name, frozenset()), lowering)
         if kernel is None:
             scheduled = generic(func, target)
@@ -73,6 +73,20 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
             kernel = Kernel(scheduled.func)
         kernels[name] = kernel
     return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
+
+
+def simplify_shapes(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with the dims of its buffers simplified: those of a deep network with symbolic sizes are sums that grew by a few terms in every layer."""
+    simplify = tvm.sym.Analyzer().simplify
+
+    def rewrite(kind: Any) -> Any:
+        shape = [simplify(dim) for dim in kind.shape]
+        if all(new.same_as(old) for new, old in zip(shape, kind.shape, strict=True)):
+            return kind
+        assert not kind.strides, "a fused kernel's buffers are compact"
+        return tirx.decl_buffer(shape, str(kind.dtype), "simplified", scope=kind.storage_scope, layout=kind.layout).ty
+
+    return structural_map(func, (BufferType, rewrite))
 
 
 def _from_template(func: Any, name: str, known: list[KernelTemplate], constants: frozenset[int], lowering: Lowering) -> Kernel | None:
