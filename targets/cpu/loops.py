@@ -28,10 +28,10 @@ from typing import Any
 from ...compiler.tvm import T, TensorLoad, structural_map, tirx, tvm
 from ..base import Target
 from .emit import static
-from .fused import cost
+from .fused import cost, loads, variables_of
 from .nests import Axis, Nest, Step
-from .stages import COMBINERS, loads, renamed
-from .vectors import element_bits, extent_of, occurrences, power_below, strides, variables_of, vector_axis, vectorizable
+from .stages import COMBINERS, renamed
+from .vectors import element_bits, extent_of, occurrences, power_below, strides, vector_axis, vectorizable
 
 #: element operations below which a nest stays on the calling thread
 SERIAL_WORK = 32768
