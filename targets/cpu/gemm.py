@@ -272,7 +272,7 @@ class GemmEmitter:
         mr, m = self.schedule.mr, self.m
         half = -(-mr // 2)
         # a rest of more than half a tile is worth a whole one
-        whole = T.bind(T.if_then_else(m >= mr, T.floordiv(m + (mr - half - 1), T.int64(mr)), T.int64(0)))
+        whole = T.bind(T.if_then_else(m >= mr, T.floordiv(m + max(0, mr - half - 1), T.int64(mr)), T.int64(0)))
         with T.serial(whole) as io:
             self._tile(batch, T.min(io * mr, m - mr), mr, jo, panel, columns, limit)
         if mr == 1:
