@@ -16,6 +16,7 @@ from tvm.tirx.script import builder as T
 from tvm_ffi import structural_map, structural_walk
 
 __all__ = [
+    "BufferType",
     "Constant",
     "IRBuilder",
     "PIPELINE_MAP",
@@ -37,6 +38,8 @@ __all__ = [
 
 #: a Relax constant: TVM 0.27 moved it out of `relax`
 Constant = tvm.ir.GenericConst
+#: the type of a buffer variable: its shape, strides and element type
+BufferType = tvm.tirx.buffer.BufferType
 #: the expression class behind `tirx.BufferLoad(...)`
 TensorLoad = type(tirx.BufferLoad(tirx.decl_buffer((1,), "float32"), [0]))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...compiler.tvm import IRBuilder, T, tirx, tvm
 from ..base import Target
-from .fused import Fused
+from .fused import Fused, is_identity, loads, same_shape, variables_of
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
@@ -62,11 +62,21 @@ def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple
     """
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_attr(dict(ATTRS))
-        buffers = {}
-        for position, param in enumerate(fused.params):
-            shape = replaced.get(position, tuple(param.shape)) if hasattr(param, "shape") else None
-            buffers[param] = T.arg(param.name, T.buffer(shape, param.ty.dtype) if shape is not None else T.var("int64", param.name))
-        yield builder, buffers
+        yield builder, declare(fused.params, replaced)
+
+
+def declare(params: Sequence[Any], replaced: dict[int, tuple[int, ...]]) -> dict[Any, Any]:
+    """Give the PrimFunc being built these parameters; a map from the old buffers to the new ones.
+
+    Scalars stay the very variables they are: `call_tir` passes the symbols that no buffer binds by itself, and the buffers' shapes are written in them.
+    """
+    buffers = {}
+    for position, param in enumerate(params):
+        if hasattr(param, "shape"):
+            buffers[param] = T.arg(param.name, T.buffer(replaced.get(position, tuple(param.shape)), param.ty.dtype))
+        else:
+            T.arg(param.name, param)
+    return buffers
 
 
 @contextmanager
@@ -98,6 +108,29 @@ def register_tiles(target: Target, vectors: Sequence[int], available: int | None
         most = min(registers - 4, registers - nv - 1) // nv if nv > 1 else registers // 2
         found += [(mr, nv) for mr in range(1, min(most, 14) + 1)]
     return found
+
+
+def flat_rows(fused: Fused, buffers: dict[Any, Any]) -> tuple[list[Any], dict[Any, Any]]:
+    """Leading dims and buffers for an epilogue whose rows may be numbered through: (1, ..., 1, rows) and views of that shape.
+
+    Where an operand is broadcast along some of the leading dims the row number has to be taken apart: the output's own dims and `buffers` come back. Otherwise
+    no division is left, which with run-time dims would cost as much as the multiply-adds of a short row.
+    """
+    *lead, columns = fused.output.shape
+    flat = [T.int64(1)] * (len(lead) - 1) + [product(lead)]
+    produced = {fused.accumulator, *(block.body.buffer for block in fused.epilogue)}
+    in_place = {fused.output}
+    for block in fused.epilogue:
+        leading = {axis.var for axis in block.iter_vars[:-1]}
+        for load in loads(block.body.value):
+            if load.source in produced:
+                continue
+            if is_identity(block, load.indices) and same_shape(load.source, fused.output):
+                in_place.add(load.source)
+            elif any(leading & variables_of(index) for index in load.indices):
+                return lead, buffers
+    shape = (*flat, columns)
+    return flat, buffers | {buffer: T.decl_buffer(shape, buffer.ty.dtype, data=buffers[buffer].data) for buffer in in_place}
 
 
 class Rows:

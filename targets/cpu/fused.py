@@ -31,6 +31,19 @@ def sblocks(func: tirx.PrimFunc) -> list[Any]:
     return [block for block in found if block.name_hint != "root" or len(block.iter_vars)]
 
 
+def loads(expr: Any) -> list[Any]:
+    """Every buffer read in an expression, inner ones (indices of gathers) included."""
+    found: list[Any] = []
+    structural_walk(expr, (TensorLoad, found.append))
+    return found
+
+
+def variables_of(expr: Any) -> set[Any]:
+    found: set[Any] = set()
+    structural_walk(expr, (tirx.Var, found.add))
+    return found
+
+
 def is_reduction(block: Any) -> bool:
     return block.init is not None or any(int(var.iter_type) == 2 for var in block.iter_vars)
 
@@ -123,12 +136,10 @@ def analyze(func: tirx.PrimFunc) -> Fused:
     for block in blocks[1:]:
         if is_reduction(block) or not isinstance(block.body, tirx.BufferStore):
             raise Unfusable(f"block {block.name_hint} is not element-wise")
-        if not _is_identity(block, block.body.indices) or not _same_shape(block.body.buffer, accumulator):
+        if not is_identity(block, block.body.indices) or not same_shape(block.body.buffer, accumulator):
             raise Unfusable(f"block {block.name_hint} is not over the core's shape")
-        reads: list[Any] = []
-        structural_walk(block.body.value, (TensorLoad, lambda load: reads.append(load)))  # noqa: B023
-        for read in reads:
-            if any(read.source.same_as(buffer) for buffer in produced) and not _is_identity(block, read.indices):
+        for read in loads(block.body.value):
+            if any(read.source.same_as(buffer) for buffer in produced) and not is_identity(block, read.indices):
                 raise Unfusable(f"block {block.name_hint} reads an intermediate out of place")
         produced.append(block.body.buffer)
     output = produced[-1]
@@ -140,7 +151,8 @@ def analyze(func: tirx.PrimFunc) -> Fused:
     return Fused(func, json.loads(str(core.annotations[CORE])), tuple(reads), accumulator, output, tuple(blocks[1:]))
 
 
-def _is_identity(block: Any, indices: Sequence[Any]) -> bool:
+def is_identity(block: Any, indices: Sequence[Any]) -> bool:
+    """The indices are the block's axes in their order."""
     variables = [var.var for var in block.iter_vars]
     return len(indices) == len(variables) and all(
         index.same_as(var) or _is_unit(axis) for index, var, axis in zip(indices, variables, block.iter_vars, strict=True)
@@ -152,6 +164,7 @@ def _is_unit(axis: Any) -> bool:
     return isinstance(extent, tirx.IntImm) and extent.value == 1
 
 
-def _same_shape(a: Any, b: Any) -> bool:
+def same_shape(a: Any, b: Any) -> bool:
+    """Two buffers have equal dims, as far as can be proved."""
     analyzer = tvm.sym.Analyzer()
     return len(a.shape) == len(b.shape) and all(analyzer.can_prove_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))

@@ -22,7 +22,7 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .emit import Accumulators, Rows, balanced, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
+from .emit import Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -176,10 +176,13 @@ class GemmEmitter:
     """Emits one GEMM; see the module for the loop nest."""
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands):
-        self.fused, self.buffers, self.schedule, self.packed = fused, buffers, schedule, operands.packed
+        self.fused, self.schedule, self.packed = fused, schedule, operands.packed
         self.k, self.n, self.a, self.b = operands.k, operands.n, operands.a, operands.b
         self.batch, self.m = product(operands.batch), product(operands.rows)
-        self.rows = Rows([*operands.batch, *operands.rows])
+        self.batch_dims, row_dims = operands.batch, operands.rows
+        flat, self.buffers = flat_rows(fused, buffers)
+        self.flat = self.buffers is not buffers
+        self.rows = Rows(flat if self.flat else row_dims)
         self.nr = schedule.nv * schedule.lanes
 
     def emit(self) -> None:
@@ -188,6 +191,7 @@ class GemmEmitter:
         chunks = i64(-(-m // mc)) if m is not None and mc else T.int64(1)
         with tasks(self.batch * chunks * panels, static(product([self.batch, self.m, self.k, self.n]))) as task:
             batch = T.bind(T.floordiv(task, chunks * panels)) if static(self.batch) != 1 else T.int64(0)
+            self.lead = [] if self.flat else Rows(self.batch_dims).indices(batch)
             inner = T.bind(T.floormod(task, chunks * panels)) if static(self.batch) != 1 else task
             chunk = T.bind(T.floordiv(inner, panels)) if static(chunks) != 1 else T.int64(0)
             jo = T.bind(T.floormod(inner, panels)) if static(chunks) != 1 else inner
@@ -243,20 +247,9 @@ class GemmEmitter:
 
     def _rows(self, batch: Any, chunk: Any, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """All register tiles of one chunk of rows against one panel."""
-        mr, mc = self.schedule.mr, self.schedule.mc
-        m = static(self.m)
-
-        def tiles(count: Any, first: Any) -> None:
-            with T.serial(count) as io:
-                self._tile(batch, first + io * mr, mr, jo, panel, columns, limit)
-
+        mc, m = self.schedule.mc, static(self.m)
         if m is None:
-            full = T.bind(T.floordiv(self.m, T.int64(mr)))
-            tiles(full, T.int64(0))
-            rest = T.bind(self.m - full * mr)
-            for rows in range(1, mr):
-                with T.If(rest == rows), T.Then():
-                    self._tile(batch, full * mr, rows, jo, panel, columns, limit)
+            self._dynamic_rows(batch, jo, panel, columns, limit)
             return
         step = mc or m
         whole, last = divmod(m, step)
@@ -270,6 +263,25 @@ class GemmEmitter:
                     self._static_rows(batch, chunk * step, step, jo, panel, columns, limit)
                 with T.Else():
                     self._static_rows(batch, T.int64(whole * step), last, jo, panel, columns, limit)
+
+    def _dynamic_rows(self, batch: Any, jo: Any, panel: Any, columns: int, limit: Any) -> None:
+        """Tiles of mr rows, then of half as many for what is left, the last one moved back to end at the edge; single rows where there are fewer than that.
+
+        Three tiles are all the code there is: one for every possible rest would take minutes to compile.
+        """
+        mr, m = self.schedule.mr, self.m
+        half = -(-mr // 2)
+        # a rest of more than half a tile is worth a whole one
+        whole = T.bind(T.if_then_else(m >= mr, T.floordiv(m + max(0, mr - half - 1), T.int64(mr)), T.int64(0)))
+        with T.serial(whole) as io:
+            self._tile(batch, T.min(io * mr, m - mr), mr, jo, panel, columns, limit)
+        if mr == 1:
+            return
+        if half > 1:
+            with T.If(m >= half), T.Then(), T.serial(T.ceildiv(T.max(m - whole * mr, T.int64(0)), T.int64(half))) as io:
+                self._tile(batch, T.min(whole * mr + io * half, m - half), half, jo, panel, columns, limit)
+        with T.serial(whole * mr, T.if_then_else(m < half, m, whole * mr) if half > 1 else m) as row:
+            self._tile(batch, row, 1, jo, panel, columns, limit)
 
     def _static_rows(self, batch: Any, first: Any, rows: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """Tiles of two sizes that differ by one: a short last tile would wait for its own multiply-adds."""
@@ -292,4 +304,8 @@ class GemmEmitter:
                 a = T.bind(splat(a_rows[i](k), lanes))
                 for v in range(nv):
                     acc.fma(i, v, a, b[v])
-        store_tile(self.fused, self.buffers, acc, lambda i: self.rows.indices(first + i), lambda v: jo * self.nr + v * lanes, columns, limit)
+
+        def lead(i: Any) -> list[Any]:
+            return self.rows.indices(first + i) if self.flat else self.lead + self.rows.indices(row + i)
+
+        store_tile(self.fused, self.buffers, acc, lead, lambda v: jo * self.nr + v * lanes, columns, limit)

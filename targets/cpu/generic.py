@@ -12,7 +12,7 @@ from typing import Any
 
 from ...compiler.tvm import IRBuilder, T, s_tir, tirx, tvm
 from ..base import Target
-from .emit import ATTRS, static
+from .emit import ATTRS, declare, static
 from .loops import SERIAL_WORK, Emitter
 from .nests import Flat, Nest, group
 from .refine import refine
@@ -45,10 +45,7 @@ def _emit(func: tirx.PrimFunc, nests: list[Nest], flat: Flat, target: Target) ->
     used = {step.target for nest in nests for step in nest.steps if step.address is not None}
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_attr(dict(ATTRS))
-        buffers = {}
-        for param in func.params:
-            kind = T.buffer(tuple(param.shape), param.ty.dtype) if hasattr(param, "shape") else T.var("int64", param.name)
-            buffers[param] = T.arg(param.name, kind)
+        buffers = declare(func.params, {})
         # Relax's reshape analysis wants every function to start with a block
         with T.sblock("root"):
             views = {}

@@ -28,10 +28,10 @@ from typing import Any
 from ...compiler.tvm import T, TensorLoad, structural_map, tirx, tvm
 from ..base import Target
 from .emit import static
-from .fused import cost
+from .fused import cost, loads, variables_of
 from .nests import Axis, Nest, Step
-from .stages import COMBINERS, loads, renamed
-from .vectors import element_bits, extent_of, occurrences, power_below, strides, variables_of, vector_axis, vectorizable
+from .stages import COMBINERS, renamed
+from .vectors import element_bits, extent_of, occurrences, power_below, strides, vector_axis, vectorizable
 
 #: element operations below which a nest stays on the calling thread
 SERIAL_WORK = 32768
@@ -141,7 +141,7 @@ class Emitter:
         def read(load: Any) -> Any:
             return self.views[load.source][load.indices[0]]
 
-        value = structural_map(renamed(step.value), [(TensorLoad, read), (tirx.Var, name)])
+        value = structural_map(renamed(step.value), [(TensorLoad, read), (tirx.Var, name), (tirx.Cast, _number)])
         # TVM's interval analysis of integer bindings stumbles over vectors of booleans
         return T.bind(value) if step.dtype.startswith(("float", "bfloat")) else value
 
@@ -383,6 +383,13 @@ class Emitter:
                 T.buffer_store(acc, combine(acc[lane], acc[lane + half]), [lane])
             half //= 2
         return T.bind(acc[T.int64(0)])
+
+
+def _number(cast: Any) -> Any:
+    """A boolean as a number, written as a choice: TVM's interval analysis looks into a cast, where it cannot hold a vector of booleans, but not into a condition."""
+    if str(cast.value.ty.dtype) != "bool" or str(cast.ty.dtype) == "bool":
+        return cast
+    return tirx.Select(cast.value, tirx.const(1, cast.ty.dtype), tirx.const(0, cast.ty.dtype))
 
 
 def _constant(value: Any) -> Callable[[dict[Any, Any], Any], Any]:

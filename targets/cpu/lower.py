@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...autotune.cost_model import CostModel
-from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
+from ...compiler.tvm import BufferType, Constant, mutator, relax, structural_map, tirx, tvm
 from ..base import Target
 from .fused import Unfusable, analyze
 from .template import Kernel, KernelTemplate, machine
@@ -66,7 +67,7 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
     kernels: dict[str, Kernel] = {}
     functions = [(variable, func) for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
     for variable, func in sorted(functions, key=lambda item: item[0].name_hint):
-        name = variable.name_hint
+        name, func = variable.name_hint, simplify_shapes(func)
         kernel = _from_template(func, name, known, constants.get(name, frozenset()), lowering)
         if kernel is None:
             scheduled = generic(func, target)
@@ -76,9 +77,39 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
     return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
 
 
+def simplify_shapes(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with the dims of its buffers simplified: those of a deep network with symbolic sizes are sums that grew by a few terms in every layer."""
+    simplify = tvm.sym.Analyzer().simplify
+    return _map_dims(func, lambda dim: simplify(dim))
+
+
+def own_dims(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with a variable of its own for every dim of a parameter that is an expression of symbols, read from the tensor that comes in.
+
+    For templates, which compare dims and count them: (w - 1) // 8 + 1 in every address would take TVM's analyzers seconds per kernel.
+    """
+    named: dict[str, Any] = {}
+    for param in func.params:
+        for dim in getattr(param, "shape", ()):
+            if not isinstance(dim, (tirx.Var, tirx.IntImm)):
+                named.setdefault(str(dim), tirx.Var(f"dim{len(named)}", "int64"))
+    return _map_dims(func, lambda dim: named.get(str(dim), dim)) if named else func
+
+
+def _map_dims(func: tirx.PrimFunc, change: Callable[[Any], Any]) -> tirx.PrimFunc:
+    def rewrite(kind: Any) -> Any:
+        shape = [change(dim) for dim in kind.shape]
+        if all(new.same_as(old) for new, old in zip(shape, kind.shape, strict=True)):
+            return kind
+        assert not kind.strides, "a fused kernel's buffers are compact"
+        return tirx.decl_buffer(shape, str(kind.dtype), scope=kind.storage_scope, layout=kind.layout).ty
+
+    return structural_map(func, (BufferType, rewrite))
+
+
 def _from_template(func: Any, name: str, known: list[KernelTemplate], constants: frozenset[int], lowering: Lowering) -> Kernel | None:
     try:
-        fused = analyze(func)
+        fused = analyze(own_dims(func))
     except Unfusable as reason:
         lowering.choices[name] = Choice(name, "generic", "", "", None, reason=str(reason))
         return None

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...compiler.tvm import TensorLoad, s_tir, structural_map, structural_walk, tirx, tvm
 from .emit import static
-from .fused import cost, is_reduction
+from .fused import cost, is_reduction, loads
 
 #: operations a stage may cost and still be computed again by every reader
 CHEAP = 2
@@ -53,13 +53,6 @@ class Stage:
         return len(self.indices) == len(self.axes) and all(
             index.same_as(var) or static(extent) == 1 for index, (var, extent) in zip(self.indices, self.axes, strict=True)
         )
-
-
-def loads(expr: Any) -> list[Any]:
-    """Every buffer read in an expression, inner ones (indices of gathers) included."""
-    found: list[Any] = []
-    structural_walk(expr, (TensorLoad, found.append))
-    return found
 
 
 def read_stages(func: tirx.PrimFunc) -> list[Stage]:

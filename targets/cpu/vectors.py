@@ -7,10 +7,10 @@ from typing import Any
 
 from ...compiler.tvm import structural_walk, tirx, tvm
 from .emit import static
+from .fused import loads, variables_of
 from .math import VECTOR_CALLS
 from .nests import Axis, Nest
 from .refine import coefficients
-from .stages import loads
 
 
 def extent_of(axis: Axis) -> int:
@@ -77,9 +77,3 @@ def occurrences(expr: Any) -> list[Any]:
 def power_below(size: int) -> int:
     """The largest power of two that is at most `size`."""
     return 1 << max(0, size.bit_length() - 1)
-
-
-def variables_of(expr: Any) -> set[Any]:
-    found: set[Any] = set()
-    structural_walk(expr, (tirx.Var, found.add))
-    return found
