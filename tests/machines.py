@@ -22,4 +22,7 @@ def runnable() -> list[Any]:
     """Parameters for `@pytest.mark.parametrize("target", runnable())`."""
     wide = widest()
     missing = pytest.mark.skip(reason="this host has no AVX512: code for it can be compiled, not run")
-    return [pytest.param(HASWELL, id="haswell"), pytest.param(wide, id="avx512" if wide is None else wide.name, marks=[missing] if wide is None else [])]
+    return [
+        pytest.param(HASWELL, id="haswell"),
+        pytest.param(wide, id="avx512" if wide is None else wide.name, marks=[missing] if wide is None else []),
+    ]

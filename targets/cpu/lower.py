@@ -9,6 +9,7 @@ import numpy as np
 
 from ...autotune.cost_model import CostModel
 from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
+from ...passes.fusion import NODES
 from ..base import Target
 from .fused import Fused, Unfusable, analyze
 from .template import Kernel, KernelTemplate, machine
@@ -26,7 +27,7 @@ def templates() -> list[KernelTemplate]:
 
 @dataclass
 class Choice:
-    """What was chosen for one PrimFunc, for the report."""
+    """What was chosen for one PrimFunc, for the report. nodes: names of the source nodes it computes, over all calls."""
 
     kernel: str
     template: str
@@ -36,6 +37,7 @@ class Choice:
     candidates: int = 0
     reason: str = ""
     calls: int = 0
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -71,6 +73,7 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
             scheduled = generic(func, target)
             lowering.choices[name].schedule = scheduled.rule
             kernel = Kernel(scheduled.func)
+        lowering.choices[name].nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         kernels[name] = kernel
     return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
 
