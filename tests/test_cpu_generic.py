@@ -158,6 +158,14 @@ def test_reductions_keep_nan():
     check(lambda emit, a: op.clip(a, -0.5, 0.5), lambda a: a.clip(-0.5, 0.5), x)
 
 
+@pytest.mark.parametrize("axis", [0, 1, (0, 1)], ids=str)
+def test_extrema_of_infinities(axis):
+    for value in (np.inf, -np.inf):
+        x = np.full((5, 37), value, "float32")
+        check(lambda emit, a: op.max(a, axis=axis), lambda a: a.amax(axis), x)
+        check(lambda emit, a: op.min(a, axis=axis), lambda a: a.amin(axis), x)
+
+
 @pytest.mark.parametrize("channels", [1, 5, 64, 100])
 def test_pooling(channels):
     x = data(1, 15, 16, channels)

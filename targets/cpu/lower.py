@@ -11,6 +11,7 @@ from ...autotune.cost_model import CostModel
 from ...compiler.tvm import Constant, mutator, relax, tirx, tvm
 from ...passes.fusion import NODES
 from ..base import Target
+from .emit import static
 from .fused import Fused, Unfusable, analyze
 from .template import Kernel, KernelTemplate, machine
 
@@ -80,6 +81,8 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
 
 def _from_template(func: Any, name: str, known: list[KernelTemplate], constants: frozenset[int], lowering: Lowering) -> Kernel | None:
     try:
+        if any(static(dim) == 0 for param in func.params if hasattr(param, "shape") for dim in param.shape):
+            raise Unfusable("an operand without elements")
         fused = analyze(func)
     except Unfusable as reason:
         lowering.choices[name] = Choice(name, "generic", "", "", None, reason=str(reason))

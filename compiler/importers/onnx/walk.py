@@ -10,7 +10,7 @@ from ...errors import Blocker, UnsupportedModel
 from ...program import Program, Provenance, TensorSpec
 from ...shapes import ShapeSpec
 from ...tvm import relax, tvm
-from ..naming import NamingBuilder
+from ..naming import ImpossibleTensor, NamingBuilder
 from .inputs import declare_inputs
 from .load import Source, read_tensor
 from .node import Node, identifier
@@ -104,6 +104,8 @@ class _Walk:
             return tuple(self._bind(result, name) for result, name in zip(results, proto.output, strict=False))
         except Refusal as refusal:
             reason = str(refusal)
+        except ImpossibleTensor as error:
+            reason = str(error)
         except (ValueError, TypeError, tvm.error.InternalError) as error:  # TVM's type inference: the node is inconsistent with its inputs
             reason = f"inconsistent with its inputs: {str(error).strip().splitlines()[0]}"
         finally:
