@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,8 +102,17 @@ def _dtype_name(value: Any) -> str:
     return value.dtype.name if isinstance(value, np.ndarray) else str(value.dtype).removeprefix("torch.")
 
 
+def without_elements(value: Any) -> Any:
+    """A TVM tensor of an array without elements; its strides are those of generated code, where numpy and torch have others."""
+    shape = tuple(value.shape)
+    strides = [value.dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return from_dlpack(np.ndarray(shape, numpy_dtype(_dtype_name(value)), aligned(np.empty(ALIGNMENT, np.uint8)), 0, strides))
+
+
 def _tensor(value: Any) -> Any:
     """`value` as a TVM tensor; copied only where it is not contiguous, aligned and writable (DLPack cannot export read-only numpy arrays)."""
+    if 0 in value.shape:
+        return without_elements(value)
     if isinstance(value, np.ndarray):
         if not (value.flags.c_contiguous and value.flags.writeable):
             return from_dlpack(aligned(value))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: rtol, atol by dtype; integers are compared exactly
+TOLERANCES = {"float16": (1e-2, 1e-2), "bfloat16": (1e-2, 1e-2)}
 RTOL, ATOL = 1e-4, 1e-5
 
 
@@ -19,10 +21,10 @@ class Agreement:
     reason: str = ""
 
 
-def agree(ours: np.ndarray, reference: np.ndarray, *, rtol: float = RTOL, atol: float = ATOL) -> Agreement:
+def agree(ours: np.ndarray, reference: np.ndarray, *, rtol: float | None = None, atol: float | None = None) -> Agreement:
     """Compare two arrays after dividing both by the reference's largest finite magnitude: |ours - reference| <= atol + rtol * |reference|.
 
-    Shapes and dtypes must be equal, integers and booleans exactly; NaN agrees with NaN and infinity with the same infinity only.
+    Tolerances left out follow the dtype. Shapes and dtypes must be equal, integers and booleans exactly; NaN agrees with NaN and infinity with the same infinity only.
     """
     ours, reference = np.asarray(ours), np.asarray(reference)
     if ours.shape != reference.shape or ours.dtype != reference.dtype:
@@ -34,6 +36,8 @@ def agree(ours: np.ndarray, reference: np.ndarray, *, rtol: float = RTOL, atol: 
         if not wrong.any():
             return Agreement(True, 0.0)
         return Agreement(False, float("inf"), _index(wrong), f"{int(wrong.sum())} of {wrong.size} values differ")
+    usual = TOLERANCES.get(ours.dtype.name, (RTOL, ATOL))
+    rtol, atol = usual[0] if rtol is None else rtol, usual[1] if atol is None else atol
     ours, reference = ours.astype(np.float64), reference.astype(np.float64)
     finite = np.isfinite(reference)
     special = ~finite & ~((ours == reference) | (np.isnan(ours) & np.isnan(reference))) | (finite & ~np.isfinite(ours))

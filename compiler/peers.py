@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import ToolchainError, UsageError
+from .errors import TcompileError, ToolchainError, UsageError
 
 #: a model made ready by an engine: () -> outputs in the model's order
 Peer = Callable[[], list[np.ndarray]]
 
 
-def prepare(name: str, model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Peer:
-    """`model` loaded by the engine `name`, its inputs bound. Raises UsageError for an unknown engine or one that cannot read this kind of file."""
+#: engine -> kind of file it reads, and how to come by one
+SOURCES = {
+    "onnxruntime": (".onnx", "an ONNX file (.onnx)"),
+    "openvino": (".onnx", "an ONNX file (.onnx)"),
+    "torch": (".pt2", "the same model as a .pt2 file, made by torch.export.save(torch.export.export(module, inputs), 'NAME.pt2')"),
+}
+
+
+def source_for(name: str, candidates: Sequence[Path]) -> Path:
+    """The first of `candidates` that the engine `name` can read. Raises UsageError for an unknown engine, or saying which file is needed."""
     if name not in PEERS:
         raise UsageError(f"unknown peer '{name}': expected one of {', '.join(PEERS)}")
-    return PEERS[name](model, feeds, threads)
+    suffix, needed = SOURCES[name]
+    for candidate in candidates:
+        if candidate.suffix == suffix:
+            return candidate
+    given = " or ".join(f"'{candidate}'" for candidate in candidates)
+    raise UsageError(f"{name} cannot read {given}: it needs {needed}; name that with --model")
+
+
+def prepare(name: str, model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Peer:
+    """`model` loaded by the engine `name`, its inputs bound.
+
+    Raises UsageError for an unknown engine or one that cannot read this kind of file, ToolchainError where the engine is missing or fails; so does the peer.
+    """
+    source = source_for(name, [model])
+    with _failures_of(name, source):
+        peer = PEERS[name](source, feeds, threads)
+
+    def run() -> list[np.ndarray]:
+        with _failures_of(name, source):
+            return peer()
+
+    return run
+
+
+@contextmanager
+def _failures_of(name: str, model: Path) -> Iterator[None]:
+    try:
+        yield
+    except TcompileError:
+        raise
+    except Exception as error:  # engines raise exceptions of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ToolchainError(f"{name} cannot run '{model}': {reason}") from error
 
 
 def _onnxruntime(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Peer:
     runtime = _require("onnxruntime")
-    _require_suffix("onnxruntime", model, ".onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -33,7 +73,6 @@ def _onnxruntime(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> 
 
 def _openvino(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Peer:
     openvino = _require("openvino")
-    _require_suffix("openvino", model, ".onnx")
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(core.read_model(str(model)), "CPU", settings).create_infer_request()
@@ -48,7 +87,6 @@ def _openvino(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Pee
 
 def _torch(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Peer:
     torch = _require("torch")
-    _require_suffix("torch", model, ".pt2")
     torch.set_num_threads(threads)
     module = torch.export.load(str(model)).module()
     tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
@@ -68,11 +106,6 @@ def _require(package: str) -> Any:
         return import_module(package)
     except ImportError as error:
         raise ToolchainError(f"{package} is not installed; `pip install tcompile[bench]` brings the peers") from error
-
-
-def _require_suffix(name: str, model: Path, suffix: str) -> None:
-    if model.suffix != suffix:
-        raise UsageError(f"{name} reads {suffix} files, not '{model}'; name the original with --model")
 
 
 PEERS: dict[str, Callable[[Path, Mapping[str, np.ndarray], int], Peer]] = {"onnxruntime": _onnxruntime, "openvino": _openvino, "torch": _torch}

@@ -13,6 +13,7 @@ from ..passes.fusion import FuseEpilogues
 from ..passes.memory import PlanMemory
 from ..targets.base import Target
 from ..targets.cpu import build as cpu_build
+from ..targets.cpu import guards as cpu_guards
 from ..targets.cpu import legalize as cpu_legalize
 from ..targets.cpu import lower as cpu_lower
 from .lowered import Lowered
@@ -57,6 +58,7 @@ def lower(program: Program, target: Target, options: CompileOptions) -> Lowered:
     run = _Run(program, target, options)
     for graph_pass in recipe.passes:
         run.step(graph_pass.name, graph_pass.run)
+    run.step("guard", cpu_guards.guard)
     run.step("legalize", lambda p, _: p.with_module(_legalize(p)))
     run.step("fuse_epilogues", FuseEpilogues().run)
     choices: list[cpu_lower.Choice] = []

@@ -50,7 +50,7 @@ class Program:
 
     module: `main` takes the inputs in the order of `inputs` and returns one tensor, or a tuple in the order of `outputs`. Weights are Relax constants
     while passes work (TVM's own passes see only constants); lowering lifts them out into the artifact's weight file.
-    Binding variables are named after the source node that made them; passes keep those names.
+    origins: name of a binding variable -> name of the source node that made it; passes keep the names of what they rewrite.
     """
 
     module: tvm.IRModule
@@ -58,6 +58,7 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     provenance: Provenance
     dims: Mapping[str, DimRange] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def with_module(self, module: tvm.IRModule) -> Program:
         """The same program with another module; the very same object when the module is unchanged."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import threads as pool
 from .artifact import Artifact, read, require_host
-from .binding import Binder, is_torch
+from .binding import Binder, is_torch, without_elements
 from .errors import TcompileError
 from .program import DimRange, TensorSpec
 from .tvm_runtime import Executable, array, config_threadpool, from_dlpack, load_executable
@@ -41,7 +41,7 @@ class CompiledModel:
         with self._lock:
             if self._executable is None:
                 require_host(self._artifact)
-                tensors = [from_dlpack(weight) for weight in self._artifact.weights.values()]
+                tensors = [from_dlpack(weight) if weight.size else without_elements(weight) for weight in self._artifact.weights.values()]
                 self._weights = array(tensors)
                 #: where memory lies that outputs must not share
                 self._weight_pointers = frozenset(tensor.data_ptr() for tensor in tensors)
@@ -58,7 +58,8 @@ class CompiledModel:
         try:
             result = main(*tensors, self._weights)
         except Exception as error:
-            raise TcompileError(f"the model failed while running: {_last_line(error)}") from error
+            reason = "out of memory" if "bad_alloc" in str(error) else _last_line(error)
+            raise TcompileError(f"the model failed while running: {reason}") from error
         taken = {tensor.data_ptr() for tensor in tensors}
         to_torch = bool(args) and is_torch(args[0])
         if len(self.outputs) == 1:

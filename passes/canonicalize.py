@@ -166,7 +166,7 @@ def _fold_scale(self: _Peephole, call: Any) -> Any:
             continue
         self._count("scale_into_weight")
         scaled = (weight * scale.reshape(-1, 1, 1, 1)).astype(weight.dtype)
-        return relax.Call(conv.op, [conv.args[0], relax.const(scaled)], conv.attrs)
+        return relax.Call(conv.op, [conv.args[0], relax.const(scaled, str(scaled.dtype))], conv.attrs)
     return None
 
 

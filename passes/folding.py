@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..compiler.tvm import Constant, mutator, relax, tvm
+from ..compiler.weights import numpy_dtype
 
 #: results larger than this stay in the program unless they are a mere rearrangement of one constant (elements)
 LIMIT = 1 << 20
@@ -62,7 +63,8 @@ class _Folder(relax.PyExprMutator):
         if result is None or list(result.shape) != shape:
             return call
         self.folded += 1
-        return relax.const(np.ascontiguousarray(result.astype(call.ty.dtype.name if hasattr(call.ty.dtype, "name") else str(call.ty.dtype))))
+        dtype = str(call.ty.dtype)
+        return relax.const(np.asarray(result, numpy_dtype(dtype), order="C"), dtype)  # without its dtype int64 becomes int32, float64 float32
 
     def _evaluate(self, call: Any, shape: list[Any]) -> np.ndarray | None:
         name = call.op.name

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..compiler.program import Program
-from ..compiler.tvm import relax, tvm
+from ..compiler.tvm import relax, tirx, tvm
 from .base import Pass, PassContext
+from .origins import kernel_origins
+
+#: attribute of a kernel: names of the source nodes it computes
+NODES = "tcompile.nodes"
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,26 @@ class FuseEpilogues(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         transform = relax.transform
         before = _kernel_calls(program)
-        module = transform.AnnotateTIROpPattern()(program.module)
+        annotated = transform.AnnotateTIROpPattern()(program.module)
         with tvm.transform.PassContext(config={"relax.FuseOps.max_depth": self.depth}):
-            module = transform.FuseTIR()(transform.FuseOps()(module))
-        fused = program.with_module(transform.DeadCodeElimination()(module))
+            grouped = transform.FuseOps()(annotated)
+        nodes = kernel_origins(annotated, grouped, program.origins)
+        module = transform.DeadCodeElimination()(transform.FuseTIR()(grouped))
+        fused = program.with_module(_with_nodes(module, nodes))
         context.matched(kernels_before=before, kernels_after=_kernel_calls(fused))
         return fused
+
+
+def _with_nodes(module: Any, nodes: Mapping[str, list[str]]) -> Any:
+    """The module with the attribute `NODES` on every kernel."""
+    named = {
+        variable: func.with_attr(NODES, nodes[variable.name_hint]) for variable, func in module.functions_items() if nodes.get(variable.name_hint)
+    }
+    module = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
+    for variable, func in named.items():
+        if isinstance(func, tirx.PrimFunc):
+            module.update_func(variable, func)
+    return module
 
 
 def _kernel_calls(program: Program) -> int:

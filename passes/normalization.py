@@ -16,6 +16,7 @@ import numpy as np
 
 from ..compiler.program import Program
 from ..compiler.tvm import is_constant, relax, tvm
+from ..compiler.weights import numpy_dtype
 from .base import Pass, PassContext
 
 
@@ -181,13 +182,13 @@ def _normalized(view: _View, x: relax.Expr, rms: tuple[relax.Expr, tuple[int, ..
     dims = [x.ty.shape[axis] for axis in axes]
     if not all(isinstance(dim, tvm.tirx.IntImm) for dim in dims):
         return None
-    ones = np.ones([int(dim) for dim in dims], "float32")
+    dtype = str(x.ty.dtype)
+    ones, zeros = (relax.const(make([int(dim) for dim in dims], numpy_dtype(dtype)), dtype) for make in (np.ones, np.zeros))
     centered = view.call(x, "subtract")
     mean = view.mean_of(centered.args[1]) if centered is not None else None
     if centered is not None and mean is not None and mean[1] == axes and view.same(mean[0], centered.args[0]):
-        gamma, beta = relax.const(ones), relax.const(np.zeros_like(ones))
-        return relax.op.nn.layer_norm(centered.args[0], gamma, beta, axes=list(axes), epsilon=epsilon, center=False, scale=False)
-    return relax.op.nn.rms_norm(x, relax.const(ones), axes=list(axes), epsilon=epsilon)
+        return relax.op.nn.layer_norm(centered.args[0], ones, zeros, axes=list(axes), epsilon=epsilon, center=False, scale=False)
+    return relax.op.nn.rms_norm(x, ones, axes=list(axes), epsilon=epsilon)
 
 
 def _norm_by_division(view: _View, call: relax.Call) -> relax.Expr | None:

@@ -45,3 +45,16 @@ def unsupported(folder: Path) -> Path:
     path = folder / "odd.onnx"
     save(model, path)
     return path
+
+
+def small(nodes, inputs: dict, outputs: list[str], constants: dict[str, np.ndarray] | None = None, opset: int = 18) -> ModelProto:
+    """A model of opset 18. inputs: name -> dims of a float32 tensor, or (dims, element type); outputs: names, or (name, element type)."""
+
+    def info(name, spec):
+        dims, kind = spec if isinstance(spec, tuple) else (spec, TensorProto.FLOAT)
+        return helper.make_tensor_value_info(name, kind, dims)
+
+    results = [info(*((name, (None, TensorProto.FLOAT)) if isinstance(name, str) else (name[0], (None, name[1])))) for name in outputs]
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "small", [info(name, spec) for name, spec in inputs.items()], results, tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from machines import runnable
 from tcompile.autotune.cost_model import AnalyticModel
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
@@ -20,8 +21,7 @@ from tcompile.targets.cpu.fused import Fused, Unfusable, analyze
 from tcompile.targets.cpu.gemm import GemmSchedule
 from tcompile.targets.cpu.template import KernelTemplate, machine
 
-AVX2 = Target("cpu", "haswell", mcpu="haswell")
-AVX512 = Target("cpu", "skylake-avx512", mcpu="skylake-avx512", vector_bits=512, vector_registers=32)
+AVX2, AVX512 = Target.parse("cpu:haswell"), Target.parse("cpu:skylake-avx512")
 TEMPLATES: tuple[KernelTemplate, ...] = (ConvDepthwise(), ConvPointwise(), ConvDirect())
 WEIGHT = frozenset([1])
 
@@ -145,7 +145,8 @@ def reference(case: Case, x: np.ndarray, w: np.ndarray, extra: list[np.ndarray],
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_against_torch(index: int) -> None:
+@pytest.mark.parametrize("target", runnable())
+def test_against_torch(index: int, target: Target) -> None:
     case, epilogue = CASES[index], ("relu", "residual", "hardswish", "none")[index % 4]
     rng = np.random.default_rng(index)
 
@@ -159,8 +160,8 @@ def test_against_torch(index: int) -> None:
     shape = reference(case, x, w, [], "none").shape
     extra = ([] if epilogue == "none" else [draw((case.co,))]) + ([draw(shape)] if epilogue == "residual" else [])
     want = reference(case, x, w, extra, epilogue)
-    for schedule in schedules(template, workload, AVX2, 3, index):
-        kernel, executable = compiled(fused, template, workload, schedule, AVX2)
+    for schedule in schedules(template, workload, target, 3, index):
+        kernel, executable = compiled(fused, template, workload, schedule, target)
         args = [x, w, *extra]
         for packing in kernel.packings:
             args[packing.param] = packing.pack(args[packing.param])
@@ -170,15 +171,16 @@ def test_against_torch(index: int) -> None:
         np.testing.assert_allclose(tensors[-1].numpy(), want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=str(schedule))
 
 
-def test_padding_is_never_read() -> None:
+@pytest.mark.parametrize("target", runnable())
+def test_padding_is_never_read(target: Target) -> None:
     """A NaN or infinite weight on a tap that only meets padding must not reach the output."""
     case = Case((1, 1, 1, 4), 8, (3, 3), pad=(1, 1, 1, 1))
     fused = fused_conv(case)
     template, workload = template_for(fused)
     w = np.full((3, 3, 4, 8), np.nan, "float32")
     w[1, 1] = 1.0
-    for schedule in schedules(template, workload, AVX2, 2, 0):
-        kernel, executable = compiled(fused, template, workload, schedule, AVX2)
+    for schedule in schedules(template, workload, target, 2, 0):
+        kernel, executable = compiled(fused, template, workload, schedule, target)
         y = tvm.runtime.tensor(np.zeros((1, 1, 1, 8), "float32"))
         executable["kernel"](tvm.runtime.tensor(np.ones((1, 1, 1, 4), "float32")), tvm.runtime.tensor(kernel.packings[0].pack(w)), y)
         assert (y.numpy() == 4.0).all()

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from machines import runnable
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.cpu.fused import analyze
@@ -13,8 +14,6 @@ from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
 from tcompile.targets.cpu.ops_linear import matmul
-
-HASWELL = Target.parse("cpu:haswell")
 
 
 def fused(lead, m, k, n, batched=False):
@@ -57,18 +56,19 @@ def compiled(kernel, target):
     ],
 )
 @pytest.mark.parametrize("pick", [0, 0.5, 1])
-def test_awkward_sizes(lead, m, k, n, batched, pick):
+@pytest.mark.parametrize("target", runnable())
+def test_awkward_sizes(lead, m, k, n, batched, pick, target):
     template, func = Gemm(), fused(lead, m, k, n, batched)
     workload = template.workload(func, frozenset([1]))
-    space = list(template.space(workload, HASWELL))
-    kernel = template.build(func, workload, space[int(pick * (len(space) - 1))], HASWELL)
+    space = list(template.space(workload, target))
+    kernel = template.build(func, workload, space[int(pick * (len(space) - 1))], target)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((*lead, m, k)).astype("float32")
     w = rng.standard_normal((*lead, k, n) if batched else (k, n)).astype("float32")
     b = rng.standard_normal(n).astype("float32")
     packed = kernel.packings[0].pack(w) if kernel.packings else w
     out = tvm.runtime.tensor(np.full((*lead, m, n), np.nan, "float32"))
-    compiled(kernel, HASWELL)["f"](tvm.runtime.tensor(x), tvm.runtime.tensor(packed), tvm.runtime.tensor(b), out)
+    compiled(kernel, target)["f"](tvm.runtime.tensor(x), tvm.runtime.tensor(packed), tvm.runtime.tensor(b), out)
     want = np.maximum(x.astype("float64") @ w + b, 0)
     np.testing.assert_allclose(out.numpy(), want, rtol=1e-5, atol=1e-5)
 

@@ -9,21 +9,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from machines import HASWELL, runnable
 from tcompile.compiler.tvm import relax, tirx, tvm
-from tcompile.targets.base import Target
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.legalize import legalize
+from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
 from tvm.relax.backend import DispatchSortScan
 from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
 
 op = relax.op
-LLVM = tvm.target.Target({"kind": "llvm", "mcpu": "haswell"})
-HASWELL = Target("cpu", "haswell", mcpu="haswell", vector_bits=256, vector_registers=16, cores=2)
 
 
-def compiled(define: Callable, *params: tuple[tuple, str], target: Target = HASWELL, llvm: tvm.target.Target = LLVM):
-    """(executable, {function: rule}) of one Relax expression, fused and scheduled."""
+@pytest.fixture(params=runnable(), autouse=True)
+def machine(request):
+    """Every test runs its code as compiled for each of these machines."""
+    global TARGET
+    TARGET = request.param
+    yield
+    TARGET = HASWELL
+
+
+TARGET = HASWELL
+
+
+def compiled(define: Callable, *params: tuple[tuple, str]):
+    """(executable, {function: rule}) of one Relax expression, fused and scheduled for the test's machine."""
+    llvm = tvm_target(TARGET)
     builder = relax.BlockBuilder()
     inputs = [relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, (shape, dtype) in enumerate(params)]
     with builder.function("main", inputs):
@@ -37,7 +49,7 @@ def compiled(define: Callable, *params: tuple[tuple, str], target: Target = HASW
         rules = {}
         for name, function in list(module.functions.items()):
             if isinstance(function, tirx.PrimFunc):
-                scheduled = schedule(function, target)
+                scheduled = schedule(function, TARGET)
                 rules[name.name_hint] = scheduled.rule
                 assert scheduled.func.attrs["tcompile.scheduled"]
                 module.update_func(name, scheduled.func)
@@ -146,6 +158,14 @@ def test_reductions_keep_nan():
     check(lambda emit, a: op.clip(a, -0.5, 0.5), lambda a: a.clip(-0.5, 0.5), x)
 
 
+@pytest.mark.parametrize("axis", [0, 1, (0, 1)], ids=str)
+def test_extrema_of_infinities(axis):
+    for value in (np.inf, -np.inf):
+        x = np.full((5, 37), value, "float32")
+        check(lambda emit, a: op.max(a, axis=axis), lambda a: a.amax(axis), x)
+        check(lambda emit, a: op.min(a, axis=axis), lambda a: a.amin(axis), x)
+
+
 @pytest.mark.parametrize("channels", [1, 5, 64, 100])
 def test_pooling(channels):
     x = data(1, 15, 16, channels)
@@ -240,11 +260,9 @@ def test_other_types(dtype):
         check(lambda emit, a: op.exp(a), lambda a: a.exp(), data(3, 37, dtype=dtype), tolerance=2e-3 if dtype == "float16" else 1e-6)
 
 
-@pytest.mark.parametrize(("mcpu", "bits", "register"), [("haswell", 256, "ymm"), ("skylake-avx512", 512, "zmm")])
-def test_code_is_vector_code(mcpu, bits, register):
-    target = Target("cpu", mcpu, mcpu=mcpu, vector_bits=bits, vector_registers=16 if bits == 256 else 32)
-    llvm = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
-    executable, _ = compiled(lambda emit, a: op.nn.softmax(a, axis=-1), ((512, 197), "float32"), target=target, llvm=llvm)
+def test_code_is_vector_code():
+    executable, _ = compiled(lambda emit, a: op.nn.softmax(a, axis=-1), ((512, 197), "float32"))
     assembly = executable.mod.imports[0].inspect_source("asm")
+    register = {256: "ymm", 512: "zmm"}[TARGET.vector_bits]
     assert len(re.findall(rf"vfmadd\w*ps.*{register}", assembly)) > 10
     assert not re.search(r"call\w*\s+\*?\w*expf", assembly)

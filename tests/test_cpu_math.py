@@ -6,26 +6,38 @@ import re
 
 import numpy as np
 import pytest
+from machines import HASWELL, runnable
 from scipy.special import erf
 from tcompile.compiler.tvm import IRBuilder, T, tirx, tvm
+from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
 
-LANES = 8
+TARGET = HASWELL
 CALLS = re.compile(r"call\w*\s+\*?\w*(expf?|logf?|erff?|tanhf?|powf?|sinf?|cosf?|fmaxf?|fminf?)\b")
 
 
+@pytest.fixture(params=runnable(), autouse=True)
+def machine(request):
+    """Every test runs its code as compiled for each of these machines."""
+    global TARGET
+    TARGET = request.param
+    yield
+    TARGET = HASWELL
+
+
 def build(expression, count: int, inputs: int = 1, dtype: str = "float32"):
+    lanes = TARGET.lanes()
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         sources = [T.arg(f"x{i}", T.buffer((count,), dtype)) for i in range(inputs)]
         target = T.arg("y", T.buffer((count,), dtype))
-        with T.serial(T.int64(count // LANES)) as w, T.vectorized(T.int64(LANES)) as lane:
-            T.buffer_store(target, expression(*(source[w * LANES + lane] for source in sources)), [w * LANES + lane])
-    return tvm.build(tvm.IRModule({"main": builder.get()}), tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}), TIR_PIPELINE)
+        with T.serial(T.int64(count // lanes)) as w, T.vectorized(T.int64(lanes)) as lane:
+            T.buffer_store(target, expression(*(source[w * lanes + lane] for source in sources)), [w * lanes + lane])
+    return tvm.build(tvm.IRModule({"main": builder.get()}), tvm_target(TARGET), TIR_PIPELINE)
 
 
 def evaluate(expression, *arrays: np.ndarray) -> np.ndarray:
-    count = -(-arrays[0].size // LANES) * LANES
+    count = -(-arrays[0].size // TARGET.lanes()) * TARGET.lanes()
     padded = [tvm.runtime.tensor(np.resize(array, count)) for array in arrays]
     result = tvm.runtime.empty((count,), str(arrays[0].dtype))
     build(expression, count, len(arrays), str(arrays[0].dtype))["main"](*padded, result)
@@ -118,7 +130,7 @@ def test_extrema_keep_nan(dtype):
 @pytest.mark.parametrize("function", [T.exp, T.log, T.erf, T.tanh, T.sigmoid, T.sin], ids=["exp", "log", "erf", "tanh", "sigmoid", "sin"])
 def test_code_is_vector_code(function):
     assembly = build(function, 1024).inspect_source("asm")
-    assert "ymm" in assembly
+    assert {256: "ymm", 512: "zmm"}[TARGET.vector_bits] in assembly
     assert not CALLS.search(assembly)
 
 

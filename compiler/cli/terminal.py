@@ -17,6 +17,8 @@ from ..errors import TcompileError
 from ..progress import shown
 
 INTERRUPTED = 130
+#: columns of the widest table; longer cells are folded
+WIDEST_TABLE = 120
 
 
 @dataclass
@@ -73,15 +75,26 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout; the first column is left-aligned, the others right-aligned. Plain when stdout is no terminal."""
+    """A compact table on stdout: columns as wide as their content, numbers right-aligned, the rest left-aligned. Plain when stdout is no terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    cells = [[str(cell) for cell in row] for row in rows]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    terminal = sys.stdout.isatty()
-    Console(width=None if terminal else 160, highlight=False, markup=False).print(table)
+        numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    console.width = min(console.width, WIDEST_TABLE) if console.is_terminal else WIDEST_TABLE
+    console.print(table)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -15,7 +15,9 @@ from .verb_run import Input
 def bench_verb(
     model: Path = typer.Argument(..., help="Artifact (.tcm), or a source model that is compiled first.", show_default=False),
     against: str = typer.Option("", "--against", help="Engines to time beside it, comma-separated: onnxruntime, openvino, torch."),
-    source: Path | None = typer.Option(None, "--model", help="The source model for the other engines when MODEL is an artifact."),
+    source: list[Path] = typer.Option(
+        [], "--model", help="Source model for the other engines, repeatable: .onnx for onnxruntime and openvino, .pt2 for torch; default: MODEL."
+    ),
     rounds: int = typer.Option(20, "--rounds", min=1, help="Rounds; in each, every engine takes one turn."),
     inputs: list[str] = Input,
     shape: list[str] = Shape,
@@ -29,24 +31,27 @@ def bench_verb(
 
       tcompile bench resnet50.onnx --against onnxruntime,openvino
 
-      tcompile bench resnet50.tcm --model resnet50.onnx --against onnxruntime --threads 1 --json
+      tcompile bench resnet50.tcm --model resnet50.onnx --against onnxruntime --threads 1 --rounds 50 --json
+
+      tcompile bench resnet50.onnx --against onnxruntime,torch --model resnet50.pt2
 
     ratio is tcompile's median divided by the other engine's: below 1 tcompile is faster.
     """
     from ..artifact import SUFFIX
-    from ..peers import prepare
+    from ..peers import prepare, source_for
     from ..progress import stage
     from ..timing import interleaved
     from .opening import feeds_for, open_model
+    from .verb_compile import require_file
 
     names = [name.strip() for name in against.split(",") if name.strip()]
-    source = source if source is not None else model
-    if names and source.suffix == SUFFIX:
+    if names and not source and model.suffix == SUFFIX:
         raise UsageError("--against needs the source model: give it with --model")
+    sources = {name: require_file(source_for(name, [*source, model])) for name in names}
     compiled = open_model(model, shape=shape, threads=threads)
     feeds = feeds_for(compiled, inputs, seed)
     contestants = {"tcompile": lambda: compiled(**feeds)}
-    contestants |= {name: prepare(name, source, feeds, compiled.threads) for name in names}
+    contestants |= {name: prepare(name, path, feeds, compiled.threads) for name, path in sources.items()}
     with stage("timing"):
         timings = interleaved(contestants, rounds=rounds)
     ours = timings["tcompile"].median
@@ -56,4 +61,4 @@ def bench_verb(
         return
     rows = [[name, f"{timing.median * 1e3:.3f}", f"{timing.min * 1e3:.3f}", f"{ours / timing.median:.3f}"] for name, timing in timings.items()]
     print_table(["engine", "median ms", "min ms", "ratio"], rows)
-    print(f"{compiled.threads} threads, {rounds} interleaved rounds")
+    print(f"threads: {compiled.threads}, interleaved rounds: {rounds}")

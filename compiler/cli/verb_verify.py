@@ -17,8 +17,10 @@ def verify_verb(
     model: Path = typer.Argument(..., help="Artifact (.tcm), or a source model that is compiled first.", show_default=False),
     source: Path | None = typer.Option(None, "--model", help="The source model when MODEL is an artifact."),
     reference: str = typer.Option("onnxruntime", "--against", help="Reference engine: onnxruntime, openvino or torch (.pt2)."),
-    rtol: float = typer.Option(RTOL, "--rtol", min=0.0, help="Relative tolerance."),
-    atol: float = typer.Option(ATOL, "--atol", min=0.0, help="Absolute tolerance, after division by the output's range."),
+    rtol: float | None = typer.Option(None, "--rtol", min=0.0, help=f"Relative tolerance; default: {RTOL}, 0.01 for 16-bit floats."),
+    atol: float | None = typer.Option(
+        None, "--atol", min=0.0, help=f"Absolute tolerance, after division by the output's range; default: {ATOL}, 0.01 for 16-bit floats."
+    ),
     inputs: list[str] = Input,
     shape: list[str] = Shape,
     threads: int | None = Threads,
@@ -55,4 +57,4 @@ def verify_verb(
         rows = [[name, "ok" if check.ok else "DIFFERS", f"{check.max_error:.2e}", check.reason] for name, check in checks.items()]
         print_table(["output", "result", "max error / range", "reason"], rows)
     if wrong := [f"'{name}' at {list(check.where)}: {check.reason}" for name, check in checks.items() if not check.ok]:
-        raise VerificationError(f"{len(wrong)} of {len(checks)} outputs differ from {reference} (rtol {rtol}, atol {atol}): " + "; ".join(wrong))
+        raise VerificationError(f"{len(wrong)} of {len(checks)} outputs differ from {reference}: " + "; ".join(wrong))

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...compiler.errors import ToolchainError
 from ..base import Target
 
-#: /proc/cpuinfo flag -> LLVM feature, for all features that generated code may rely on
+#: /proc/cpuinfo flag -> LLVM feature, for all features that kernels ask for by name or that LLVM uses of its own accord in arithmetic and shuffles
 FLAGS = {
     "sse4_2": "sse4.2",
     "avx": "avx",
@@ -27,19 +27,19 @@ FLAGS = {
     "avx512_vnni": "avx512vnni",
     "avx512_bf16": "avx512bf16",
     "avx512_fp16": "avx512fp16",
-    "amx_tile": "amx-tile",
-    "amx_int8": "amx-int8",
-    "amx_bf16": "amx-bf16",
-}
-#: features of recent cores that no kernel needs by name but LLVM would use when it takes the core's name at its word
-_FOLLOWERS = {
     "avx512_vbmi2": "avx512vbmi2",
     "avx512vbmi": "avx512vbmi",
     "avx512ifma": "avx512ifma",
     "avx512_bitalg": "avx512bitalg",
     "avx512_vpopcntdq": "avx512vpopcntdq",
-    "avx512_vp2intersect": "avx512vp2intersect",
     "gfni": "gfni",
+    "amx_tile": "amx-tile",
+    "amx_int8": "amx-int8",
+    "amx_bf16": "amx-bf16",
+}
+#: features of recent cores that kernels have no use for, switched off on a host that lacks them all the same
+_FOLLOWERS = {
+    "avx512_vp2intersect": "avx512vp2intersect",
     "vaes": "vaes",
     "vpclmulqdq": "vpclmulqdq",
     "sha_ni": "sha",

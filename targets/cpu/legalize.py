@@ -32,6 +32,6 @@ def default_legalization(builder: Any, call: Any) -> Any:
 
 def legalize(module: Any) -> Any:
     """Lower every Relax operator to `call_tir`."""
-    from . import ops_conv, ops_linear, ops_norm  # noqa: F401
+    from . import ops_conv, ops_index, ops_linear, ops_norm  # noqa: F401
 
     return relax.transform.LegalizeOps(LEGALIZERS, skip_ops=["relax.reshape"])(module)

@@ -10,7 +10,9 @@ import numpy as np
 
 from ...autotune.cost_model import CostModel
 from ...compiler.tvm import BufferType, Constant, mutator, relax, structural_map, tirx, tvm
+from ...passes.fusion import NODES
 from ..base import Target
+from .emit import static
 from .fused import Unfusable, analyze
 from .template import Kernel, KernelTemplate, machine
 
@@ -28,7 +30,7 @@ def templates() -> list[KernelTemplate]:
 
 @dataclass
 class Choice:
-    """What was chosen for one PrimFunc, for the report."""
+    """What was chosen for one PrimFunc, for the report. nodes: names of the source nodes it computes, over all calls."""
 
     kernel: str
     template: str
@@ -38,6 +40,7 @@ class Choice:
     candidates: int = 0
     reason: str = ""
     calls: int = 0
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,6 +76,7 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
             scheduled = generic(func, target)
             lowering.choices[name].schedule = scheduled.rule
             kernel = Kernel(scheduled.func)
+        lowering.choices[name].nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         kernels[name] = kernel
     return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
 
@@ -109,6 +113,8 @@ def _map_dims(func: tirx.PrimFunc, change: Callable[[Any], Any]) -> tirx.PrimFun
 
 def _from_template(func: Any, name: str, known: list[KernelTemplate], constants: frozenset[int], lowering: Lowering) -> Kernel | None:
     try:
+        if any(static(dim) == 0 for param in func.params if hasattr(param, "shape") for dim in param.shape):
+            raise Unfusable("an operand without elements")
         fused = analyze(own_dims(func))
     except Unfusable as reason:
         lowering.choices[name] = Choice(name, "generic", "", "", None, reason=str(reason))

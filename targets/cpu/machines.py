@@ -7,7 +7,9 @@ from ..base import Target
 _V3 = frozenset({"sse4.2", "avx", "avx2", "fma", "f16c", "bmi", "bmi2"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _VNNI = _V4 | {"avx512vnni"}
-_BF16 = _VNNI | {"avx512bf16"}
+_ICELAKE = _VNNI | {"avx512bitalg", "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512vpopcntdq", "gfni"}
+_BF16 = _ICELAKE | {"avx512bf16"}
+_AMX = _BF16 | {"amx-bf16", "amx-int8", "amx-tile", "avx512fp16", "avxvnni"}
 
 
 def _avx2(name: str, mcpu: str | None = None, extra: frozenset[str] = frozenset(), l2: int = 512, ghz: float = 3.0) -> Target:
@@ -39,14 +41,14 @@ MACHINES: dict[str, Target] = {
         _avx2("skylake", l2=256),
         _avx2("znver2"),
         _avx2("znver3"),
-        _avx2("alderlake", extra=frozenset({"avxvnni"}), l2=1280),
+        _avx2("alderlake", extra=frozenset({"avxvnni", "gfni"}), l2=1280),
         _avx2("x86-64-v3"),
         _avx512("skylake-avx512", _V4),
         _avx512("x86-64-v4", _V4),
         _avx512("cascadelake", _VNNI),
-        _avx512("icelake-server", _VNNI, l1=48, l2=1280),
-        _avx512("sapphirerapids", _BF16, l1=48, l2=2048),
+        _avx512("icelake-server", _ICELAKE, l1=48, l2=1280),
+        _avx512("sapphirerapids", _AMX, l1=48, l2=2048),
         _avx512("znver4", _BF16, fma=1.0, ghz=3.5),
-        _avx512("znver5", _BF16, l1=48, ghz=3.7),
+        _avx512("znver5", _BF16 | {"avxvnni"}, l1=48, ghz=3.7),
     )
 }

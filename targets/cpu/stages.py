@@ -6,6 +6,7 @@ Fusion leaves a chain of blocks, each a perfect loop nest around one store. This
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,8 +121,17 @@ def _read_reduction(stage: Stage, block: Any) -> Stage:
         raise Unreadable(f"block {block.name_hint} reduces by {kind}")
     for own, rest in ((stage.value.a, stage.value.b), (stage.value.b, stage.value.a)):
         if isinstance(own, TensorLoad) and own.source.same_as(stage.target):
-            return replace(stage, value=rest, init=block.init.value, combine=kind)
+            return replace(stage, value=rest, init=_identity(kind, block.init.value), combine=kind)
     raise Unreadable(f"block {block.name_hint} is no fold")
+
+
+def _identity(kind: str, init: Any) -> Any:
+    """TVM starts extrema at the largest finite number, which would win over rows of infinities."""
+    if isinstance(init, tirx.FloatImm) and kind in ("Max", "Greater", "Min"):
+        worst = tirx.max_value(init.ty.dtype) if kind == "Min" else tirx.min_value(init.ty.dtype)
+        if init.value == worst.value:
+            return tirx.FloatImm(init.ty.dtype, math.copysign(math.inf, worst.value))
+    return init
 
 
 def substitute(expr: Any, values: dict[Any, Any]) -> Any:

@@ -11,6 +11,7 @@ from ...errors import Blocker, UnsupportedModel, UsageError
 from ...program import DimRange, TensorSpec
 from ...shapes import ShapeSpec
 from ...tvm import relax
+from ..naming import ImpossibleTensor, check_size
 from .load import dtype_name
 from .node import identifier
 from .symbolic import Dim, DimArithmetic
@@ -40,7 +41,8 @@ def declare_inputs(graph: onnx.GraphProto, shapes: Mapping[str, ShapeSpec], dims
     for info in infos:
         try:
             model_dims, dtype = _tensor_type(info, shapes.get(info.name))
-        except Refusal as refusal:
+            check_size(model_dims, dtype)
+        except (Refusal, ImpossibleTensor) as refusal:
             blockers.append(Blocker(info.name, "graph input", str(refusal)))
             continue
         symbols.pin(info.name, model_dims, shapes.get(info.name))
@@ -73,7 +75,13 @@ def _tensor_type(info: onnx.ValueInfoProto, spec: ShapeSpec | None) -> tuple[lis
     dims: list[int | str] = []
     for axis, dim in enumerate(tensor.shape.dim):
         named = dim.dim_param not in _PLACEHOLDERS
-        dims.append(dim.dim_value if dim.dim_value > 0 else dim.dim_param if named else f"{info.name}_dim{axis}")
+        dims.append(
+            dim.dim_value
+            if dim.dim_value > 0 or dim.HasField("dim_value") and dim.dim_value == 0
+            else dim.dim_param
+            if named
+            else f"{info.name}_dim{axis}"
+        )
     return dims, dtype_name(tensor.elem_type)
 
 

@@ -10,6 +10,7 @@ from ...errors import Blocker, UnsupportedModel
 from ...program import Program, Provenance, TensorSpec
 from ...shapes import ShapeSpec
 from ...tvm import relax, tvm
+from ..naming import ImpossibleTensor, NamingBuilder
 from .inputs import declare_inputs
 from .load import Source, read_tensor
 from .node import Node, identifier
@@ -37,7 +38,7 @@ class _Walk:
         self.versions = opset_versions(model)
         self.dims = DimArithmetic()
         self.inputs = declare_inputs(model.graph, shapes, self.dims, limits)
-        self.builder = relax.BlockBuilder()
+        self.builder = NamingBuilder()
         self.blockers: list[Blocker] = []
 
     def run(self) -> Program:
@@ -50,14 +51,19 @@ class _Walk:
                 results = self._walk(graph, nodes, dict(self.inputs.variables))
                 outputs = [self._output(value, info) for value, info in zip(results, graph.output, strict=True)]
                 self._stop_if_blocked([])
-                result = self.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+                result = self._emit_outputs(outputs)
             self.builder.emit_func_output(result)
         module = self.builder.get()
         relax.analysis.well_formed(module)
         specs = tuple(self._output_spec(value, info.name) for value, info in zip(outputs, graph.output, strict=True))
         producer = " ".join(filter(None, (self.model.producer_name, self.model.producer_version)))
         provenance = Provenance(self.source.label, "onnx", str(self.versions.get("", "")), producer)
-        return Program(module, tuple(self.inputs.specs), specs, provenance, self.inputs.ranges)
+        return Program(module, tuple(self.inputs.specs), specs, provenance, self.inputs.ranges, self.builder.origins)
+
+    def _emit_outputs(self, outputs: list[relax.Expr]) -> relax.Var:
+        if len(outputs) > 1:
+            return self.builder.emit_output(relax.Tuple(outputs))
+        return self.builder.emit_output(outputs[0], getattr(outputs[0], "name", ""))
 
     def _stop_if_blocked(self, found: list[Blocker]) -> None:
         self.blockers += found
@@ -90,6 +96,7 @@ class _Walk:
             return tuple(Poison() for _ in proto.output)
         domain = standard(proto.domain)
         node = Node(proto, self.versions[domain], inputs, self.builder, self.dims, lambda graph: self._subgraph(graph, values))
+        outer, self.builder.node = self.builder.node, node.label
         try:
             results = self._results(node, domain)
             if len(results) < sum(1 for name in proto.output if name):
@@ -97,8 +104,12 @@ class _Walk:
             return tuple(self._bind(result, name) for result, name in zip(results, proto.output, strict=False))
         except Refusal as refusal:
             reason = str(refusal)
+        except ImpossibleTensor as error:
+            reason = str(error)
         except (ValueError, TypeError, tvm.error.InternalError) as error:  # TVM's type inference: the node is inconsistent with its inputs
             reason = f"inconsistent with its inputs: {str(error).strip().splitlines()[0]}"
+        finally:
+            self.builder.node = outer
         self.blockers.append(Blocker(node.label, f"{domain or 'ai.onnx'}::{node.op}", reason))
         return tuple(Poison() for _ in proto.output)
 

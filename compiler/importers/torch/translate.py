@@ -18,6 +18,7 @@ from ...errors import Blocker, UnsupportedModel
 from ...program import Program, Provenance, TensorSpec
 from ...tvm import Constant, is_constant, relax, tirx, tvm
 from ...tvm_torch import ExportedProgramImporter
+from ..naming import NamingBuilder
 from .decompose import decompose
 from .ops import CONVERTERS
 from .symbols import Symbols, UnsupportedSize, equal
@@ -36,15 +37,6 @@ def translate(exported: torch.export.ExportedProgram, source: str, dim_names: Ma
     return _Translator(decompose(exported), source, dim_names or {}).program()
 
 
-class _Builder(relax.BlockBuilder):
-    """A block builder that names bindings after the FX node being translated."""
-
-    node_name = ""
-
-    def emit(self, expr: Any, name_hint: str = "") -> Any:
-        return super().emit(expr, name_hint or self.node_name)
-
-
 class _Translator(ExportedProgramImporter):
     """One translation. Its `convert_map` holds TVM's converters where they are right, overridden and completed by `ops`."""
 
@@ -53,7 +45,7 @@ class _Translator(ExportedProgramImporter):
         self.exported = exported
         self.source = source
         self.symbols = Symbols(exported, dim_names)
-        self.block_builder = _Builder()
+        self.block_builder = NamingBuilder()
         self.blockers: list[Blocker] = []
         self._constants: dict[tuple[Any, ...], relax.Expr] = {}
         for name in _UNSOUND:
@@ -116,6 +108,7 @@ class _Translator(ExportedProgramImporter):
             outputs=tuple(_spec(name, result.ty) for name, result in zip(names, results, strict=True)),
             provenance=Provenance(self.source, "torch", torch.__version__, "torch.export"),
             dims=dims,
+            origins=self.block_builder.origins,
         )
 
     def _bind_placeholders(self) -> dict[str, relax.Var]:
@@ -151,7 +144,7 @@ class _Translator(ExportedProgramImporter):
     def _call(self, node: fx.Node) -> None:
         """Translate one call; a blocker and a stand-in for its value when that fails, so that the walk finds the other blockers too."""
         namespace, name = getattr(node.target, "namespace", "aten"), node.target.__name__  # pyright: ignore[reportAttributeAccessIssue]
-        self.block_builder.node_name = node.name
+        self.block_builder.node = node.name
         try:
             if self._is_size(node):
                 self.env[node] = self._size(node)

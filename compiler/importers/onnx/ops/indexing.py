@@ -7,7 +7,6 @@ import numpy as np
 from ....tvm import relax
 from ..node import Node
 from ..registry import converter, evaluator
-from ..symbolic import Dim
 from ..values import Host, Refusal, Value, host
 from .host_arithmetic import fits
 
@@ -29,27 +28,17 @@ def gather_host(node: Node) -> Host | None:
 
 @converter("Gather")
 def gather(node: Node) -> relax.Expr:
-    """Constant indices are checked and made non-negative at import; others wrap around once per element, which serves negative ones."""
+    """Constant indices are checked and made non-negative at import, others at run time."""
     data = node.tensor(0)
     shape = node.shape(data)
     axis = node.axis(node.attr("axis", 0), len(shape))
     known, size = node.maybe_host(1), shape[axis]
     if known is None or known.symbolic or not isinstance(size, int):
-        return relax.op.take(data, node.tensor(1), axis, mode="wrap")
+        return relax.op.take(data, node.tensor(1), axis, mode="fast")
     if np.any((known.array < -size) | (known.array >= size)):
         raise Refusal(f"index outside of axis {axis} with {size} elements")
     positive = node.array(np.where(known.array < 0, known.array + size, known.array), known.dtype)
-    return relax.op.take(data, positive, axis, mode="clip")
-
-
-def wrapped(node: Node, indices: relax.Expr, size: Dim) -> relax.Expr:
-    """Indices in -size..size-1 as 0..size-1."""
-    if not isinstance(size, int):
-        extent = node.reshape(node.emit(relax.op.shape_to_tensor(relax.ShapeExpr([size]))), [])
-        if node.dtype(indices) != "int64":
-            indices = node.emit(relax.op.astype(indices, "int64"))
-        return node.emit(relax.op.floor_mod(indices, extent))
-    return node.emit(relax.op.floor_mod(indices, node.scalar(size, node.dtype(indices))))
+    return relax.op.take(data, positive, axis, mode="fast")
 
 
 @converter("GatherElements", since=11)
@@ -57,26 +46,19 @@ def gather_elements(node: Node) -> relax.Expr:
     data = node.tensor(0)
     shape = node.shape(data)
     axis = node.axis(node.attr("axis", 0), len(shape))
-    return relax.op.gather_elements(data, wrapped(node, node.tensor(1), shape[axis]), axis)
+    return relax.op.gather_elements(data, node.tensor(1), axis)
 
 
 @converter("GatherND", since=11)
 def gather_nd(node: Node) -> relax.Expr:
     data, indices, batch = node.tensor(0), node.tensor(1), node.attr("batch_dims", 0)
-    return relax.op.gather_nd(data, _wrapped_tuples(node, indices, node.shape(data)[batch:]), batch)
+    return relax.op.gather_nd(data, _wide(node, indices), batch)
 
 
-def _wrapped_tuples(node: Node, indices: relax.Expr, sizes: list[Dim]) -> relax.Expr:
-    """indices [..., depth]: entry i of the last axis indexes a dim of sizes[i]."""
-    depth = node.static(node.shape(indices)[-1:], "the last dim of the indices")[0]
-    used = sizes[:depth]
-    if node.dtype(indices) != "int64":
-        indices = node.emit(relax.op.astype(indices, "int64"))
-    if all(isinstance(size, int) for size in used):
-        extents = node.array(np.asarray(used), "int64")
-    else:
-        extents = node.emit(relax.op.shape_to_tensor(relax.ShapeExpr(used)))
-    return node.emit(relax.op.floor_mod(indices, extents))
+def _wide(node: Node, indices: relax.Expr) -> relax.Expr:
+    """Index tuples as int64, the only type that Relax takes; the last dim must be static."""
+    node.static(node.shape(indices)[-1:], "the last dim of the indices")
+    return indices if node.dtype(indices) == "int64" else node.emit(relax.op.astype(indices, "int64"))
 
 
 @converter("ScatterElements", since=11)
@@ -85,13 +67,13 @@ def scatter_elements(node: Node) -> relax.Expr:
     shape = node.shape(data)
     axis = node.axis(node.attr("axis", 0), len(shape))
     reduction = _REDUCTIONS[node.attr("reduction", "none")]
-    return relax.op.scatter_elements(data, wrapped(node, node.tensor(1), shape[axis]), node.tensor(2), axis, reduction)
+    return relax.op.scatter_elements(data, node.tensor(1), node.tensor(2), axis, reduction)
 
 
 @converter("ScatterND", since=11)
 def scatter_nd(node: Node) -> relax.Expr:
     data = node.tensor(0)
-    indices = _wrapped_tuples(node, node.tensor(1), node.shape(data))
+    indices = _wide(node, node.tensor(1))
     return relax.op.scatter_nd(data, indices, node.tensor(2), _REDUCTIONS[node.attr("reduction", "none")])
 
 
