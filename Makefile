@@ -30,7 +30,7 @@ check: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/networks.py
+	$(BIN)/python benchmarks/networks.py --output benchmarks/results/networks.json --docs docs/performance.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

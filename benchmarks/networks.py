@@ -1,6 +1,8 @@
-"""`make bench`: the networks of the zoo beside onnxruntime, interleaved, one process per network; prints a Markdown table and writes JSON.
+"""`make bench`: the networks of the zoo beside onnxruntime and OpenVINO, interleaved, one process per network and thread count.
 
-python benchmarks/networks.py [NAME ...] [--threads 1,2] [--rounds 10] [--output benchmarks/results/networks.json]
+python benchmarks/networks.py [NAME ...] [--threads 1,2] [--rounds 10] [--against onnxruntime,openvino] [--output FILE.json] [--docs docs/performance.md]
+
+Prints a Markdown table; `--output` writes the figures with hardware, versions and date, `--docs` puts the table between the markers of a page.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import resource
 import subprocess
 import sys
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,13 @@ import tcompile
 from tcompile.compiler.peers import prepare
 from tcompile.compiler.timing import interleaved
 from tcompile.models.zoo import ZOO
+from tcompile.targets.base import Target
+
+MARKERS = "<!-- networks: written by benchmarks/networks.py -->\n", "<!-- end of networks -->\n"
 
 
-def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Compile one network at batch 1 with its default sizes; agreement, compile time and times beside onnxruntime."""
+def measure(name: str, threads: int, rounds: int, peers: list[str]) -> dict[str, Any]:
+    """Compile one network at batch 1 with its default sizes; agreement with the first peer, compile time, peak memory and times beside all of them."""
     entry = ZOO[name]
     feeds = entry.example_inputs()
     path = entry.onnx_path()
@@ -30,21 +37,78 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     model = tcompile.compile(str(path), shapes={key: tuple(value.shape) for key, value in feeds.items()}, threads=threads)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    peer = prepare("onnxruntime", path, feeds, threads)
+    contestants = {peer: prepare(peer, path, feeds, threads) for peer in peers}
     ours = model(**feeds)
     outputs = ours if isinstance(ours, tuple) else (ours,)
-    difference = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in zip(outputs, peer(), strict=True))
-    times = interleaved({"tcompile": lambda: model(**feeds), "onnxruntime": peer}, rounds=rounds)
+    reference = contestants[peers[0]]()
+    difference = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in zip(outputs, reference, strict=True))
+    times = interleaved({"tcompile": lambda: model(**feeds), **contestants}, rounds=rounds)
     return {
         "network": name,
         "threads": threads,
         "difference": difference,
         "compile_s": round(seconds, 1),
         "peak_mb": round(peak),
-        "tcompile_ms": round(times["tcompile"].median * 1e3, 2),
-        "onnxruntime_ms": round(times["onnxruntime"].median * 1e3, 2),
-        "ratio": round(times["tcompile"].median / times["onnxruntime"].median, 3),
+        "ms": {contestant: round(timing.median * 1e3, 2) for contestant, timing in times.items()},
+        "ratio": {peer: round(times["tcompile"].median / times[peer].median, 3) for peer in peers},
     }
+
+
+def run_child(name: str, threads: str, options: argparse.Namespace) -> dict[str, Any] | str:
+    """The measurement of one network in a process of its own, or the last line of what went wrong."""
+    command = [sys.executable, __file__, name, "--child", "--threads", threads, "--rounds", str(options.rounds), "--against", options.against]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        return (run.stderr.strip().splitlines() or ["no message"])[-1][:160]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def environment(peers: list[str]) -> dict[str, Any]:
+    """Hardware, versions and date of a run."""
+    model = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    target = Target.parse("cpu")
+    packages = ("tcompile", "apache-tvm", *peers)
+    return {
+        "cpu": f"{model} ({target.mcpu}, {target.vector_bits}-bit vectors, {target.cores} cores)",
+        "date": date.today().isoformat(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def table(rows: list[dict[str, Any] | str], peers: list[str]) -> list[str]:
+    """Markdown lines; a row that failed is its message."""
+    head = ["network", "threads", "tcompile ms", *(f"{peer} ms" for peer in peers), *(f"/ {peer}" for peer in peers), "difference / range"]
+    head += ["compile s", "peak MB"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        if isinstance(row, str):
+            lines.append(f"| {row} |")
+            continue
+        cells = [
+            row["network"],
+            row["threads"],
+            *row["ms"].values(),
+            *row["ratio"].values(),
+            f"{row['difference']:.1e}",
+            row["compile_s"],
+            row["peak_mb"],
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    measured = [row for row in rows if isinstance(row, dict)]
+    for peer in peers:
+        ratios = [row["ratio"][peer] for row in measured]
+        if ratios:
+            lines.append(f"\nGeometric mean of the time divided by {peer}'s: {np.exp(np.mean(np.log(ratios))):.2f}.")
+    return lines
+
+
+def update_page(page: Path, lines: list[str], facts: dict[str, Any]) -> None:
+    """Replace what stands between the markers of `page`."""
+    before, _, rest = page.read_text().partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
+    text = f"{facts['cpu']}; {versions}; {facts['date']}; batch 1, medians of interleaved rounds.\n\n" + "\n".join(lines) + "\n"
+    page.write_text(before + MARKERS[0] + text + MARKERS[1] + after)
 
 
 def main() -> None:
@@ -52,34 +116,27 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(ZOO), metavar="NAME")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--against", default="onnxruntime,openvino")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--docs", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    peers = options.against.split(",")
     if options.child:
-        print(json.dumps(measure(options.names[0], int(options.threads), options.rounds)))
+        print(json.dumps(measure(options.names[0], int(options.threads), options.rounds, peers)))
         return
-    print(
-        "| network | threads | tcompile ms | onnxruntime ms | ratio | difference / range | compile s | peak MB |\n|---|---|---|---|---|---|---|---|",
-        flush=True,
-    )
-    results = []
+    facts = environment(peers)
+    rows: list[dict[str, Any] | str] = []
     for name in options.names:
         for threads in options.threads.split(","):
-            command = [sys.executable, __file__, name, "--child", "--threads", threads, "--rounds", str(options.rounds)]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            if run.returncode:
-                print(f"| {name} | {threads} | failed: {run.stderr.strip().splitlines()[-1][:160]} | | | | | |", flush=True)
-                continue
-            row = json.loads(run.stdout.splitlines()[-1])
-            results.append(row)
-            cells = [row[key] for key in ("tcompile_ms", "onnxruntime_ms", "ratio")]
-            print(
-                f"| {name} | {threads} | {' | '.join(map(str, cells))} | {row['difference']:.1e} | {row['compile_s']} | {row['peak_mb']} |",
-                flush=True,
-            )
+            result = run_child(name, threads, options)
+            rows.append(result if isinstance(result, dict) else f"{name} | {threads} | failed: {result}")
+            print("\n".join(table(rows[-1:], peers)[2:3] if len(rows) > 1 else table(rows[-1:], peers)[:3]), flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        options.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    if options.docs:
+        update_page(options.docs, table(rows, peers), facts)
 
 
 if __name__ == "__main__":
