@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...autotune.cost_model import KernelFeatures
 from ..base import Target
+from .cache import conflict_bytes
 from .conv_common import ConvWorkload, row_tiles
 from .emit import balanced
 
@@ -42,6 +43,9 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
     fits_l1 = panel_bytes + row_bytes < target.l1_bytes
     l2 = repeats * chunks * panels * (panel_bytes * (1 if panel_bytes < target.l1_bytes / 2 else task_rows * tile_count))
     l2 += repeats * chunks * panels * input_bytes * (1 if fits_l1 else min(workload.kh / workload.strides[0] + 1, 3))
+    stride = 4 * workload.strides[1] * workload.ci
+    conflicts = sum(count * taps * conflict_bytes(size, stride, target) for size, count, runs in tiles for taps, _ in runs)
+    l2 += repeats * panels * steps_per_tap * conflicts
     weights = 4.0 * workload.kh * workload.kw * workload.ci_group * workload.co
     in_l2 = input_bytes + panel_bytes < target.l2_bytes / 2
     l3 = repeats * chunks * input_bytes * (1 if in_l2 else panels) + n * weights * (1 if weights < target.l2_bytes / 2 else chunks)
@@ -85,6 +89,7 @@ def winograd_features(
     v_bytes, m_bytes = 4.0 * positions * tiles * workload.ci, 4.0 * positions * tiles * nv * lanes
     # the transformed input is read once per panel, in L2 where it fits; products are written and read
     near = v_bytes + m_bytes < target.l2_bytes * 0.75
+    conflicts = panels * positions * workload.ci * sum(conflict_bytes(size, 4 * workload.ci, target) for _, size in balanced(tiles, mr))
     again = repeats * (v_bytes * (panels + 1) + 2.0 * m_bytes * panels)
     in_l2 = weights < target.l2_bytes / 2
     return KernelFeatures(
@@ -92,7 +97,7 @@ def winograd_features(
         fma_cycles=repeats * (fma + transform),
         load_cycles=repeats * (load + transform / 2),
         latency_cycles=repeats * (latency + transform),
-        l2_bytes=(again if near else 0.0) + repeats * weights,
+        l2_bytes=(again if near else 0.0) + repeats * (weights + conflicts),
         l3_bytes=(0.0 if near else again) + (0.0 if in_l2 else repeats * weights),
         dram_bytes=weights,
         tasks=n * (min(panels, rows) if shared else strips),

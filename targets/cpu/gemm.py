@@ -22,6 +22,7 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
+from .cache import conflict_bytes
 from .emit import Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
@@ -106,6 +107,7 @@ class Gemm:
         l2 = batch * (chunks * panels * panel_bytes * (1 if panel_bytes < target.l1_bytes / 2 else -(-mc // mr)))
         a_passes = panels if a_bytes < target.l2_bytes / 2 else 0
         l2 += batch * a_passes * chunks * a_bytes * (1 if 4.0 * k * mr < target.l1_bytes / 2 else 2)
+        l2 += sum(batch * panels * k * count * conflict_bytes(rows, 4 * k, target) for rows, count in tiles.items())
         l3 = batch * chunks * 4.0 * k * n + (0 if a_passes else batch * panels * chunks * a_bytes)
         dram = 4.0 * k * n if workload.packed else 0.0
         return KernelFeatures(
