@@ -51,10 +51,11 @@ def from_points(points: Sequence[float]) -> Transforms:
 
 
 def transform_weights(weight: np.ndarray, m: int) -> np.ndarray:
-    """[3, 3, Ci, Co] -> [(m + 2)^2, Ci, Co] = G g G^T, computed in float64."""
-    g = transforms(m).filter
-    wide = np.einsum("ia,abco,jb->ijco", g, weight.astype(np.float64), g, optimize=True)
-    return wide.reshape(-1, *weight.shape[2:]).astype(weight.dtype)
+    """[3, 3, Ci, Co] -> [(m + 2)^2, Ci, Co] = G g G^T, computed in float64, term by term: equal inputs give equal bytes whatever BLAS does."""
+    g, wide = transforms(m).filter, weight.astype(np.float64)
+    rows = [sum(factor * wide[a] for a, factor in enumerate(row)) for row in g]
+    tiles = [sum(factor * column[b] for b, factor in enumerate(row)) for column in rows for row in g]
+    return np.stack([tile.astype(weight.dtype) for tile in tiles])
 
 
 def times_vector(matrix: np.ndarray, values: Sequence[Any], lanes: int) -> list[Any]:
