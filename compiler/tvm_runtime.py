@@ -7,6 +7,8 @@ import importlib.util
 import os
 import sys
 import tempfile
+import threading
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,24 @@ from typing import Any
 # the caller, other pools and peers in a benchmark need. This is about 2 ms, longer than any serial stretch inside a model.
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "4000")
 
-import tvm_ffi
+
+class _TorchHidden(MetaPathFinder):
+    """While active, `import torch` fails in the thread that made it: tvm_ffi imports torch, a second or more, if only it is installed."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == "torch" and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError("torch is imported by those who need it", name="torch")
+
+
+_hidden = _TorchHidden()
+sys.meta_path.insert(0, _hidden)
+try:
+    import tvm_ffi
+finally:
+    sys.meta_path.remove(_hidden)
 
 __all__ = ["Executable", "array", "config_threadpool", "from_dlpack", "load_executable"]
 

@@ -286,3 +286,32 @@ def test_full_disk_while_linking(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(UsageError, match="disk is full"):
         build(tiny_models.linear())
+
+
+def test_the_whole_compiler_is_reproducible(tmp_path):
+    """Equal bytes from other processes: with another hash seed, and after another model was compiled."""
+    import onnx_models
+    from onnx import helper, save
+
+    weights = {"w": np.linspace(-1, 1, 216, dtype="float32").reshape(8, 3, 3, 3), "t": np.linspace(-1, 1, 40, dtype="float32").reshape(5, 8)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("GlobalAveragePool", ["r"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gather", ["t", "i"], ["g"]),
+        helper.make_node("Mul", ["f", "g"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["y"]),
+    ]
+    save(onnx_models.small(nodes, {"x": [1, 3, 9, 9], "i": ([1], 7)}, ["y"], weights), tmp_path / "model.onnx")
+    onnx_models.saved_mlp(tmp_path, layers=2)
+    results = []
+    for seed, first in (("0", None), ("1", None), ("2", "mlp.onnx")):
+        name = f"out{seed}.tcm"
+        before = f"tcompile.compile({first!r}).save('first.tcm'); " if first else ""
+        code = f"import tcompile; {before}tcompile.compile('model.onnx', target='cpu:haswell').save({name!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+        results.append(files(tmp_path / name))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        assert [name for name in other if other[name] != results[0][name]] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import tcompile
 from tcompile.compiler import compare
 from tcompile.compiler.cli.main import VERBS, main
+from tcompile.compiler.cli.verb_compile import compile_verb
 
 X = np.linspace(-1, 1, 8, dtype="float32").reshape(2, 4)
 
@@ -100,7 +102,44 @@ def test_targets_and_doctor(call):
 @pytest.mark.parametrize("verb", VERBS)
 def test_help(call, verb):
     code, out, _ = call(verb, "--help")
-    assert code == 0 and "--json" in out
+    assert code == 0 and "--json" in out and "Example" in out and f"tcompile {verb if verb != 'compile' else ''}" in out
+
+
+def test_flags_and_arguments_mirror_each_other():
+    """Every flag of `compile` is an argument of tcompile.compile or a property of the command alone, and the other way round."""
+    flags = {name for name in inspect.signature(compile_verb).parameters}
+    arguments = {name for name in inspect.signature(tcompile.compile).parameters}
+    assert flags - arguments == {"output", "shape", "dump_ir", "as_json"}  # shape: one of `shapes`
+    later = {"precision", "quantize", "calibration", "metric", "max_drop", "sparsity", "target_latency", "token_keep", "restore_tokens", "generate"}
+    assert arguments - flags == {"example_inputs", "shapes", "tune_trials", "time_budget", "tuning_db"} | later
+
+
+def test_tables_are_compact(call):
+    for verb in ("doctor", "targets"):
+        lines = [line for line in call(verb)[1].splitlines() if line.strip()]
+        assert lines[0].split()[0] in ("check", "target") and not lines[0].startswith("  ")
+        assert max(len(line.rstrip()) for line in lines) <= 120
+        assert all("  " * 12 not in line.rstrip() for line in lines if not line.startswith("   "))
+
+
+def test_peers_that_cannot(call, folder):
+    code, _, err = call("bench", "mlp.onnx", "--against", "onnxruntime,torch")
+    assert code == 2 and ".pt2" in err and "torch.export.save" in err and "--model" in err
+    import onnx
+
+    twice = onnx.load(str(folder / "mlp.onnx"))
+    for node in twice.graph.node:
+        node.name = "same"  # which onnxruntime does not take
+    onnx.save(twice, str(folder / "twice.onnx"))
+    code, _, err = call("verify", "twice.onnx")
+    assert code == 4 and "onnxruntime cannot run 'twice.onnx'" in err
+
+
+def test_bench_with_a_file_for_each_peer(call, folder):
+    torch = pytest.importorskip("torch")
+    torch.export.save(torch.export.export(torch.nn.Linear(4, 3).eval(), (torch.ones(2, 4),)), str(folder / "linear.pt2"))
+    code, out, _ = call("bench", "linear.pt2", "--against", "torch", "--rounds", "1", "--json")
+    assert code == 0 and set(json.loads(out)["results"]) == {"tcompile", "torch"}
 
 
 def test_version_and_bare_help(call):

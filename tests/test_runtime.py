@@ -64,6 +64,25 @@ def test_any_alignment(model, offset):
     np.testing.assert_allclose(model(torch.from_numpy(at_offset(X, offset))).numpy(), linear_reference(X), rtol=1e-6)
 
 
+def test_aligned_inputs_are_not_copied(model):
+    """Pointers tell: what generated code reads is the caller's memory, unless that is not aligned."""
+    for make in (lambda array: array, torch.from_numpy):
+        for offset, same in ((0, True), (4, False)):
+            array = at_offset(X, offset)
+            (tensor,) = model._binder.bind([make(array)])
+            assert (tensor.data_ptr() == array.ctypes.data) is same
+            assert tensor.data_ptr() % 64 == 0
+
+
+def test_arrays_without_elements():
+    from tcompile.compiler.binding import without_elements
+
+    for shape in ((0,), (2, 0), (0, 3), (4, 0, 5)):
+        for value in (np.ones(shape, "int64"), torch.ones(shape, dtype=torch.int64)):
+            tensor = without_elements(value)
+            assert tuple(tensor.shape) == shape and str(tensor.dtype) == "int64"
+
+
 def test_awkward_layouts(model):
     readonly = at_offset(X, 0)
     readonly.flags.writeable = False
@@ -190,6 +209,12 @@ def test_runtime_does_not_load_the_compiler(tmp_path):
     import sys
 
     path = CompiledModel(build(tiny_models.linear())).save(tmp_path / "a.tcm")
-    code = f"import sys, numpy, tcompile; print(tcompile.load({str(path)!r})(numpy.zeros((5, 4), 'float32')).sum(), 'tvm' in sys.modules, 'onnx' in sys.modules)"
+    code = f"""
+import sys, numpy, tcompile
+model = tcompile.load({str(path)!r})
+print(model(numpy.zeros((5, 4), 'float32')).sum(), *(name in sys.modules for name in ('tvm', 'onnx', 'torch')))
+import torch  # only now: tensors are taken all the same
+print(type(model(torch.zeros(5, 4))).__name__)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["15.0", "False", "False"], done.stderr
+    assert done.stdout.split() == ["15.0", "False", "False", "False", "Tensor"], done.stderr

@@ -24,7 +24,14 @@ PACKAGES = {
 
 @guarded
 def doctor_verb(as_json: bool = Json) -> None:
-    """Check versions, the host CPU and the linker. Exit code 4 when something necessary is missing."""
+    """Check versions, the host CPU and the linker. Exit code 4 when something necessary is missing.
+
+    Examples:
+
+      tcompile doctor
+
+      tcompile doctor --json
+    """
     checks = [("python", True, platform.python_version()), ("tcompile", True, _own_version())]
     for package, purpose in PACKAGES.items():
         found = _version(package)

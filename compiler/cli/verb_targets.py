@@ -7,7 +7,14 @@ from .terminal import Json, guarded, print_json, print_table
 
 @guarded
 def targets_verb(as_json: bool = Json) -> None:
-    """List the targets that --target takes; `cpu` is this machine."""
+    """List the targets that --target takes; `cpu` is this machine.
+
+    Examples:
+
+      tcompile targets
+
+      tcompile targets --json
+    """
     from ...targets.base import Target
     from ...targets.registry import BACKENDS
 
