@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,12 @@ def from_points(points: Sequence[float]) -> Transforms:
 def transform_weights(weight: np.ndarray, m: int) -> np.ndarray:
     """[3, 3, Ci, Co] -> [(m + 2)^2, Ci, Co] = G g G^T, computed in float64, term by term: equal inputs give equal bytes whatever BLAS does."""
     g, wide = transforms(m).filter, weight.astype(np.float64)
-    rows = [sum(factor * wide[a] for a, factor in enumerate(row)) for row in g]
-    tiles = [sum(factor * column[b] for b, factor in enumerate(row)) for column in rows for row in g]
+
+    def combine(row: np.ndarray, slices: np.ndarray) -> np.ndarray:
+        return reduce(np.add, (factor * part for factor, part in zip(row, slices, strict=True)))
+
+    rows = [combine(row, wide) for row in g]
+    tiles = [combine(row, column) for column in rows for row in g]
     return np.stack([tile.astype(weight.dtype) for tile in tiles])
 
 
