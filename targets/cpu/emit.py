@@ -16,6 +16,9 @@ ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.s
 #: operations of the epilogue of one tile up to which it is unrolled
 UNROLLED_EPILOGUE = 192
 
+#: products that are added up in one register before the sum joins the others: rounding errors grow with the square root of the number of terms
+SUM_BLOCK = 256
+
 #: multiply-adds below which a kernel runs on the calling thread: waking the others costs about as much
 SERIAL_WORK = 100_000
 
@@ -177,6 +180,14 @@ class Accumulators:
         """acc[i, v] += a * b."""
         index = vector(T.int64(i * self.lanes), self.lanes)
         T.buffer_store(self.buffers[v], fma(a, b, self.buffers[v][index], self.lanes), [index])
+
+    def drain(self, other: Accumulators) -> None:
+        """Add the registers of `other` to these and set those to zero."""
+        for v in range(self.nv):
+            for i in range(self.mr):
+                index = vector(T.int64(i * self.lanes), self.lanes)
+                T.buffer_store(self.buffers[v], self.buffers[v][index] + other.buffers[v][index], [index])
+        other.fill()
 
     def lane(self, i: Any, v: int, lane: Any) -> Any:
         return self.buffers[v][i * T.int64(self.lanes) + lane]

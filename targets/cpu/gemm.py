@@ -22,8 +22,12 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
+<<<<<<< HEAD
 from .cache import conflict_bytes
 from .emit import Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
+=======
+from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
+>>>>>>> dynamic
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -300,12 +304,26 @@ class GemmEmitter:
         acc = Accumulators(mr, nv, lanes)
         acc.fill()
         a_rows = [self.a(first + i) for i in range(mr)]
-        with T.serial(self.k) as k:
-            b = [T.bind(panel(k, v)) for v in range(nv)]
-            for i in range(mr):
-                a = T.bind(splat(a_rows[i](k), lanes))
-                for v in range(nv):
-                    acc.fma(i, v, a, b[v])
+
+        def multiply(part: Accumulators, low: Any, high: Any) -> None:
+            with T.serial(low, high) as k:
+                b = [T.bind(panel(k, v)) for v in range(nv)]
+                for i in range(mr):
+                    a = T.bind(splat(a_rows[i](k), lanes))
+                    for v in range(nv):
+                        part.fma(i, v, a, b[v])
+
+        known = static(self.k)
+        if known is not None and known < 2 * SUM_BLOCK:
+            multiply(acc, T.int64(0), self.k)
+        else:
+            total, part = Accumulators(mr, nv, lanes), acc
+            total.fill()
+            with T.serial(T.ceildiv(self.k, T.int64(SUM_BLOCK))) as block:
+                start = T.bind(block * SUM_BLOCK)
+                multiply(part, start, start + SUM_BLOCK if known and known % SUM_BLOCK == 0 else T.min(start + SUM_BLOCK, self.k))
+                total.drain(part)
+            acc = total
 
         def lead(i: Any) -> list[Any]:
             return self.rows.indices(first + i) if self.flat else self.lead + self.rows.indices(row + i)

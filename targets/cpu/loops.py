@@ -264,7 +264,7 @@ class Emitter:
             self._share(steps, width)
             with ExitStack() as stack:
                 point, parts = dict(rows), folds
-                if steps[0].wide and not self.nest.is_map:
+                if steps[0].wide and inner:
                     point |= {axis.var: stack.enter_context(T.serial(axis.extent)) for axis in inner[:-1]}
                     parts = self._blocks(inner[-1], steps, folds, width, point, stack)
 
@@ -316,7 +316,8 @@ class Emitter:
                         T.buffer_store(acc, acc[lane + v] + parts[step.ref][lane + v], [lane + v])
 
         stack.push(add)
-        length = BLOCK if static(axis.extent) is not None and static(axis.extent) % BLOCK == 0 else T.min(T.int64(BLOCK), axis.extent - block * BLOCK)
+        extent = static(axis.extent)
+        length = BLOCK if extent is not None and extent % BLOCK == 0 else T.min(T.int64(BLOCK), axis.extent - block * BLOCK)
         point[axis.var] = block * BLOCK + stack.enter_context(T.serial(length))
         return parts
 
