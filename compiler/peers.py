@@ -88,13 +88,15 @@ def _openvino(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Pee
 def _torch(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Peer:
     torch = _require("torch")
     torch.set_num_threads(threads)
-    module = torch.export.load(str(model)).module()
-    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    exported = torch.export.load(str(model))
+    module, pytree = exported.module(), torch.utils._pytree
+    flat = [torch.from_numpy(feeds[name]) if name in feeds else None for name in exported.graph_signature.user_inputs]
+    args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)  # as the caller of torch.export passed them
 
     def run() -> list[np.ndarray]:
         with torch.inference_mode():
-            outputs = module(**tensors)
-        return [value.numpy() for value in (outputs if isinstance(outputs, (tuple, list)) else (outputs,))]
+            outputs = module(*args, **kwargs)
+        return [value.numpy() for value in pytree.tree_leaves(outputs) if isinstance(value, torch.Tensor)]
 
     return run
 

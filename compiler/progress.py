@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NoReturn
 
 #: a stage shorter than this is not worth a line
 QUIET_SECONDS = 1.0
@@ -21,6 +22,8 @@ class Stage:
     seconds: float = 0.0
 
 
+#: what a signal handler has asked for, see `interrupt`
+_pending: BaseException | None = None
 _show: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 
@@ -30,20 +33,35 @@ def stage(name: str) -> Iterator[Stage]:
     current, start = Stage(name), time.perf_counter()
     try:
         with _show(name):
+            raise_pending()
             yield current
+            raise_pending()
     finally:
         current.seconds = time.perf_counter() - start
+
+
+def interrupt(reason: BaseException) -> NoReturn:
+    """Raise `reason` from a signal handler, and again at the next end of a stage: inside of a callback from TVM it comes out as some other error."""
+    global _pending
+    _pending = reason
+    raise reason
+
+
+def raise_pending() -> None:
+    """Raise what `interrupt` was last given, if it was called since `shown` began."""
+    if _pending is not None:
+        raise _pending
 
 
 @contextmanager
 def shown() -> Iterator[None]:
     """Within this context stages appear on stderr: a spinner on a terminal, else one line for each that takes over a second."""
-    global _show
-    previous, _show = _show, _spinner() if sys.stderr.isatty() else _lines
+    global _pending, _show
+    previous, _show, _pending = _show, _spinner() if sys.stderr.isatty() else _lines, None
     try:
         yield
     finally:
-        _show = previous
+        _show, _pending = previous, None
 
 
 def _spinner() -> Callable[[str], AbstractContextManager[object]]:

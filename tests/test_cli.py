@@ -201,3 +201,23 @@ sys.exit(main(["mlp.onnx"]))
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.onnx", "mlp.tcm"]
     assert (tmp_path / "mlp.tcm" / "manifest.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_of_tvm_is_not_swallowed(tmp_path, name):
+    """TVM turns an exception of a Python callback into one of its own, which somebody may take for a failed attempt."""
+    onnx_models.saved_mlp(tmp_path)
+    code = f"""
+import os, signal, sys, time
+from tcompile.compiler.cli.main import main
+from tcompile.targets.cpu import ops_linear
+define = ops_linear.matmul
+def signalled(*arguments):
+    os.kill(os.getpid(), {int(name)})
+    return define(*arguments)
+ops_linear.matmul = signalled
+sys.exit(main(["mlp.onnx"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 128 + name and "fault" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mlp.onnx"]

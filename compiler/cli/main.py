@@ -8,6 +8,7 @@ from importlib import import_module
 
 import typer
 
+from ..progress import interrupt
 from .terminal import settings
 
 #: verb -> what it does is the docstring of the function of that name in the module of that name
@@ -59,11 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
         arguments.insert(0, "compile")
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
+    # both unwind, so that temporary files are removed
+    handlers = {signal.SIGTERM: lambda *_: interrupt(SystemExit(128 + signal.SIGTERM)), signal.SIGINT: lambda *_: interrupt(KeyboardInterrupt())}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         app(arguments, prog_name="tcompile")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import TcompileError
-from ..progress import shown
+from ..progress import raise_pending, shown
 
 INTERRUPTED = 130
 #: columns of the widest table; longer cells are folded
@@ -45,7 +45,11 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             with shown():
-                verb(*args, **kwargs)
+                try:
+                    verb(*args, **kwargs)
+                except Exception:
+                    raise_pending()
+                    raise
             sys.stdout.flush()
         except TcompileError as error:
             _fail(str(error), error.exit_code)

@@ -22,12 +22,8 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-<<<<<<< HEAD
 from .cache import conflict_bytes
-from .emit import Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
-=======
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
->>>>>>> dynamic
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
