@@ -17,7 +17,7 @@ ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.s
 UNROLLED_EPILOGUE = 192
 
 #: products that are added up in one register before the sum joins the others: rounding errors grow with the square root of the number of terms
-SUM_BLOCK = 256
+SUM_BLOCK = 384
 
 #: multiply-adds below which a kernel runs on the calling thread: waking the others costs about as much
 SERIAL_WORK = 100_000

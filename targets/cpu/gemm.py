@@ -301,8 +301,9 @@ class GemmEmitter:
         acc.fill()
         a_rows = [self.a(first + i) for i in range(mr)]
 
-        def multiply(part: Accumulators, low: Any, high: Any) -> None:
-            with T.serial(low, high) as k:
+        def multiply(part: Accumulators, start: Any, count: Any) -> None:
+            with T.serial(count) as step:
+                k = start + step
                 b = [T.bind(panel(k, v)) for v in range(nv)]
                 for i in range(mr):
                     a = T.bind(splat(a_rows[i](k), lanes))
@@ -310,14 +311,17 @@ class GemmEmitter:
                         part.fma(i, v, a, b[v])
 
         known = static(self.k)
-        if known is not None and known < 2 * SUM_BLOCK:
+        if known is not None and known <= SUM_BLOCK:
             multiply(acc, T.int64(0), self.k)
         else:
             total, part = Accumulators(mr, nv, lanes), acc
             total.fill()
-            with T.serial(T.ceildiv(self.k, T.int64(SUM_BLOCK))) as block:
-                start = T.bind(block * SUM_BLOCK)
-                multiply(part, start, start + SUM_BLOCK if known and known % SUM_BLOCK == 0 else T.min(start + SUM_BLOCK, self.k))
+            # blocks as equal as possible; LLVM unrolls a loop over three and then keeps the totals in registers, at the cost of the accumulators
+            blocks = -(-(known or 0) // SUM_BLOCK)
+            length = SUM_BLOCK if known is None else -(-known // (blocks if blocks != 3 else 4))
+            with T.serial(T.ceildiv(self.k, T.int64(length))) as block:
+                start = T.bind(block * length)
+                multiply(part, start, T.int64(length) if known and known % length == 0 else T.min(T.int64(length), self.k - start))
                 total.drain(part)
             acc = total
 
