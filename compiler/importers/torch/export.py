@@ -109,7 +109,8 @@ def _dynamic_shapes(shapes: Mapping[str, Any], names: Sequence[str]) -> dict[str
             if isinstance(dim, str):
                 result[name][axis] = known.setdefault(dim, torch.export.Dim(dim))
             elif isinstance(dim, DimRange):
-                result[name][axis] = torch.export.Dim(f"{name}_{axis}", min=dim.min, max=dim.max)
+                # torch finds out which of them have to be equal: a mask and the ids that it masks
+                result[name][axis] = torch.export.Dim.AUTO(min=dim.min, max=dim.max)
     return result
 
 
@@ -124,7 +125,8 @@ def _dim_names(exported: torch.export.ExportedProgram, dynamic_shapes: Any) -> d
         value = placeholders[name].meta["val"] if isinstance(name, str) and name in placeholders else None
         pairs = axes.items() if isinstance(axes, Mapping) else enumerate(axes or ())
         for axis, dim in pairs:
-            label = getattr(dim, "__name__", None)
+            label = f"{name}_{axis}" if dim is not None and not isinstance(dim, int) else None
+            label = getattr(dim, "__name__", label)
             if isinstance(value, torch.Tensor) and isinstance(value.shape[axis], torch.SymInt) and label:
                 names.setdefault(str(value.shape[axis].node.expr), label)
     return names
