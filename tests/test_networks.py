@@ -35,7 +35,11 @@ def fixed(feeds):
 def sizes(entry):
     """Dims of the runs of a dynamic artifact."""
     count = max(len(SIZES[name]) for name in entry.dims)
-    return [{name: min(SIZES[name][i % len(SIZES[name])], dim.max) for name, dim in entry.dims.items()} for i in range(count)]
+
+    def fitting(name, dim, i):
+        return max(dim.min, min(SIZES[name][i % len(SIZES[name])], dim.max) // dim.step * dim.step)
+
+    return [{name: fitting(name, dim, i) for name, dim in entry.dims.items()} for i in range(count)]
 
 
 def ranges(entry):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,21 @@ def export_module(
             raise UsageError("give either shapes or dynamic_shapes, not both")
         names = list(inspect.signature(module.forward).parameters)
         dynamic_shapes = _dynamic_shapes(shapes, [*names[: len(arguments)], *keywords])
-    try:
+
+    def export(dims: Any) -> torch.export.ExportedProgram:
         with torch.no_grad():
-            exported = torch.export.export(module, arguments, keywords, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(module, arguments, keywords, dynamic_shapes=dims, strict=False)
+
+    try:
+        try:
+            exported = export(dynamic_shapes)
+        except torch._dynamo.exc.UserError:
+            if not shapes:
+                raise
+            # the module wants some of the dims equal, as those of a mask and of the ids that it masks
+            probe = {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in dynamic_shapes.items()}
+            dynamic_shapes = _joined(export(probe), dynamic_shapes)
+            exported = export(dynamic_shapes)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise UnsupportedModel([Blocker("", type(module).__name__, f"torch.export failed: {_first_lines(error)}")]) from error
     return exported, _dim_names(exported, dynamic_shapes)
@@ -109,27 +121,39 @@ def _dynamic_shapes(shapes: Mapping[str, Any], names: Sequence[str]) -> dict[str
             if isinstance(dim, str):
                 result[name][axis] = known.setdefault(dim, torch.export.Dim(dim))
             elif isinstance(dim, DimRange):
-                # torch finds out which of them have to be equal: a mask and the ids that it masks
-                result[name][axis] = torch.export.Dim.AUTO(min=dim.min, max=dim.max)
+                result[name][axis] = torch.export.Dim(f"{name}_{axis}", min=dim.min, max=dim.max)
     return result
 
 
 def _dim_names(exported: torch.export.ExportedProgram, dynamic_shapes: Any) -> dict[str, str]:
-    """Pair the Dims of `dynamic_shapes` with the symbols that torch gave them; both trees list the inputs in the order of forward()."""
+    """The names of the Dims of `dynamic_shapes` by the symbols that torch gave them."""
+    names: dict[str, str] = {}
+    for _, _, dim, symbol in _symbols(exported, dynamic_shapes):
+        if label := getattr(dim, "__name__", None):
+            names.setdefault(symbol, label)
+    return names
+
+
+def _joined(probe: torch.export.ExportedProgram, dynamic_shapes: dict[str, dict[int, Any]]) -> dict[str, dict[int, Any]]:
+    """`dynamic_shapes` with one Dim, the first, for all axes that `probe` found to be equal."""
+    first: dict[str, Any] = {}
+    joined = {name: dict(axes) for name, axes in dynamic_shapes.items()}
+    for name, axis, dim, symbol in _symbols(probe, dynamic_shapes):
+        joined[name][axis] = first.setdefault(symbol, dim)
+    return joined
+
+
+def _symbols(exported: torch.export.ExportedProgram, dynamic_shapes: Any) -> Iterator[tuple[str, int, Any, str]]:
+    """(input, axis, Dim, torch's symbol) of every dynamic axis; both trees list the inputs in the order of forward()."""
     if not dynamic_shapes:
-        return {}
+        return
     placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
     leaves = pytree.tree_leaves(list(dynamic_shapes.values() if isinstance(dynamic_shapes, Mapping) else dynamic_shapes), is_leaf=_is_axes)
-    names: dict[str, str] = {}
     for name, axes in zip(exported.graph_signature.user_inputs, leaves, strict=False):
         value = placeholders[name].meta["val"] if isinstance(name, str) and name in placeholders else None
-        pairs = axes.items() if isinstance(axes, Mapping) else enumerate(axes or ())
-        for axis, dim in pairs:
-            label = f"{name}_{axis}" if dim is not None and not isinstance(dim, int) else None
-            label = getattr(dim, "__name__", label)
-            if isinstance(value, torch.Tensor) and isinstance(value.shape[axis], torch.SymInt) and label:
-                names.setdefault(str(value.shape[axis].node.expr), label)
-    return names
+        for axis, dim in axes.items() if isinstance(axes, Mapping) else enumerate(axes or ()):
+            if isinstance(value, torch.Tensor) and isinstance(value.shape[axis], torch.SymInt):
+                yield str(name), axis, dim, str(value.shape[axis].node.expr)
 
 
 def _is_axes(value: Any) -> bool:
