@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ TYPICAL = 64
 
 @dataclass(frozen=True)
 class ConvWorkload:
-    """x [n, h, w, ci] * w [kh, kw, ci / groups, co]; None marks a size known only at run time. padding: top, left, bottom, right."""
+    """x [n, h, w, ci] * w [kh, kw, ci / groups, co]; None marks a size known only at run time. padding: top, left, bottom, right.
+
+    turned: h and w stand for the tensors' width and height, see `along_the_width`.
+    """
 
     n: int | None
     h: int | None
@@ -32,6 +35,7 @@ class ConvWorkload:
     dilation: tuple[int, int]
     groups: int
     epilogue: str
+    turned: bool = False
 
     def __str__(self) -> str:
         text = f"conv2d {self.n}x{self.h}x{self.w}x{self.ci} -> {self.co}, {self.kh}x{self.kw} stride {self.strides[0]}x{self.strides[1]}"
@@ -82,6 +86,15 @@ def conv_workload(fused: Fused, constants: frozenset[int]) -> ConvWorkload:
         raise Unfusable("weights are not constant")
     strides, padding, dilation = (tuple(fused.core[name]) for name in ("strides", "padding", "dilation"))
     return ConvWorkload(n, h, width, ci, co, kh, kw, strides, padding, dilation, fused.core["groups"], fused.epilogue_text())
+
+
+def along_the_width(workload: ConvWorkload) -> ConvWorkload:
+    """A convolution over a single column as one over a single row, which lies in memory alike: tiles of pixels run along the width."""
+    top, left, bottom, right = workload.padding
+    if workload.w != 1 or workload.kw != 1 or left or right or workload.h == 1:
+        return workload
+    turn = {name: getattr(workload, name)[::-1] for name in ("strides", "dilation")}
+    return replace(workload, h=1, w=workload.h, kh=1, kw=workload.kh, padding=(0, top, 0, bottom), turned=True, **turn)
 
 
 def pack_conv(weight: np.ndarray, groups: int, nr: int) -> np.ndarray:

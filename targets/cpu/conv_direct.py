@@ -20,7 +20,7 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .conv_common import ConvWorkload, TileRun, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
+from .conv_common import ConvWorkload, TileRun, along_the_width, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import direct_features
 from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
 from .fused import Fused
@@ -43,7 +43,7 @@ class ConvDirect:
     name = "conv_direct"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
-        return conv_workload(fused, constants)
+        return along_the_width(conv_workload(fused, constants))
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[DirectSchedule]:
         lanes = vector_lanes(workload.co_group, target)
@@ -64,7 +64,8 @@ class ConvDirect:
         nr = schedule.nv * schedule.lanes
         panels = workload.groups * -(-workload.co_group // nr)
         shape = (panels, workload.kh, workload.kw * workload.ci_group, nr)
-        packing = Packing(position, shape, lambda w: pack_conv(w, workload.groups, nr), f"conv{nr}g{workload.groups}")
+        turned = (workload.kh, workload.kw, workload.ci_group, workload.co)
+        packing = Packing(position, shape, lambda w: pack_conv(w.reshape(turned), workload.groups, nr), f"conv{nr}g{workload.groups}")
         with kernel(fused, {position: shape}) as (builder, buffers):
             _Emitter(fused, buffers, workload, schedule).emit()
         return Kernel(builder.get(), (packing,))
@@ -78,6 +79,8 @@ class _Emitter:
         x, w = fused.inputs
         self.n, self.h, self.w = x.shape[:3]
         self.out_h, self.out_w = fused.output.shape[1:3]
+        if workload.turned:
+            self.h, self.w, self.out_h, self.out_w = self.w, self.h, self.out_w, self.out_h
         self.x = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
         self.panels = buffers[w]
         self.nr = schedule.nv * schedule.lanes
@@ -214,9 +217,12 @@ class _Tile:
     def _finish(self, acc: Accumulators) -> None:
         channel = T.bind(self.group * T.int64(self.workload.co_group) + self.panel * T.int64(self.kernel.nr))
         kernel = self.kernel
-        store_tile(
-            kernel.fused, kernel.buffers, acc, lambda i: [self.n, self.oh, self.ow + i], lambda v: channel + T.int64(v * self.lanes), self.columns
-        )
+
+        def lead(i: Any) -> list[Any]:
+            pixel = [self.oh, self.ow + i]
+            return [self.n, *(reversed(pixel) if self.workload.turned else pixel)]
+
+        store_tile(kernel.fused, kernel.buffers, acc, lead, lambda v: channel + T.int64(v * self.lanes), self.columns)
 
 
 def _work(workload: ConvWorkload) -> int:
