@@ -75,25 +75,24 @@ def environment(peers: list[str]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any] | str], peers: list[str]) -> list[str]:
-    """Markdown lines; a row that failed is its message."""
+def header(peers: list[str]) -> list[str]:
+    """The two Markdown lines that open the table."""
     head = ["network", "threads", "tcompile ms", *(f"{peer} ms" for peer in peers), *(f"/ {peer}" for peer in peers), "difference / range"]
     head += ["compile s", "peak MB"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in rows:
-        if isinstance(row, str):
-            lines.append(f"| {row} |")
-            continue
-        cells = [
-            row["network"],
-            row["threads"],
-            *row["ms"].values(),
-            *row["ratio"].values(),
-            f"{row['difference']:.1e}",
-            row["compile_s"],
-            row["peak_mb"],
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+
+
+def line(row: dict[str, Any] | str) -> str:
+    """One network as a Markdown line; a row that failed is its message."""
+    if isinstance(row, str):
+        return f"| {row} |"
+    measured = [*row["ms"].values(), *row["ratio"].values(), f"{row['difference']:.1e}", row["compile_s"], row["peak_mb"]]
+    return f"| {' | '.join(map(str, [row['network'], row['threads'], *measured]))} |"
+
+
+def table(rows: list[dict[str, Any] | str], peers: list[str]) -> list[str]:
+    """Markdown lines of all networks, and the means over those that were measured."""
+    lines = [*header(peers), *map(line, rows)]
     measured = [row for row in rows if isinstance(row, dict)]
     for peer in peers:
         ratios = [row["ratio"][peer] for row in measured]
@@ -127,11 +126,12 @@ def main() -> None:
         return
     facts = environment(peers)
     rows: list[dict[str, Any] | str] = []
+    print("\n".join(header(peers)), flush=True)
     for name in options.names:
         for threads in options.threads.split(","):
             result = run_child(name, threads, options)
             rows.append(result if isinstance(result, dict) else f"{name} | {threads} | failed: {result}")
-            print("\n".join(table(rows[-1:], peers)[2:3] if len(rows) > 1 else table(rows[-1:], peers)[:3]), flush=True)
+            print(line(rows[-1]), flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")

@@ -48,8 +48,8 @@ def compile(
 
     model: path of an ONNX file (or `.pt2` saved by torch.export), `onnx.ModelProto`, `torch.nn.Module` or `ExportedProgram`. target: `cpu` (this
     machine) or `cpu:NAME`. example_inputs: what a `torch.nn.Module` is traced with. shapes: `{"x": (1, 3, 224, 224)}` or `{"x": "1..8..32x128"}`
-    (min..opt..max of a dim). recipe: TOML file with the passes to run. seed: of every random choice. threads: worker threads of the returned model, and what schedules are
-    chosen for (default: all cores).
+    (min..opt..max of a dim). recipe: TOML file with the passes to run. seed: of every random choice. threads: worker threads of the returned model,
+    and what schedules are chosen for (default: all cores).
 
     Raises UnsupportedModel with every blocker at once, UsageError for a wrong request (also for an option whose feature is not available yet),
     ToolchainError for a missing linker or package.

@@ -26,3 +26,9 @@ def runnable() -> list[Any]:
         pytest.param(HASWELL, id="haswell"),
         pytest.param(wide, id="avx512" if wide is None else wide.name, marks=[missing] if wide is None else []),
     ]
+
+
+@pytest.fixture(params=runnable(), autouse=True)
+def each_machine(request, monkeypatch):
+    """For a module that imports it: every test runs with the module's TARGET set to each of these machines."""
+    monkeypatch.setattr(request.module, "TARGET", request.param)

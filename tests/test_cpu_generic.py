@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from machines import HASWELL, runnable
+from machines import HASWELL, each_machine  # noqa: F401  (a fixture)
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.legalize import legalize
@@ -19,15 +19,6 @@ from tvm.relax.backend import DispatchSortScan
 from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
 
 op = relax.op
-
-
-@pytest.fixture(params=runnable(), autouse=True)
-def machine(request):
-    """Every test runs its code as compiled for each of these machines."""
-    global TARGET
-    TARGET = request.param
-    yield
-    TARGET = HASWELL
 
 
 TARGET = HASWELL

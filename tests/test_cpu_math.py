@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from machines import HASWELL, runnable
+from machines import HASWELL, each_machine  # noqa: F401  (a fixture)
 from scipy.special import erf
 from tcompile.compiler.tvm import IRBuilder, T, tirx, tvm
 from tcompile.targets.cpu.lower import tvm_target
@@ -14,15 +14,6 @@ from tcompile.targets.cpu.math import TIR_PIPELINE
 
 TARGET = HASWELL
 CALLS = re.compile(r"call\w*\s+\*?\w*(expf?|logf?|erff?|tanhf?|powf?|sinf?|cosf?|fmaxf?|fminf?)\b")
-
-
-@pytest.fixture(params=runnable(), autouse=True)
-def machine(request):
-    """Every test runs its code as compiled for each of these machines."""
-    global TARGET
-    TARGET = request.param
-    yield
-    TARGET = HASWELL
 
 
 def build(expression, count: int, inputs: int = 1, dtype: str = "float32"):

@@ -82,15 +82,16 @@ def build(module: Any, target: Target) -> tuple[Any, dict[str, str]]:
             module = step(module)
         builder = relax.ExecBuilder()
         functions = relax.vm_build._vmcodegen(builder, module, "compiled")
-        executable = link_executable(builder, code, _machine_code(functions, code))
+        executable = link_executable(builder, code, _machine_code(functions, target))
     return executable, sources
 
 
-def _machine_code(functions: Any, code: Any) -> Any:
+def _machine_code(functions: Any, target: Target) -> Any:
     """Compile kernels with all of LLVM's optimisations, and the host functions, which only call them one after the other, with none.
 
     Optimising the call sequence gains nothing, and takes LLVM time that grows with the square of its length: a minute for 600 kernels.
     """
+    code = tvm_target(target)
     lower, finish, _ = PIPELINE_MAP[TIR_PIPELINE]()
     lowered = finish()(lower(tvm.tirx.transform.BindTarget(code.with_host(code))(functions)))
     generate = tvm.get_global_func("target.build.llvm")
@@ -100,8 +101,7 @@ def _machine_code(functions: Any, code: Any) -> Any:
     if not kernels:
         return generate(tvm.IRModule(host, attrs=lowered.attrs), code)
     host[tvm.ir.GlobalVar(_DECLARATIONS)] = _declarations(list(kernels.values()))
-    options = {name: list(value) if name in ("keys", "mattr") else value for name, value in code.export().items()}
-    library = generate(tvm.IRModule(host, attrs=lowered.attrs), tvm.target.Target(options | {"opt-level": 0}))
+    library = generate(tvm.IRModule(host, attrs=lowered.attrs), tvm_target(target, optimize=False))
     # in this order: TVM asks the module that comes last whether all of them are a system library, and unoptimised ones say yes
     library.import_module(generate(tvm.IRModule(kernels, attrs=lowered.attrs), code))
     return library

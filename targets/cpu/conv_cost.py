@@ -72,12 +72,13 @@ def winograd_features(
     strips = -(-rows // strip)
     tiles = strip * columns
     panels = -(-workload.co // (nv * lanes))
-    fma = load = latency = 0.0
+    fma = load = latency = conflicts = 0.0
     for _, size in balanced(tiles, mr):
         steps = float(panels * positions * workload.ci)
         fma += steps * size * nv / target.fma_per_cycle
         load += steps * (size * (0.5 if target.vector_bits == 512 else 1.0) + nv) / 2.0
         latency += steps * max(4.0, size * nv / target.fma_per_cycle)
+        conflicts += steps * conflict_bytes(size, 4 * workload.ci, target)
     # transforms, in vector operations: two passes of one-dimensional transforms, a load and a store per position, spills of what does not fit
     side = {2: 4.0, 4: 14.0}[m]
     ci_vectors, co_vectors = -(-workload.ci // lanes), -(-workload.co // lanes)
@@ -89,7 +90,6 @@ def winograd_features(
     v_bytes, m_bytes = 4.0 * positions * tiles * workload.ci, 4.0 * positions * tiles * nv * lanes
     # the transformed input is read once per panel, in L2 where it fits; products are written and read
     near = v_bytes + m_bytes < target.l2_bytes * 0.75
-    conflicts = panels * positions * workload.ci * sum(conflict_bytes(size, 4 * workload.ci, target) for _, size in balanced(tiles, mr))
     again = repeats * (v_bytes * (panels + 1) + 2.0 * m_bytes * panels)
     in_l2 = weights < target.l2_bytes / 2
     return KernelFeatures(

@@ -22,7 +22,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, TileRun, along_the_width, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import direct_features
-from .emit import Accumulators, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
+from .emit import Accumulators, kernel, product, register_tiles, static, store_tile, tasks, vector
 from .fused import Fused
 from .template import Kernel, Packing
 
@@ -209,10 +209,7 @@ class _Tile:
         start = T.bind(start)
         with T.serial(steps) as r:
             weights = [T.bind(self.kernel.panels[panel, kh, first + r, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(self.nv)]
-            for i in pixels:
-                value = T.bind(splat(self.kernel.x[start + r + T.int64(i * stride)], self.lanes))
-                for v in range(self.nv):
-                    acc.fma(i, v, value, weights[v])
+            acc.multiply(pixels, lambda i: self.kernel.x[start + r + T.int64(i * stride)], weights)
 
     def _finish(self, acc: Accumulators) -> None:
         channel = T.bind(self.group * T.int64(self.workload.co_group) + self.panel * T.int64(self.kernel.nr))

@@ -6,7 +6,8 @@
             for xi: M[xi][tile][NR] = V[xi] @ U[panel][xi]          # register tiles of mr x nv accumulators
             for tile, co vector: y = epilogue(A^T M A)
 
-With `shared` there is one strip per image, and first the tile rows, then the panels run in parallel: small images with many channels, where each strip would stream all weights.
+With `shared` there is one strip per image, and first the tile rows, then the panels run in parallel: small images with many channels, where each strip
+would stream all weights.
 U = G g G^T is computed at compile time. Tiles over the edge read zeros and store what is inside. An infinite input makes NaN of its whole tile, m x m outputs
 around it, where the direct sum gives infinity.
 """
@@ -230,14 +231,11 @@ class _Emitter:
         start = T.bind((xi * T.int64(self.tiles) + first) * ci)
         with T.serial(ci) as k:
             weights = [T.bind(self.weights[panel, xi, k, vector(T.int64(v * lanes), lanes)]) for v in range(nv)]
-            for i in range(rows):
-                value = T.bind(splat(transformed[start + T.int64(i) * ci + k], lanes))
-                for v in range(nv):
-                    acc.fma(i, v, value, weights[v])
+            acc.multiply(range(rows), lambda i: transformed[start + T.int64(i) * ci + k], weights)
         for i in range(rows):
             for v in range(nv):
                 at = (xi * T.int64(self.tiles) + first + T.int64(i)) * T.int64(self.nr) + T.int64(v * lanes)
-                T.buffer_store(products, acc.buffers[v][vector(T.int64(i * lanes), lanes)], [vector(at, lanes)])
+                T.buffer_store(products, acc.load(i, v), [vector(at, lanes)])
 
     def _output_tile(self, n: Any, y: Any, x: Any, tile: Any, panel: Any, columns: int, products: Any) -> None:
         """y = epilogue(A^T M A) of one tile, vector by vector."""
@@ -251,7 +249,7 @@ class _Emitter:
             for i in range(m):
                 row = times_vector(self.matrices.output, [sides[j][i] for j in range(size)], lanes)
                 for j in range(m):
-                    T.buffer_store(acc.buffers[0], row[j], [vector(T.int64((i * m + j) * lanes), lanes)])
+                    acc.store(i * m + j, 0, row[j])
             channel = T.bind(panel * T.int64(self.nr) + T.int64(v * lanes))
             store_tile(
                 self.fused,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...compiler.tvm import IRBuilder, T, tirx, tvm
 from ..base import Target
-from .fused import Fused, is_identity, loads, same_shape, variables_of
+from .fused import Fused, is_identity, loads, same_dims, variables_of
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
@@ -128,7 +128,7 @@ def flat_rows(fused: Fused, buffers: dict[Any, Any]) -> tuple[list[Any], dict[An
         for load in loads(block.body.value):
             if load.source in produced:
                 continue
-            if is_identity(block, load.indices) and same_shape(load.source, fused.output):
+            if is_identity(block, load.indices) and same_dims(load.source.shape, fused.output.shape):
                 in_place.add(load.source)
             elif any(leading & variables_of(index) for index in load.indices):
                 return lead, buffers
@@ -174,19 +174,29 @@ class Accumulators:
         for v in range(self.nv):
             for i in range(self.mr):
                 start = splat(T.float32(0), self.lanes) if value is None else value(i, v)
-                T.buffer_store(self.buffers[v], start, [vector(T.int64(i * self.lanes), self.lanes)])
+                self.store(i, v, start)
+
+    def load(self, i: int, v: int) -> Any:
+        """The vector in register (i, v)."""
+        return self.buffers[v][vector(T.int64(i * self.lanes), self.lanes)]
+
+    def store(self, i: int, v: int, value: Any) -> None:
+        T.buffer_store(self.buffers[v], value, [vector(T.int64(i * self.lanes), self.lanes)])
+
+    def multiply(self, rows: Sequence[int], a: Callable[[int], Any], b: Sequence[Any]) -> None:
+        """acc[i, v] += a(i) * b[v] for the given rows; a(i) is a scalar, broadcast once per row, b[v] a vector."""
+        for i in rows:
+            value = T.bind(splat(a(i), self.lanes))
+            for v in range(self.nv):
+                self.fma(i, v, value, b[v])
 
     def fma(self, i: int, v: int, a: Any, b: Any) -> None:
         """acc[i, v] += a * b."""
-        index = vector(T.int64(i * self.lanes), self.lanes)
-        T.buffer_store(self.buffers[v], fma(a, b, self.buffers[v][index], self.lanes), [index])
+        self.store(i, v, fma(a, b, self.load(i, v), self.lanes))
 
     def drain(self, other: Accumulators) -> None:
         """Add the registers of `other` to these and set those to zero."""
-        for v in range(self.nv):
-            for i in range(self.mr):
-                index = vector(T.int64(i * self.lanes), self.lanes)
-                T.buffer_store(self.buffers[v], self.buffers[v][index] + other.buffers[v][index], [index])
+        self.fill(lambda i, v: self.load(i, v) + other.load(i, v))
         other.fill()
 
     def lane(self, i: Any, v: int, lane: Any) -> Any:
@@ -218,10 +228,7 @@ def store_tile(
                 _store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
         return
     spilled = Accumulators(acc.mr, acc.nv, acc.lanes)
-    for v in range(acc.nv):
-        for i in range(acc.mr):
-            index = [vector(T.int64(i * acc.lanes), acc.lanes)]
-            T.buffer_store(spilled.buffers[v], acc.buffers[v][tuple(index)], index)
+    spilled.fill(acc.load)
     with T.serial(T.int64(acc.mr)) as row, _if(inside, row):
         _store_row(fused, buffers, spilled, row, lead(row), column, columns, limit)
 

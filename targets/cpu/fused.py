@@ -136,7 +136,7 @@ def analyze(func: tirx.PrimFunc) -> Fused:
     for block in blocks[1:]:
         if is_reduction(block) or not isinstance(block.body, tirx.BufferStore):
             raise Unfusable(f"block {block.name_hint} is not element-wise")
-        if not is_identity(block, block.body.indices) or not same_shape(block.body.buffer, accumulator):
+        if not is_identity(block, block.body.indices) or not same_dims(block.body.buffer.shape, accumulator.shape):
             raise Unfusable(f"block {block.name_hint} is not over the core's shape")
         for read in loads(block.body.value):
             if any(read.source.same_as(buffer) for buffer in produced) and not is_identity(block, read.indices):
@@ -164,7 +164,7 @@ def _is_unit(axis: Any) -> bool:
     return isinstance(extent, tirx.IntImm) and extent.value == 1
 
 
-def same_shape(a: Any, b: Any) -> bool:
-    """Two buffers have equal dims, as far as can be proved."""
+def same_dims(a: Any, b: Any) -> bool:
+    """Equal shapes, as far as can be proved."""
     analyzer = tvm.sym.Analyzer()
-    return len(a.shape) == len(b.shape) and all(analyzer.can_prove_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+    return len(a) == len(b) and all(analyzer.can_prove_equal(x, y) for x, y in zip(a, b, strict=True))

@@ -23,7 +23,7 @@ from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
 from .cache import conflict_bytes
-from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, splat, static, store_tile, tasks, vector
+from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, static, store_tile, tasks, vector
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
@@ -304,11 +304,7 @@ class GemmEmitter:
         def multiply(part: Accumulators, start: Any, count: Any) -> None:
             with T.serial(count) as step:
                 k = start + step
-                b = [T.bind(panel(k, v)) for v in range(nv)]
-                for i in range(mr):
-                    a = T.bind(splat(a_rows[i](k), lanes))
-                    for v in range(nv):
-                        part.fma(i, v, a, b[v])
+                part.multiply(range(mr), lambda i: a_rows[i](k), [T.bind(panel(k, v)) for v in range(nv)])
 
         known = static(self.k)
         if known is not None and known <= SUM_BLOCK:

@@ -52,11 +52,13 @@ class Lowering:
     choices: dict[str, Choice] = field(default_factory=dict)
 
 
-def tvm_target(target: Target) -> Any:
-    """TVM's description of the machine that code is generated for."""
+def tvm_target(target: Target, *, optimize: bool = True) -> Any:
+    """TVM's description of the machine that code is generated for, and whether LLVM optimises."""
     options: dict[str, Any] = {"kind": "llvm", "mcpu": target.mcpu, "mtriple": "x86_64-unknown-linux-gnu", "vector-width": target.vector_bits}
     if target.disabled:
         options["mattr"] = [f"-{feature}" for feature in target.disabled]
+    if not optimize:
+        options["opt-level"] = 0
     return tvm.target.Target(options)
 
 

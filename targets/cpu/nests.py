@@ -12,8 +12,8 @@ from typing import Any
 
 from ...compiler.tvm import TensorLoad, structural_map, tirx, tvm
 from .emit import product, static
-from .fused import loads
-from .stages import Stage, same_dims, substitute
+from .fused import loads, same_dims
+from .stages import Stage, substitute
 
 
 @dataclass(frozen=True)

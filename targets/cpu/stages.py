@@ -13,7 +13,7 @@ from typing import Any
 
 from ...compiler.tvm import TensorLoad, s_tir, structural_map, structural_walk, tirx, tvm
 from .emit import static
-from .fused import cost, is_reduction, loads
+from .fused import cost, is_reduction, loads, same_dims
 
 #: operations a stage may cost and still be computed again by every reader
 CHEAP = 2
@@ -137,12 +137,6 @@ def _identity(kind: str, init: Any) -> Any:
 def substitute(expr: Any, values: dict[Any, Any]) -> Any:
     """Replace variables in an expression."""
     return structural_map(expr, (tirx.Var, lambda var: values.get(var, var))) if values else expr
-
-
-def same_dims(a: Any, b: Any) -> bool:
-    """Equal shapes, as far as can be proved."""
-    analyzer = tvm.sym.Analyzer()
-    return len(a) == len(b) and all(analyzer.can_prove_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def reads_in_place(load: Any, stage: Stage) -> bool:

@@ -1,7 +1,7 @@
 """The matrices of Winograd's minimal filtering F(m, 3) and vector code for the transforms.
 
-y = A^T [(G g) * (B^T d)] gives m outputs of a 3-tap filter from m + 2 inputs with m + 2 products instead of 3 m (Winograd, "Arithmetic Complexity of Computations", 1980; for
-convolution networks Lavin and Gray, 2015). Built by Cook and Toom's construction from m + 1 points and infinity. The points decide the rounding error: {0, +-3/4, +-3/2}
+y = A^T [(G g) * (B^T d)] gives m outputs of a 3-tap filter from m + 2 inputs with m + 2 products instead of 3 m (Winograd, "Arithmetic Complexity of
+Computations", 1980; for convolution networks Lavin and Gray, 2015). Built by Cook and Toom's construction from m + 1 points and infinity. The points decide the rounding error: {0, +-3/4, +-3/2}
 costs F(4, 3) about twice the error of the direct sum, where the customary {0, +-1, +-2} costs eight times it (tests/test_cpu_winograd.py measures both).
 """
 
