@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..targets.base import Target
+from .accuracy import Accuracy
 from .artifact import Artifact, build
+from .calibration import load as load_calibration
 from .errors import UsageError
+from .metrics import checked
 from .options import CompileOptions
+from .program import TensorSpec
 from .progress import stage
 from .runtime import CompiledModel, load
 
@@ -48,35 +54,76 @@ def compile(
 
     model: path of an ONNX file (or `.pt2` saved by torch.export), `onnx.ModelProto`, `torch.nn.Module` or `ExportedProgram`. target: `cpu` (this
     machine) or `cpu:NAME`. example_inputs: what a `torch.nn.Module` is traced with. shapes: `{"x": (1, 3, 224, 224)}` or `{"x": "1..8..32x128"}`
-    (min..opt..max of a dim). recipe: TOML file with the passes to run. seed: of every random choice. threads: worker threads of the returned model,
+    (min..opt..max of a dim). recipe: TOML file with the passes to run.
+
+    quantize, sparsity, token_keep: compression, each a name or number as on the command line, or a configured pass (`Quantize("int8", smooth=0.5)`).
+    calibration: a `.npz` file, a folder of them, or an iterable of inputs (dicts or tuples), on which passes observe the model and the loss is measured.
+    metric: "cosine" (default), "relative" or "top1". max_drop: largest loss allowed. seed: of every random choice. threads: worker threads of the returned model,
     and what schedules are chosen for (default: all cores).
 
     Raises UnsupportedModel with every blocker at once, UsageError for a wrong request (also for an option whose feature is not available yet),
-    ToolchainError for a missing linker or package.
+    ToolchainError for a missing linker or package, VerificationError for a loss above `max_drop`.
     """
-    later = dict(precision=precision, quantize=quantize, calibration=calibration, metric=metric, max_drop=max_drop, sparsity=sparsity)
-    later |= dict(target_latency=target_latency, token_keep=token_keep, restore_tokens=restore_tokens or None, generate=generate or None)
+    later = dict(precision=precision, target_latency=target_latency, restore_tokens=restore_tokens or None, generate=generate or None)
     later |= dict(tune_trials=tune_trials or None, time_budget=time_budget, tuning_db=tuning_db)
     if asked := [name for name, value in later.items() if value is not None]:
         raise UsageError(f"not available yet: {', '.join(asked)}; leave {'it' if len(asked) == 1 else 'them'} out")
     target = target if isinstance(target, Target) else Target.parse(target)
-    options = CompileOptions(recipe=None if recipe is None else Path(recipe), seed=seed, threads=threads)
-    return compile_program(import_model(model, example_inputs=example_inputs, shapes=shapes), target, options)
+    asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
+    compression = {flag: value for flag, value in asked.items() if value is not None}
+    options = CompileOptions(None if recipe is None else Path(recipe), compression, seed=seed, threads=threads)
+    program = import_model(model, example_inputs=example_inputs, shapes=shapes)
+    return compile_program(program, target, options, accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads))
 
 
-def compile_program(program: Program, target: Target, options: CompileOptions | None = None) -> CompiledModel:
+def compile_program(program: Program, target: Target, options: CompileOptions | None = None, accuracy: Accuracy | None = None) -> CompiledModel:
     """Compile an imported program; errors as in `compile`."""
     options = options or CompileOptions()
-    return CompiledModel(build_artifact(program, target, options), threads=options.threads)
+    return CompiledModel(build_artifact(program, target, options, accuracy), threads=options.threads)
 
 
-def build_artifact(program: Program, target: Target, options: CompileOptions) -> Artifact:
+def accuracy_on(
+    program: Program, calibration: Any, *, metric: str | None = None, max_drop: float | None = None, threads: int | None = None
+) -> Accuracy | None:
+    """The loss measurement of `program` on calibration data, None without. Raises UsageError for data or limits that make no sense."""
+    if metric is not None:
+        checked(metric)
+    if max_drop is not None and not max_drop >= 0:
+        raise UsageError(f"max_drop must be a loss of at least 0, not {max_drop!r}")
+    if calibration is None:
+        if max_drop is not None:
+            raise UsageError("max_drop needs calibration data to measure the loss on: give --calibration DATA.npz (Python: calibration=...)")
+        return None
+    calls = load_calibration(calibration, program.inputs, program.dims)
+
+    def executor(changed: Program) -> Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, ...]]:
+        model = compile_program(_own_outputs(changed), Target.parse("cpu"), CompileOptions(threads=threads)).start()
+
+        def run(feeds: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+            result = model(**feeds)
+            return result if isinstance(result, tuple) else (result,)
+
+        return run
+
+    return Accuracy(program, calls, executor, metric or "cosine", max_drop)
+
+
+def _own_outputs(program: Program) -> Program:
+    """The program with as many output specs as its `main` returns: passes observe by returning more."""
+    kind = program.main.ret_ty
+    count = len(kind.fields) if hasattr(kind, "fields") else 1
+    if count == len(program.outputs):
+        return program
+    return replace(program, outputs=tuple(TensorSpec(f"output{index}", (), "float32") for index in range(count)))
+
+
+def build_artifact(program: Program, target: Target, options: CompileOptions, accuracy: Accuracy | None = None) -> Artifact:
     """Lower and link `program` without loading what comes out. Schedules are chosen for `options.threads` cores where given."""
     from .pipeline import lower
 
     if options.threads is not None:
         target = replace(target, cores=options.threads)
-    lowered = lower(program, target, options)
+    lowered = lower(program, target, options, accuracy)
     with stage("linking"):
         return build(lowered)
 

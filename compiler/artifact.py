@@ -82,7 +82,8 @@ def build(lowered: Lowered) -> Artifact:
     }
     weights = {name: aligned(array) for name, array in lowered.weights.items()}
     sources = {_source_name(name): text for name, text in lowered.sources.items()}
-    return Artifact(json.loads(json.dumps(manifest, sort_keys=True)), link(lowered.executable), weights, lowered.report, sources)
+    library = link(lowered.executable) if lowered.executable is not None else lowered.library
+    return Artifact(json.loads(json.dumps(manifest, sort_keys=True)), library, weights, lowered.report, sources)
 
 
 def versions() -> dict[str, str]:

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 class Lowered:
     """An executable for one target and everything its artifact records.
 
-    executable: its `main` takes (*inputs, weights) where weights is a tuple in the insertion order of `weights`. recipe: the passes with their options.
+    executable: its `main` takes (*inputs, weights) where weights is a tuple in the insertion order of `weights`. library: a shared library that the target has
+    linked itself, in place of an executable (neither: the artifact is source text alone). recipe: the passes with their options.
     report: passes, kernels, memory plan, seconds; keys named `seconds` are measurements and stay out of the saved artifact, which must not
     differ between two compilations of the same model. sources: file name -> readable text of the emitted code.
     """
 
-    executable: relax.VMExecutable
+    executable: relax.VMExecutable | None
     weights: dict[str, np.ndarray]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -34,3 +35,4 @@ class Lowered:
     recipe: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    library: bytes = b""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import UsageError
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """recipe: a TOML file with passes and options, None for the target's default. dump_ir: directory for the module after every pass. seed: of every
-    random choice. threads: worker count the schedules are chosen for, None for all physical cores of the target.
+    """recipe: a TOML file with passes and options, None for the target's default. compression: flag -> value of the passes that change the model
+    (`{"quantize": "int8", "token_keep": 0.7}`), which win over the recipe's. dump_ir: directory for the module after every pass. seed: of every random
+    choice. threads: worker count the schedules are chosen for, None for all physical cores of the target.
     """
 
     recipe: Path | None = None
+    compression: Mapping[str, Any] = field(default_factory=dict)
     dump_ir: Path | None = None
     seed: int = 0
     threads: int | None = None

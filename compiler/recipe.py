@@ -18,6 +18,7 @@ from typing import Any
 from ..passes.base import Pass
 from ..passes.registry import PASSES
 from .errors import UsageError
+from .options import CompileOptions
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,28 @@ class Recipe:
 
     @staticmethod
     def default() -> Recipe:
-        """Every registered pass once, then canonical form again: layout and recognition leave foldable constants behind."""
-        return Recipe((*(cls() for cls in PASSES.values()), PASSES["canonicalize"]()))
+        """Every lossless pass once, then canonical form again: layout and recognition leave foldable constants behind."""
+        return Recipe((*(cls() for cls in PASSES.values() if not cls.lossy), PASSES["canonicalize"]()))
+
+    @staticmethod
+    def of(options: CompileOptions) -> Recipe:
+        """The recipe that the options ask for: the file's or the default, with the passes that flags ask for put in, or in place of their namesakes."""
+        recipe = Recipe.load(options.recipe) if options.recipe is not None else Recipe.default()
+        flags = {cls.flag: cls for cls in PASSES.values() if cls.flag}
+        for flag, value in options.compression.items():
+            if flag not in flags:
+                raise UsageError(f"no pass takes '{flag}': expected one of {', '.join(sorted(flags)) or 'none'}")
+            recipe = recipe.having(flags[flag].from_flag(value))
+        return recipe
+
+    def having(self, step: Pass) -> Recipe:
+        """With `step` in place of the passes of its name, or before the first pass that the registry puts behind it."""
+        if any(old.name == step.name for old in self.passes):
+            return Recipe(tuple(step if old.name == step.name else old for old in self.passes))
+        order = list(PASSES)
+        later = order[order.index(step.name) + 1 :]
+        place = next((index for index, old in enumerate(self.passes) if old.name in later), len(self.passes))
+        return Recipe((*self.passes[:place], step, *self.passes[place:]))
 
     @staticmethod
     def load(path: Path) -> Recipe:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .base import Target
 from .cpu import backend as cpu
+
+if TYPE_CHECKING:
+    from ..compiler.lowered import Lowered
+    from ..compiler.steps import Steps
 
 
 class Backend(Protocol):
@@ -14,6 +19,14 @@ class Backend(Protocol):
     def resolve(self, name: str) -> Target: ...
 
     def names(self) -> list[str]: ...
+
+    def scope(self, target: Target) -> AbstractContextManager[Any]:
+        """The context in which TVM's passes see the target."""
+        ...
+
+    def lower(self, steps: Steps) -> Lowered:
+        """Lower the program that the graph passes left; further steps go through `steps.step`, the result through `steps.lowered`."""
+        ...
 
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu}

@@ -53,6 +53,7 @@ LAYERS = {
     "compiler.runtime": "artifact",
     "compiler.pipeline": "pipeline",
     "compiler.recipe": "pipeline",
+    "compiler.steps": "pipeline",
     "compiler.importers": "importers",
     "targets.base": "target manifest",
     "targets.registry": "target registry",

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
 from ...compiler.errors import UsageError
 from ..base import Target
+
+if TYPE_CHECKING:
+    from ...compiler.lowered import Lowered
+    from ...compiler.steps import Steps
 
 
 def names() -> list[str]:
@@ -23,3 +30,17 @@ def resolve(name: str) -> Target:
     if name not in MACHINES:
         raise UsageError(f"unknown CPU 'cpu:{name}': expected one of {', '.join(names())}")
     return MACHINES[name]
+
+
+def scope(target: Target) -> AbstractContextManager[Any]:
+    """TVM's view of the machine."""
+    from .lower import tvm_target
+
+    return tvm_target(target)
+
+
+def lower(steps: Steps) -> Lowered:
+    """See `pipeline.lower`."""
+    from . import pipeline
+
+    return pipeline.lower(steps)

@@ -1,0 +1,63 @@
+"""Lowering for the CPU, top to bottom: guards, legalization, fusion, kernels, weights, memory, machine code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ...autotune.cost_model import AnalyticModel
+from ...compiler.progress import stage
+from ...compiler.tvm import relax
+from ...passes.fusion import FuseEpilogues
+from ...passes.memory import PlanMemory
+from . import build as cpu_build
+from . import guards as cpu_guards
+from . import legalize as cpu_legalize
+from . import lower as cpu_lower
+
+if TYPE_CHECKING:
+    from ...compiler.lowered import Lowered
+    from ...compiler.program import Program
+    from ...compiler.steps import Steps
+    from ...passes.base import PassContext
+
+
+def lower(steps: Steps) -> Lowered:
+    """From a graph of Relax operators to an executable. Raises UnsupportedModel when an operator has no lowering."""
+    steps.step("guard", cpu_guards.guard)
+    steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
+    steps.step("fuse_epilogues", FuseEpilogues().run)
+    choices: list[cpu_lower.Choice] = []
+
+    def kernels(current: Program, context: PassContext) -> Program:
+        module, found = cpu_lower.schedule_kernels(current.module, steps.target, AnalyticModel())
+        choices.extend(found)
+        for choice in found:
+            context.matched(**{choice.template: 1})
+        return current.with_module(module)
+
+    steps.step("kernels", kernels)
+    weights: dict[str, Any] = {}
+
+    def lift(current: Program, context: PassContext) -> Program:
+        module, arrays = cpu_build.lift_weights(current.module)
+        weights.update(arrays)
+        context.matched(weights=len(arrays))
+        return current.with_module(module)
+
+    steps.step("lift_weights", lift)
+    steps.step("plan_memory", PlanMemory().run)
+    with stage("code generation") as generation:
+        executable, sources = cpu_build.build(steps.program.module, steps.target)
+    report = {
+        "kernels": [asdict(choice) for choice in choices],
+        "weights_bytes": sum(array.nbytes for array in weights.values()),
+        "code_generation": {"seconds": round(generation.seconds, 3)},
+    }
+    return steps.lowered(report=report, weights=weights, sources=sources, executable=executable)
+
+
+def _legalize(program: Program) -> Any:
+    module = relax.backend.DispatchSortScan()(relax.transform.DecomposeOpsForInference()(program.module))
+    module = cpu_legalize.legalize(module)
+    return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
