@@ -9,6 +9,7 @@ import numpy as np
 
 from ...compiler.tvm import T
 from ..base import Target
+from .dot import dot_kind
 from .emit import balanced, product, static
 from .fused import Fused, Unfusable
 
@@ -20,7 +21,7 @@ TYPICAL = 64
 class ConvWorkload:
     """x [n, h, w, ci] * w [kh, kw, ci / groups, co]; None marks a size known only at run time. padding: top, left, bottom, right.
 
-    turned: h and w stand for the tensors' width and height, see `along_the_width`.
+    turned: h and w stand for the tensors' width and height, see `along_the_width`. kind: of the product, see `dot.dot_kind`.
     """
 
     n: int | None
@@ -36,9 +37,11 @@ class ConvWorkload:
     groups: int
     epilogue: str
     turned: bool = False
+    kind: str = "f32"
 
     def __str__(self) -> str:
-        text = f"conv2d {self.n}x{self.h}x{self.w}x{self.ci} -> {self.co}, {self.kh}x{self.kw} stride {self.strides[0]}x{self.strides[1]}"
+        text = "conv2d " if self.kind == "f32" else f"conv2d {self.kind} "
+        text += f"{self.n}x{self.h}x{self.w}x{self.ci} -> {self.co}, {self.kh}x{self.kw} stride {self.strides[0]}x{self.strides[1]}"
         text += f" pad {','.join(map(str, self.padding))}" if any(self.padding) else ""
         text += f" dilation {self.dilation[0]}x{self.dilation[1]}" if self.dilation != (1, 1) else ""
         return text + (f" groups {self.groups}" if self.groups > 1 else "")
@@ -74,18 +77,17 @@ class ConvWorkload:
 
 
 def conv_workload(fused: Fused, constants: frozenset[int]) -> ConvWorkload:
-    """Read the workload; raises Unfusable when it is not a float32 convolution with constant weights."""
+    """Read the workload; raises Unfusable when it is not a convolution with constant weights."""
     if fused.core["op"] != "conv2d":
         raise Unfusable("not a convolution")
     x, w = fused.inputs
-    if any(buffer.ty.dtype != "float32" for buffer in (x, w, fused.accumulator)):
-        raise Unfusable("not float32")
+    kind = dot_kind(fused.inputs, fused.accumulator)
     n, h, width, ci = (static(dim) for dim in x.shape)
     kh, kw, _, co = (static(dim) for dim in w.shape)
     if fused.param_index(w) not in constants or ci is None or kh is None or kw is None or co is None:
         raise Unfusable("weights are not constant")
     strides, padding, dilation = (tuple(fused.core[name]) for name in ("strides", "padding", "dilation"))
-    return ConvWorkload(n, h, width, ci, co, kh, kw, strides, padding, dilation, fused.core["groups"], fused.epilogue_text())
+    return ConvWorkload(n, h, width, ci, co, kh, kw, strides, padding, dilation, fused.core["groups"], fused.epilogue_text(), kind=kind)
 
 
 def along_the_width(workload: ConvWorkload) -> ConvWorkload:

@@ -22,7 +22,8 @@ from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, Taps, conv_workload, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import depthwise_features
-from .emit import Accumulators, kernel, product, static, store_tile, tasks, vector
+from .dot import vector
+from .emit import Accumulators, kernel, product, static, store_tile, tasks
 from .fused import Fused, Unfusable
 from .template import Kernel
 
@@ -44,8 +45,8 @@ class ConvDepthwise:
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
         workload = conv_workload(fused, constants)
-        if not workload.depthwise:
-            raise Unfusable("not depthwise")
+        if not workload.depthwise or workload.kind != "f32":
+            raise Unfusable("not depthwise, or not float32")
         return workload
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[DepthwiseSchedule]:

@@ -22,8 +22,9 @@ from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, TileRun, along_the_width, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import direct_features
-from .emit import Accumulators, kernel, product, register_tiles, static, store_tile, tasks, vector
-from .fused import Fused
+from .dot import vector
+from .emit import Accumulators, kernel, product, register_tiles, static, store_tile, tasks
+from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
 
@@ -43,7 +44,10 @@ class ConvDirect:
     name = "conv_direct"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
-        return along_the_width(conv_workload(fused, constants))
+        workload = conv_workload(fused, constants)
+        if workload.kind != "f32":
+            raise Unfusable("not float32")
+        return along_the_width(workload)
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[DirectSchedule]:
         lanes = vector_lanes(workload.co_group, target)

@@ -9,10 +9,11 @@ from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, conv_workload, vector_lanes
+from .dot import dot_for
 from .emit import Rows, kernel, product
 from .fused import Fused, Unfusable
-from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
-from .template import Kernel, Packing
+from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
+from .template import Kernel
 
 
 class ConvPointwise:
@@ -27,7 +28,7 @@ class ConvPointwise:
         return workload
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[GemmSchedule]:
-        lanes = vector_lanes(workload.co, target)
+        lanes = vector_lanes(max(workload.co, dot_for(workload.kind, target).min_lanes()), target)
         return [GemmSchedule(s.mr, s.nv, lanes, s.mc) for s in Gemm().space(_gemm(workload), target) if s.nv == 1 or (s.nv - 1) * lanes < workload.co]
 
     def features(self, workload: ConvWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
@@ -37,13 +38,13 @@ class ConvPointwise:
         x, w = fused.inputs
         position = fused.param_index(w)
         assert position is not None
-        nr = schedule.nv * schedule.lanes
-        shape = (-(-workload.co // nr), workload.ci, nr)
-        packing = Packing(position, shape, lambda weight: pack_panels(weight.reshape(workload.ci, workload.co), nr), f"panels{nr}")
-        with kernel(fused, {position: shape}) as (builder, buffers):
+        nr, dot = schedule.nv * schedule.lanes, dot_for(workload.kind, target)
+        packing = pack_gemm(position, workload.ci, workload.co, nr, dot)
+        with kernel(fused, {position: packing.shape}, {position: dot.word}) as (builder, buffers):
             pixels = list(fused.output.shape[:3])
-            flat = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
-            operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), _reader(workload, flat, x, pixels), buffers[w], True)
+            flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
+            address = _reader(workload, x, pixels)
+            operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), flat, address, buffers[w], True, dot)
             GemmEmitter(fused, buffers, schedule, operands).emit()
         return Kernel(builder.get(), (packing,))
 
@@ -54,20 +55,20 @@ def _gemm(workload: ConvWorkload) -> GemmWorkload:
     rows = None
     if len(known) == 3:
         rows = known[0] * known[1] * known[2]
-    return GemmWorkload(1, rows, workload.ci, workload.co, True, workload.epilogue)
+    return GemmWorkload(1, rows, workload.ci, workload.co, True, workload.epilogue, workload.kind)
 
 
-def _reader(workload: ConvWorkload, flat: Any, x: Any, pixels: list[Any]) -> Callable[[Any], Callable[[Any], Any]]:
-    """Row number of the GEMM -> (k -> input element)."""
+def _reader(workload: ConvWorkload, x: Any, pixels: list[Any]) -> Callable[[Any], Callable[[Any], tuple[Any, ...]]]:
+    """Row number of the GEMM -> (k -> index of the input element)."""
     channels = T.int64(workload.ci)
     if workload.strides == (1, 1):
-        return lambda row: lambda k: flat[row * channels + k]
+        return lambda row: lambda k: (row * channels + k,)
     rows = Rows(pixels)
 
-    def strided(row: Any) -> Callable[[Any], Any]:
+    def strided(row: Any) -> Callable[[Any], tuple[Any, ...]]:
         n, i, j = rows.indices(row)
         pixel = (n * x.shape[1] + i * T.int64(workload.strides[0])) * x.shape[2] + j * T.int64(workload.strides[1])
         start = T.bind(pixel * channels)
-        return lambda k: flat[start + k]
+        return lambda k: (start + k,)
 
     return strided

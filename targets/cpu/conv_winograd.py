@@ -25,7 +25,8 @@ from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, conv_workload, unflatten, vector_lanes
 from .conv_cost import winograd_features
-from .emit import Accumulators, balanced, kernel, product, register_tiles, splat, store_tile, vector
+from .dot import splat, vector
+from .emit import Accumulators, balanced, kernel, product, register_tiles, store_tile
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 from .winograd import POINTS, times_vector, transform_weights, transforms
@@ -50,6 +51,8 @@ class ConvWinograd:
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
         workload = conv_workload(fused, constants)
+        if workload.kind != "f32":
+            raise Unfusable("not float32")
         if (workload.kh, workload.kw) != (3, 3) or workload.strides != (1, 1) or workload.dilation != (1, 1) or workload.groups > 1:
             raise Unfusable("not a 3x3 convolution of stride 1")
         if workload.h is None or workload.w is None:

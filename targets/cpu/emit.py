@@ -8,6 +8,7 @@ from typing import Any
 
 from ...compiler.tvm import IRBuilder, T, tirx, tvm
 from ..base import Target
+from .dot import F32, Dot, splat, vector
 from .fused import Fused, is_identity, loads, same_dims, variables_of
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
@@ -42,33 +43,18 @@ def product(dims: Sequence[Any]) -> Any:
     return tvm.sym.Analyzer().simplify(result)
 
 
-def vector(base: Any, lanes: int) -> Any:
-    """Index of `lanes` consecutive elements from `base`."""
-    return T.ramp(base, T.int64(1), lanes) if lanes > 1 else base
-
-
-def splat(value: Any, lanes: int) -> Any:
-    return T.broadcast(value, lanes) if lanes > 1 else value
-
-
-def fma(a: Any, b: Any, c: Any, lanes: int) -> Any:
-    """a * b + c on vectors of float32, rounded once."""
-    dtype = f"float32x{lanes}" if lanes > 1 else "float32"
-    return T.call_llvm_pure_intrin(dtype, T.llvm_lookup_intrinsic_id("llvm.fma"), a, b, c)
-
-
 @contextmanager
-def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]]) -> Iterator[tuple[IRBuilder, dict[Any, Any]]]:
-    """Open a PrimFunc with the parameters of `fused`; `replaced` gives packed parameters their new shape.
+def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]], dtypes: dict[int, str] | None = None) -> Iterator[tuple[IRBuilder, dict[Any, Any]]]:
+    """Open a PrimFunc with the parameters of `fused`; `replaced` gives packed parameters their new shape, `dtypes` those that change it their element type.
 
     Yields the builder and a map from the fused function's buffers to the new ones.
     """
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_attr(dict(ATTRS))
-        yield builder, declare(fused.params, replaced)
+        yield builder, declare(fused.params, replaced, dtypes)
 
 
-def declare(params: Sequence[Any], replaced: dict[int, tuple[int, ...]]) -> dict[Any, Any]:
+def declare(params: Sequence[Any], replaced: dict[int, tuple[int, ...]], dtypes: dict[int, str] | None = None) -> dict[Any, Any]:
     """Give the PrimFunc being built these parameters; a map from the old buffers to the new ones.
 
     Scalars stay the very variables they are: `call_tir` passes the symbols that no buffer binds by itself, and the buffers' shapes are written in them.
@@ -76,7 +62,8 @@ def declare(params: Sequence[Any], replaced: dict[int, tuple[int, ...]]) -> dict
     buffers = {}
     for position, param in enumerate(params):
         if hasattr(param, "shape"):
-            buffers[param] = T.arg(param.name, T.buffer(replaced.get(position, tuple(param.shape)), param.ty.dtype))
+            dtype = (dtypes or {}).get(position, param.ty.dtype)
+            buffers[param] = T.arg(param.name, T.buffer(replaced.get(position, tuple(param.shape)), dtype))
         else:
             T.arg(param.name, param)
     return buffers
@@ -161,19 +148,19 @@ class Rows:
 class Accumulators:
     """mr x nv vector registers; one small buffer per column vector keeps them in registers (one big buffer does not).
 
-    The scope has to be "global": under 1 KB TVM puts that on the stack, where LLVM makes registers of it, but a "local" buffer it asks from its workspace
-    pool at every tile, and LLVM then keeps it in memory or spills.
+    dot: how they multiply and so what they hold, float32 or int32. The scope has to be "global": under 1 KB TVM puts that on the stack, where LLVM makes
+    registers of it, but a "local" buffer it asks from its workspace pool at every tile, and LLVM then keeps it in memory or spills.
     """
 
-    def __init__(self, mr: int, nv: int, lanes: int):
-        self.mr, self.nv, self.lanes = mr, nv, lanes
-        self.buffers = [T.alloc_buffer((mr * lanes,), "float32") for _ in range(nv)]
+    def __init__(self, mr: int, nv: int, lanes: int, dot: Dot = F32):
+        self.mr, self.nv, self.lanes, self.dot = mr, nv, lanes, dot
+        self.buffers = [T.alloc_buffer((mr * lanes,), dot.word) for _ in range(nv)]
 
     def fill(self, value: Callable[[int, int], Any] | None = None) -> None:
         """Set every register to `value(row, column vector)`, zero by default."""
         for v in range(self.nv):
             for i in range(self.mr):
-                start = splat(T.float32(0), self.lanes) if value is None else value(i, v)
+                start = splat(self.dot.zero(), self.lanes) if value is None else value(i, v)
                 self.store(i, v, start)
 
     def load(self, i: int, v: int) -> Any:
@@ -184,15 +171,15 @@ class Accumulators:
         T.buffer_store(self.buffers[v], value, [vector(T.int64(i * self.lanes), self.lanes)])
 
     def multiply(self, rows: Sequence[int], a: Callable[[int], Any], b: Sequence[Any]) -> None:
-        """acc[i, v] += a(i) * b[v] for the given rows; a(i) is a scalar, broadcast once per row, b[v] a vector."""
+        """acc[i, v] += a(i) * b[v] for the given rows; a(i) is a word, broadcast once per row, b[v] a vector of words."""
         for i in rows:
-            value = T.bind(splat(a(i), self.lanes))
+            value = T.bind(self.dot.broadcast(a(i), self.lanes))
             for v in range(self.nv):
                 self.fma(i, v, value, b[v])
 
     def fma(self, i: int, v: int, a: Any, b: Any) -> None:
         """acc[i, v] += a * b."""
-        self.store(i, v, fma(a, b, self.load(i, v), self.lanes))
+        self.store(i, v, self.dot.multiply_add(self.load(i, v), a, b, self.lanes))
 
     def drain(self, other: Accumulators) -> None:
         """Add the registers of `other` to these and set those to zero."""
@@ -227,7 +214,7 @@ def store_tile(
             with _if(inside, T.int64(i)):
                 _store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
         return
-    spilled = Accumulators(acc.mr, acc.nv, acc.lanes)
+    spilled = Accumulators(acc.mr, acc.nv, acc.lanes, acc.dot)
     spilled.fill(acc.load)
     with T.serial(T.int64(acc.mr)) as row, _if(inside, row):
         _store_row(fused, buffers, spilled, row, lead(row), column, columns, limit)

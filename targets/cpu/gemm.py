@@ -7,6 +7,8 @@
                 acc[i][v] += A[io*mr + i, k] * panel[k][v]      # nv loads of B, mr broadcasts of A, mr * nv FMAs
             C = epilogue(acc)
 
+u8 x s8 -> int32 is the same nest over groups of k: K / 4 words of four codes, one `vpdpbusd` per accumulator and step (see dot.py).
+
 The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (the loop order of BLIS without its K blocking, which gained nothing at these sizes).
 """
 
@@ -23,14 +25,15 @@ from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
 from .cache import conflict_bytes
-from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, static, store_tile, tasks, vector
+from .dot import Dot, dot_for, dot_kind, vector
+from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, static, store_tile, tasks
 from .fused import Fused, Unfusable
 from .template import Kernel, Packing
 
 
 @dataclass(frozen=True)
 class GemmWorkload:
-    """batch x M x K x N; None marks a size known only at run time. packed: B is a constant."""
+    """batch x M x K x N; None marks a size known only at run time. packed: B is a constant. kind: of the product, see `dot.dot_kind`."""
 
     batch: int | None
     m: int | None
@@ -38,9 +41,11 @@ class GemmWorkload:
     n: int | None
     packed: bool
     epilogue: str
+    kind: str = "f32"
 
     def __str__(self) -> str:
-        return f"gemm {self.batch}x{self.m}x{self.k}x{self.n}{' packed' if self.packed else ''}"
+        kind = "" if self.kind == "f32" else f"{self.kind} "
+        return f"gemm {kind}{self.batch}x{self.m}x{self.k}x{self.n}{' packed' if self.packed else ''}"
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,16 @@ class Gemm:
         if fused.core["op"] != "matmul":
             raise Unfusable("not a matmul")
         a, b = fused.inputs
-        if any(buffer.ty.dtype != "float32" for buffer in (a, b, fused.accumulator)):
-            raise Unfusable("not float32")
+        kind = dot_kind(fused.inputs, fused.accumulator)
         _, batch, rows = _split(fused)
         packed = len(b.shape) == 2 and fused.param_index(b) in constants
         if packed and (static(b.shape[0]) is None or static(b.shape[1]) is None):
             raise Unfusable("a constant of unknown size")
-        return GemmWorkload(static(product(batch)), static(product(rows)), static(b.shape[-2]), static(b.shape[-1]), packed, fused.epilogue_text())
+        if kind != "f32" and not packed:
+            raise Unfusable("integer weights that are not constant")
+        return GemmWorkload(
+            static(product(batch)), static(product(rows)), static(b.shape[-2]), static(b.shape[-1]), packed, fused.epilogue_text(), kind
+        )
 
     def space(self, workload: GemmWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = target.lanes()
@@ -88,28 +96,33 @@ class Gemm:
     def features(self, workload: GemmWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
         batch, m, k, n = (workload.batch or 1), (workload.m or 128), (workload.k or 128), (workload.n or 128)
         mr, nv, lanes = schedule.mr, schedule.nv, schedule.lanes
+        dot = dot_for(workload.kind, target)
+        words, size = dot.words(k), float(dot.activation_bytes)
         fma = load = latency = 0.0
         mc = schedule.mc or m
-        tiles = Counter(size for chunk in range(0, m, mc) for _, size in balanced(min(mc, m - chunk), mr))
+        tiles = Counter(count for chunk in range(0, m, mc) for _, count in balanced(min(mc, m - chunk), mr))
         wide, rest = divmod(n, nv * lanes)
         panels = wide + (rest > 0)
-        broadcast = 0.0 if target.vector_bits == 512 else 1.0
+        # AVX512 reads a float and spreads it within the multiply-add; pairs of bytes are widened by a shuffle of its own
+        broadcast = (1.0 if dot.group == 4 else 2.0) if dot.integer else 0.5 if target.vector_bits == 512 else 1.0
         for rows, count in tiles.items():
             for vectors, columns in ((nv, wide), (-(-rest // lanes), 1)):
                 if rows and vectors and count and columns:
-                    steps = float(count * columns * k)
-                    fma += steps * rows * vectors / target.fma_per_cycle
-                    load += steps * (rows * max(broadcast, 0.5) + vectors) / 2.0
-                    latency += steps * max(4.0, rows * vectors / target.fma_per_cycle)
+                    steps = float(count * columns * words)
+                    busy = rows * vectors * dot.instructions / target.fma_per_cycle
+                    fma += steps * busy
+                    load += steps * (rows * broadcast + vectors) / 2.0
+                    latency += steps * max(4.0, busy)
         chunks = -(-m // mc)
-        panel_bytes = 4.0 * k * nv * lanes
-        a_bytes = 4.0 * mc * k
+        weight_bytes = float(dot.weight_bytes * dot.group * words)
+        panel_bytes = weight_bytes * nv * lanes
+        a_bytes = size * mc * k
         l2 = batch * (chunks * panels * panel_bytes * (1 if panel_bytes < target.l1_bytes / 2 else -(-mc // mr)))
         a_passes = panels if a_bytes < target.l2_bytes / 2 else 0
-        l2 += batch * a_passes * chunks * a_bytes * (1 if 4.0 * k * mr < target.l1_bytes / 2 else 2)
-        l2 += sum(batch * panels * k * count * conflict_bytes(rows, 4 * k, target) for rows, count in tiles.items())
-        l3 = batch * chunks * 4.0 * k * n + (0 if a_passes else batch * panels * chunks * a_bytes)
-        dram = 4.0 * k * n if workload.packed else 0.0
+        l2 += batch * a_passes * chunks * a_bytes * (1 if size * k * mr < target.l1_bytes / 2 else 2)
+        l2 += sum(batch * panels * words * count * conflict_bytes(rows, int(size) * k, target) for rows, count in tiles.items())
+        l3 = batch * chunks * weight_bytes * n + (0 if a_passes else batch * panels * chunks * a_bytes)
+        dram = weight_bytes * n if workload.packed else 0.0
         return KernelFeatures(
             flops=2.0 * batch * m * k * n,
             fma_cycles=batch * fma,
@@ -123,19 +136,21 @@ class Gemm:
         )
 
     def build(self, fused: Fused, workload: GemmWorkload, schedule: GemmSchedule, target: Target) -> Kernel:
-        nr = schedule.nv * schedule.lanes
+        nr, dot = schedule.nv * schedule.lanes, dot_for(workload.kind, target)
         position = fused.param_index(fused.inputs[1])
         packings: tuple[Packing, ...] = ()
         if workload.packed:
             assert position is not None and workload.k is not None and workload.n is not None
-            shape = (-(-workload.n // nr), workload.k, nr)
-            packings = (Packing(position, shape, lambda w: pack_panels(w, nr), f"panels{nr}"),)
-        with kernel(fused, {packing.param: packing.shape for packing in packings}) as (builder, buffers):
+            packings = (pack_gemm(position, workload.k, workload.n, nr, dot),)
+        with kernel(fused, {packing.param: packing.shape for packing in packings}, {packing.param: dot.word for packing in packings}) as (
+            builder,
+            buffers,
+        ):
             a, b = fused.inputs
             _, batch, rows = _split(fused)
-            flat = T.decl_buffer((product([*batch, *rows]), a.shape[-1]), "float32", data=buffers[a].data)
+            flat = T.decl_buffer((product([*batch, *rows]), a.shape[-1]), dot.activation, data=buffers[a].data)
             weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
-            operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], lambda row: lambda k: flat[row, k], weights, workload.packed)
+            operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], flat, lambda row: lambda k: (row, k), weights, workload.packed, dot)
             GemmEmitter(fused, buffers, schedule, operands).emit()
         return Kernel(builder.get(), packings)
 
@@ -147,6 +162,20 @@ def pack_panels(weight: np.ndarray, nr: int) -> np.ndarray:
     padded = np.zeros((k, panels * nr), weight.dtype)
     padded[:, :n] = weight
     return np.ascontiguousarray(padded.reshape(k, panels, nr).transpose(1, 0, 2))
+
+
+def pack_gemm(position: int, k: int, n: int, nr: int, dot: Dot) -> Packing:
+    """The packing of constant weights [.., K, N] into panels of words."""
+
+    def pack(weight: np.ndarray) -> np.ndarray:
+        weight = weight.reshape(k, n)
+        if not dot.integer:
+            return pack_panels(weight, nr)
+        padded = np.zeros((dot.words(k) * dot.group, n), weight.dtype)
+        padded[:k] = weight
+        return pack_panels(dot.pack_words(padded.reshape(dot.words(k), dot.group, n)), nr)
+
+    return Packing(position, (-(-n // nr), dot.words(k), nr), pack, f"panels{nr}" if not dot.integer else f"{dot.name}{nr}")
 
 
 def _split(fused: Fused) -> tuple[Any, list[Any], list[Any]]:
@@ -163,15 +192,17 @@ def _split(fused: Fused) -> tuple[Any, list[Any], list[Any]]:
 
 @dataclass(frozen=True)
 class GemmOperands:
-    """What a GEMM multiplies: leading dims of the output, K and N, A as row -> (k -> element), B as packed panels or as [batch, K, N]."""
+    """What a GEMM multiplies: leading dims of the output, K and N, the buffer of A and row -> (k -> index), B as packed panels of words or as [batch, K, N]."""
 
     batch: list[Any]
     rows: list[Any]
     k: Any
     n: Any
-    a: Callable[[Any], Callable[[Any], Any]]
+    a: Any
+    address: Callable[[Any], Callable[[Any], tuple[Any, ...]]]
     b: Any
     packed: bool
+    dot: Dot
 
 
 class GemmEmitter:
@@ -179,7 +210,8 @@ class GemmEmitter:
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands):
         self.fused, self.schedule, self.packed = fused, schedule, operands.packed
-        self.k, self.n, self.a, self.b = operands.k, operands.n, operands.a, operands.b
+        self.k, self.n, self.a, self.b, self.dot = operands.k, operands.n, operands.a, operands.b, operands.dot
+        self.address = operands.address
         self.batch, self.m = product(operands.batch), product(operands.rows)
         self.batch_dims, row_dims = operands.batch, operands.rows
         flat, self.buffers = flat_rows(fused, buffers)
@@ -297,17 +329,25 @@ class GemmEmitter:
         lanes = self.schedule.lanes
         nv = -(-columns // lanes)
         first = T.bind(batch * self.m + row)
-        acc = Accumulators(mr, nv, lanes)
+        dot, known = self.dot, static(self.k)
+        acc = Accumulators(mr, nv, lanes, dot)
         acc.fill()
-        a_rows = [self.a(first + i) for i in range(mr)]
+        rows = [self.address(first + i) for i in range(mr)]
 
         def multiply(part: Accumulators, start: Any, count: Any) -> None:
             with T.serial(count) as step:
                 k = start + step
-                part.multiply(range(mr), lambda i: a_rows[i](k), [T.bind(panel(k, v)) for v in range(nv)])
+                part.multiply(range(mr), lambda i: dot.read(self.a, rows[i], k * dot.group), [T.bind(panel(k, v)) for v in range(nv)])
 
-        known = static(self.k)
-        if known is not None and known <= SUM_BLOCK:
+        if dot.integer:
+            assert known is not None
+            words, rest = divmod(known, dot.group)
+            if words:
+                multiply(acc, T.int64(0), T.int64(words))
+            if rest:
+                behind = T.int64(words * dot.group)
+                acc.multiply(range(mr), lambda i: dot.read_part(self.a, rows[i], behind, rest), [T.bind(panel(T.int64(words), v)) for v in range(nv)])
+        elif known is not None and known <= SUM_BLOCK:
             multiply(acc, T.int64(0), self.k)
         else:
             total, part = Accumulators(mr, nv, lanes), acc

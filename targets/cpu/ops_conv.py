@@ -8,13 +8,11 @@ from typing import Any
 from ...compiler.tvm import te, tirx
 from .fused import core_attrs
 from .legalize import default_legalization, legalizer
-
-#: Relax's pattern kind "an operator whose element-wise consumers may join it"; the condition for padding hides it from TVM's own analysis
-OUT_ELEMENTWISE_FUSABLE = 4
+from .ops_linear import OUT_ELEMENTWISE_FUSABLE, widened
 
 
-def conv2d(x: Any, w: Any, strides: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Any:
-    """x: [N, H, W, Ci], w: [kh, kw, Ci / groups, Co] -> [N, OH, OW, Co]. padding: top, left, bottom, right, in pixels of zeros."""
+def conv2d(x: Any, w: Any, strides: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtype: str = "") -> Any:
+    """x: [N, H, W, Ci], w: [kh, kw, Ci / groups, Co] -> [N, OH, OW, Co] of `dtype` (that of x when empty). padding: top, left, bottom, right, in pixels of zeros."""
     batch, height, width, _ = x.shape
     taps_h, taps_w, depth, features = w.shape
     top, left, bottom, right = padding
@@ -31,7 +29,7 @@ def conv2d(x: Any, w: Any, strides: Sequence[int], padding: Sequence[int], dilat
         if any(padding):
             inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
             value = tirx.if_then_else(inside, value, tirx.const(0, x.dtype))
-        return te.sum(value * w[kh, kw, ci, co], axis=[kh, kw, ci])
+        return te.sum(widened(value, dtype) * widened(w[kh, kw, ci, co], dtype), axis=[kh, kw, ci])
 
     attrs = core_attrs("conv2d", strides=list(strides), padding=list(padding), dilation=list(dilation), groups=groups)
     return te.compute((batch, out_h, out_w, features), element, name="conv2d", attrs=attrs)
@@ -44,5 +42,11 @@ def _conv2d(builder: Any, call: Any) -> Any:
         return default_legalization(builder, call)
     numbers = [[int(value) for value in values] for values in (attrs.strides, attrs.padding, attrs.dilation)]
     return builder.call_te(
-        conv2d, *call.args, *numbers, int(attrs.groups), primfunc_name_hint="conv2d", primfunc_attrs={"op_pattern": OUT_ELEMENTWISE_FUSABLE}
+        conv2d,
+        *call.args,
+        *numbers,
+        int(attrs.groups),
+        str(call.ty.dtype),
+        primfunc_name_hint="conv2d",
+        primfunc_attrs={"op_pattern": OUT_ELEMENTWISE_FUSABLE},
     )

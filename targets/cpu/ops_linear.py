@@ -8,9 +8,12 @@ from ...compiler.tvm import te
 from .fused import core_attrs
 from .legalize import default_legalization, legalizer
 
+#: Relax's pattern kind "an operator whose element-wise consumers may join it"; casts of integers and the condition for padding hide it from TVM's own analysis
+OUT_ELEMENTWISE_FUSABLE = 4
 
-def matmul(a: Any, b: Any) -> Any:
-    """a: [..., M, K], b: [..., K, N] -> [..., M, N]; batch dims broadcast as in numpy. 1-D operands are for the caller to expand."""
+
+def matmul(a: Any, b: Any, dtype: str = "") -> Any:
+    """a: [..., M, K], b: [..., K, N] -> [..., M, N] of `dtype` (that of a when empty); batch dims broadcast as in numpy. 1-D operands are for the caller to expand."""
     k = te.reduce_axis((0, a.shape[-1]), "k")
     a_lead, b_lead = list(a.shape[:-2]), list(b.shape[:-2])
     rank = max(len(a_lead), len(b_lead))
@@ -25,10 +28,15 @@ def matmul(a: Any, b: Any) -> Any:
 
     def element(*axes: Any) -> Any:
         *batch, m, n = axes
-        return te.sum(a[(*pick(a_lead, batch), m, k)] * b[(*pick(b_lead, batch), k, n)], axis=k)
+        return te.sum(widened(a[(*pick(a_lead, batch), m, k)], dtype) * widened(b[(*pick(b_lead, batch), k, n)], dtype), axis=k)
 
     shape = [*(dim(position) for position in range(rank)), a.shape[-2], b.shape[-1]]
     return te.compute(shape, element, name="matmul", attrs=core_attrs("matmul"))
+
+
+def widened(value: Any, dtype: str) -> Any:
+    """An operand of a product as `dtype`, in which the products are added up."""
+    return value.astype(dtype) if dtype and value.dtype != dtype else value
 
 
 def _unit(size: Any) -> bool:
@@ -40,4 +48,4 @@ def _matmul(builder: Any, call: Any) -> Any:
     a, b = call.args
     if len(a.ty.shape) < 2 or len(b.ty.shape) < 2:
         return default_legalization(builder, call)
-    return builder.call_te(matmul, a, b, primfunc_name_hint="matmul")
+    return builder.call_te(matmul, a, b, str(call.ty.dtype), primfunc_name_hint="matmul", primfunc_attrs={"op_pattern": OUT_ELEMENTWISE_FUSABLE})

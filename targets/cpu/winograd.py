@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.tvm import T
-from .emit import fma, splat
+from .dot import fma, splat
 
 #: interpolation points by outputs per tile side; the point at infinity is implied
 POINTS: dict[int, tuple[float, ...]] = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
