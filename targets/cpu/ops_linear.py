@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...compiler.tvm import te
+from ...compiler.tvm import te, tirx
 from .fused import core_attrs
 from .legalize import default_legalization, legalizer
 
@@ -36,7 +36,9 @@ def matmul(a: Any, b: Any, dtype: str = "") -> Any:
 
 def widened(value: Any, dtype: str) -> Any:
     """An operand of a product as `dtype`, in which the products are added up."""
-    return value.astype(dtype) if dtype and value.dtype != dtype else value
+    if not dtype or str(getattr(value, "dtype", "") or value.ty.dtype) == dtype:
+        return value
+    return tirx.Cast(dtype, value)
 
 
 def _unit(size: Any) -> bool:
