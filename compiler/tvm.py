@@ -5,10 +5,14 @@ Everything else writes `from ..compiler.tvm import relax, tirx, tvm`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from . import tvm_runtime  # noqa: F401  first: it sets what TVM reads only once
 
 import tvm  # isort: skip
 from tvm import relax, s_tir, te, tirx, topi
+from tvm.ir import _ffi_api as _ir
 from tvm.relax.expr_functor import mutator
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.compilation_pipeline import PIPELINE_MAP
@@ -25,6 +29,8 @@ __all__ = [
     "is_constant",
     "link_executable",
     "mutator",
+    "operator_attrs",
+    "register_operator",
     "relax",
     "s_tir",
     "structural_map",
@@ -52,3 +58,25 @@ def is_constant(expr: object) -> bool:
 def link_executable(builder: relax.ExecBuilder, target: tvm.target.Target, library: tvm.runtime.Module) -> relax.VMExecutable:
     """The VM executable of a builder's functions and the library that holds their code; what `relax.build` does last."""
     return relax.VMExecutable(relax._ffi_api.VMLink(builder, target, library, [], {}))
+
+
+def register_operator(name: str, arguments: tuple[str, ...], infer: Callable[[Any, Any], Any], legalize: Callable[[Any, Any], Any]) -> Any:
+    """Make a pure Relax operator known to TVM and return it. `infer` and `legalize` take a BlockBuilder and a call.
+
+    infer returns the type of the result, and raises ValueError for operands that do not fit. legalize returns an expression over known operators, for targets without
+    a kernel of their own. Optional arguments come last; their number is not checked here.
+    """
+    _ir.RegisterOp(name, "")
+    operator = tvm.ir.Op.get(name)
+    operator.set_num_inputs(-1)
+    for argument in arguments:
+        operator.add_argument(argument, "Tensor", "")
+    tvm.ir.register_op_attr(name, "FInferType", lambda call, builder: infer(builder, call))
+    tvm.ir.register_op_attr(name, "FLegalize", legalize)
+    tvm.ir.register_op_attr(name, "FPurity", True)
+    return operator
+
+
+def operator_attrs(**values: Any) -> Any:
+    """Attributes of a call of an operator that `register_operator` made: booleans, numbers, strings."""
+    return tvm.ir.make_node("ir.DictAttrs", **values)

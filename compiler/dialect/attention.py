@@ -1,0 +1,169 @@
+"""`tcompile.attention`: softmax(scale * q k^T, masked) v, without the score matrix as a tensor of the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..tvm import operator_attrs, register_operator, relax, tirx, tvm
+
+NAME = "tcompile.attention"
+
+
+@dataclass(frozen=True)
+class AttentionAttrs:
+    """scale: factor of the scores. causal: query s sees keys 0..s only, whatever S and T are (torch's is_causal).
+
+    fill: the score of a position that a boolean mask or `causal` hides, before the softmax. safe: a query whose scores are all -inf gives zeros, as in torch's
+    scaled_dot_product_attention, instead of NaN. received: the second output. layout: order of the dims of q, k, v and the result, "BHSD" or "BSHD".
+    """
+
+    scale: float = 1.0
+    causal: bool = False
+    fill: float = -math.inf
+    safe: bool = True
+    received: bool = False
+    layout: str = "BHSD"
+
+
+def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | None = None, **attrs: Any) -> relax.Call:
+    """q: [B, H, S, D], k: [B, Hk, T, D], v: [B, Hk, T, E] -> [B, H, S, E]; H is a multiple of Hk, each head of k and v serves H / Hk of q in a row.
+
+    mask: broadcasts to [B, H, S, T]; float: added to the scores; bool: True where a key is seen. attrs: fields of AttentionAttrs; `scale` is 1 / sqrt(D) by default.
+    With received=True the result is a tuple (out, received [B, T]): the attention that each key receives, the mean of its probabilities over heads and queries.
+    With layout="BSHD" q, k, v and out have their second and third dims swapped.
+    """
+    if "scale" not in attrs:
+        attrs["scale"] = 1.0 / math.sqrt(int(q.ty.shape[3]))
+    values = asdict(AttentionAttrs(**attrs))
+    if values["layout"] not in ("BHSD", "BSHD"):
+        raise ValueError(f"attention: layout '{values['layout']}' is neither BHSD nor BSHD")
+    return relax.Call(OPERATOR, [q, k, v] if mask is None else [q, k, v, mask], operator_attrs(**values))
+
+
+def attrs_of(call: relax.Call) -> AttentionAttrs:
+    """The attributes of an attention call."""
+    return AttentionAttrs(**{name: type(default)(call.attrs[name]) for name, default in asdict(AttentionAttrs()).items()})
+
+
+@dataclass(frozen=True)
+class AttentionDims:
+    """Sizes of an attention; expressions where they are symbolic."""
+
+    batch: Any
+    heads: Any
+    kv_heads: Any
+    queries: Any
+    keys: Any
+    depth: Any
+    width: Any
+
+
+def dims_of(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any], layout: str) -> AttentionDims:
+    """Sizes from the shapes of q, k and v."""
+    h, s = (1, 2) if layout == "BHSD" else (2, 1)
+    return AttentionDims(q[0], q[h], k[h], q[s], k[s], q[3], v[3])
+
+
+def _infer(builder: Any, call: Any) -> Any:
+    if len(call.args) not in (3, 4):
+        raise ValueError(f"{NAME}: expected q, k, v and at most a mask, got {len(call.args)} operands")
+    for name, arg in zip("qkv", call.args, strict=False):
+        if not isinstance(arg.ty, relax.TensorType) or arg.ty.ndim != 4 or arg.ty.shape is None:
+            raise ValueError(f"{NAME}: {name} has to be a tensor of four known dims, is {arg.ty}")
+    attrs = attrs_of(call)
+    q, k, v = (list(arg.ty.shape) for arg in call.args[:3])
+    dims = dims_of(q, k, v, attrs.layout)
+    analyzer = tvm.sym.Analyzer()
+
+    def agree(what: str, one: Any, other: Any) -> None:
+        if isinstance(one, tirx.IntImm) and isinstance(other, tirx.IntImm) and not analyzer.can_prove_equal(one, other):
+            raise ValueError(f"{NAME}: {what} differ: {one} and {other}")
+
+    agree("batch sizes of q and k", q[0], k[0])
+    agree("depths of q and k", q[3], k[3])
+    for position, what in ((0, "batch sizes"), (1, "second dims"), (2, "third dims")):
+        agree(f"{what} of k and v", k[position], v[position])
+    if isinstance(dims.heads, tirx.IntImm) and isinstance(dims.kv_heads, tirx.IntImm) and int(dims.heads) % int(dims.kv_heads):
+        raise ValueError(f"{NAME}: {int(dims.heads)} heads of q cannot share {int(dims.kv_heads)} heads of k")
+    out = relax.TensorType([*q[:3], v[3]], call.args[0].ty.dtype)
+    if not attrs.received:
+        return out
+    return relax.TupleType([out, relax.TensorType([dims.batch, dims.keys], call.args[0].ty.dtype)])
+
+
+def decompose(builder: Any, call: Any) -> relax.Expr:
+    """The same by Relax operators, with a tensor of scores; what a target without a kernel runs."""
+    attrs, emit, op = attrs_of(call), builder.emit, relax.op
+    q, k, v = call.args[:3]
+    mask = call.args[3] if len(call.args) == 4 else None
+    if attrs.layout == "BSHD":
+        q, k, v = (emit(op.permute_dims(x, [0, 2, 1, 3])) for x in (q, k, v))
+    dtype = str(q.ty.dtype)
+    dims = dims_of(list(q.ty.shape), list(k.ty.shape), list(v.ty.shape), "BHSD")
+    k, v = (_repeat(emit, x, dims.heads) for x in (k, v))
+    scores = emit(op.multiply(emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2])))), relax.const(attrs.scale, dtype)))
+    fill = relax.const(attrs.fill, dtype)
+    if attrs.causal:
+        row, column = (
+            emit(op.reshape(emit(op.arange(0, size, 1, "int64")), shape)) for size, shape in ((dims.queries, [-1, 1]), (dims.keys, [1, -1]))
+        )
+        scores = emit(op.where(emit(op.less_equal(column, row)), scores, fill))
+    if mask is not None and str(mask.ty.dtype) == "bool":
+        scores = emit(op.where(mask, scores, fill))
+    elif mask is not None:
+        scores = emit(op.add(scores, mask))
+    if attrs.safe:
+        # a finite row for the softmax where there is none, and zeros in its place after it; TVM's max over -inf alone is not -inf
+        zero = relax.const(0.0, dtype)
+        seen = emit(op.astype(emit(op.not_equal(scores, relax.const(-math.inf, dtype))), dtype))
+        empty = emit(op.equal(emit(op.max(seen, axis=-1, keepdims=True)), zero))
+        weights = emit(op.where(empty, zero, emit(op.nn.softmax(emit(op.where(empty, zero, scores)), axis=-1))))
+    else:
+        weights = emit(op.nn.softmax(scores, axis=-1))
+    out = emit(op.matmul(weights, v))
+    if attrs.layout == "BSHD":
+        out = emit(op.permute_dims(out, [0, 2, 1, 3]))
+    return relax.Tuple([out, emit(op.mean(weights, axis=[1, 2]))]) if attrs.received else out
+
+
+def _repeat(emit: Any, x: relax.Expr, heads: Any) -> relax.Expr:
+    """[B, Hk, T, D] -> [B, H, T, D]."""
+    batch, own, length, width = x.ty.shape
+    groups = int(heads) // int(own)
+    if groups == 1:
+        return x
+    spread = emit(relax.op.broadcast_to(emit(relax.op.reshape(x, [batch, own, 1, length, width])), [batch, own, groups, length, width]))
+    return emit(relax.op.reshape(spread, [batch, heads, length, width]))
+
+
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None, **attrs: Any) -> Any:
+    """The operator in numpy, in float64: what every kernel is held against. Arguments and result as those of `attention`."""
+    attrs.setdefault("scale", 1.0 / math.sqrt(q.shape[3]))
+    options = AttentionAttrs(**attrs)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    if options.layout == "BSHD":
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = q @ k.transpose(0, 1, 3, 2) * options.scale
+    if options.causal:
+        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, options.fill)
+    if mask is not None:
+        scores = np.where(mask, scores, options.fill) if mask.dtype == bool else scores + mask
+    with np.errstate(invalid="ignore"):
+        top = scores.max(-1, keepdims=True)
+        empty = top == -math.inf
+        weights = np.exp(scores - top)
+        weights /= weights.sum(-1, keepdims=True)
+    if options.safe:
+        weights = np.where(empty, 0.0, weights)
+    out = weights @ v
+    out = out.transpose(0, 2, 1, 3) if options.layout == "BSHD" else out
+    return (out, weights.mean((1, 2))) if options.received else out
+
+
+OPERATOR = register_operator(NAME, ("q", "k", "v", "mask"), _infer, decompose)
