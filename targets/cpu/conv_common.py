@@ -9,7 +9,7 @@ import numpy as np
 
 from ...compiler.tvm import T
 from ..base import Target
-from .dot import dot_kind
+from .dot import Dot, dot_kind
 from .emit import balanced, product, static
 from .fused import Fused, Unfusable
 
@@ -99,17 +99,6 @@ def along_the_width(workload: ConvWorkload) -> ConvWorkload:
     return replace(workload, h=1, w=workload.h, kh=1, kw=workload.kh, padding=(0, top, 0, bottom), turned=True, **turn)
 
 
-def pack_conv(weight: np.ndarray, groups: int, nr: int) -> np.ndarray:
-    """[kh, kw, Ci / groups, Co] -> [groups * ceil(Co / groups / nr), kh, kw * Ci / groups, nr], zero filled."""
-    kh, kw, ci, co = weight.shape
-    per_group = co // groups
-    panels = -(-per_group // nr)
-    padded = np.zeros((kh, kw, ci, groups, panels * nr), weight.dtype)
-    padded[..., :per_group] = weight.reshape(kh, kw, ci, groups, per_group)
-    split = padded.reshape(kh, kw * ci, groups, panels, nr).transpose(2, 3, 0, 1, 4)
-    return np.ascontiguousarray(split.reshape(groups * panels, kh, kw * ci, nr))
-
-
 @dataclass(frozen=True)
 class Taps:
     """Consecutive horizontal taps [first, first + count) that read inside the input for exactly these pixels of a tile."""
@@ -154,6 +143,53 @@ def row_tiles(workload: ConvWorkload, limit: int) -> list[TileRun]:
         else:
             runs.append(TileRun(first, pixels, 1, taps))
     return runs
+
+
+class RowWords:
+    """How a row kh of a panel is cut into words: kw * ci elements in a row where groups of them never straddle two taps, otherwise one section per run of taps
+    that some tile reads at once, each with its last word padded by zeros. (Ci = 3: all taps of a row make one run, edge tiles read shorter ones.)"""
+
+    def __init__(self, workload: ConvWorkload, pixels: int, dot: Dot):
+        self.dot, self.depth, self.even = dot, workload.ci_group, workload.ci_group % dot.group == 0
+        runs = {(tap, 1) for tap in range(workload.kw)}
+        if self.folds(workload):
+            if workload.w is None:
+                runs.add((0, workload.kw))
+            else:
+                runs = {(taps.first, taps.count) for tiles in row_tiles(workload, pixels) for taps in tiles.taps}
+        self.runs = [(0, workload.kw)] if self.even else sorted(runs, key=lambda run: (run[1], run[0]))
+        ends = np.cumsum([0, *(dot.words(count * self.depth) for _, count in self.runs)])
+        self.total = int(ends[-1])
+        self.starts = dict(zip(self.runs, (int(end) for end in ends), strict=False))
+
+    @staticmethod
+    def folds(workload: ConvWorkload) -> bool:
+        """Consecutive taps read consecutive elements."""
+        return workload.dilation[1] == 1 and workload.groups == 1
+
+    def start(self, first: int, count: int) -> int:
+        """First word of a run of taps."""
+        return first * self.depth // self.dot.group if self.even else self.starts[first, count]
+
+    def tap(self, tap: Any) -> Any:
+        """First word of a single tap, known or not; single taps come first among the sections, in order."""
+        return tap * T.int64(self.dot.words(self.depth))
+
+
+def pack_conv(weight: np.ndarray, groups: int, nr: int, row: RowWords) -> np.ndarray:
+    """[kh, kw, Ci / groups, Co] -> [groups * ceil(Co / groups / nr), kh, words of a row, nr], zero filled."""
+    kh, kw, ci, co = weight.shape
+    per_group, dot = co // groups, row.dot
+    panels = -(-per_group // nr)
+    padded = np.zeros((kh, kw, ci, groups, panels * nr), weight.dtype)
+    padded[..., :per_group] = weight.reshape(kh, kw, ci, groups, per_group)
+    split = padded.reshape(kh, kw, ci, groups, panels, nr).transpose(3, 4, 0, 1, 2, 5)
+    sections = []
+    for first, count in row.runs:
+        section = np.zeros((groups, panels, kh, dot.words(count * ci) * dot.group, nr), weight.dtype)
+        section[..., : count * ci, :] = split[:, :, :, first : first + count].reshape(groups, panels, kh, count * ci, nr)
+        sections.append(dot.pack_words(section.reshape(groups, panels, kh, -1, dot.group, nr)))
+    return np.ascontiguousarray(np.concatenate(sections, axis=3).reshape(groups * panels, kh, row.total, nr))
 
 
 def unflatten(index: Any, extents: list[Any]) -> list[Any]:

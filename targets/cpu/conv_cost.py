@@ -6,6 +6,7 @@ from ...autotune.cost_model import KernelFeatures
 from ..base import Target
 from .cache import conflict_bytes
 from .conv_common import ConvWorkload, row_tiles
+from .dot import dot_for
 from .emit import balanced
 
 
@@ -16,37 +17,42 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
     wide, rest = divmod(vectors, nv)
     panels = wide + (rest > 0)
     fma = load = latency = 0.0
+    dot = dot_for(workload.kind, target)
+    size, weight_size = float(dot.activation_bytes), float(dot.weight_bytes)
+    folds = workload.dilation[1] == 1 and workload.groups == 1
     if workload.out_w is not None:
         tiles = [(run.pixels, run.count, [(taps.count, len(taps.pixels)) for taps in run.taps]) for run in row_tiles(workload, pixels)]
     else:
         tiles = [(size, 1, [(workload.kw, size)]) for _, size in balanced(out_w, pixels)]
-    steps_per_tap = float(out_h * workload.kh * workload.ci_group)
+    rows_of_taps = float(out_h * workload.kh)
     tile_count = 0
     for _, count, runs in tiles:
         tile_count += count
         for taps, live in runs:
             for columns, times in ((nv, wide), (rest, 1)):
                 if columns and times:
-                    steps = steps_per_tap * taps * count * times
-                    fma += steps * live * columns / target.fma_per_cycle
-                    load += steps * (live + columns) / 2.0
-                    latency += steps * max(4.0, live * columns / target.fma_per_cycle)
+                    words = dot.words(taps * workload.ci_group) if folds else taps * dot.words(workload.ci_group)
+                    steps = rows_of_taps * words * count * times
+                    busy = live * columns * dot.instructions / target.fma_per_cycle
+                    fma += steps * busy
+                    load += steps * (live * (2.0 if dot.group == 2 else 1.0) + columns) / 2.0
+                    latency += steps * max(4.0, busy)
     repeats = n * workload.groups
     # loop set-up, the row's address arithmetic and the epilogue cost about this many cycles per tile
     overhead = 12.0 * repeats * panels * out_h * tile_count * (1 + workload.kh / 2)
     task_rows = min(rows or out_h, out_h)
     chunks = -(-out_h // task_rows)
-    panel_bytes = 4.0 * workload.kh * workload.kw * workload.ci_group * nv * lanes
+    panel_bytes = weight_size * workload.kh * workload.kw * workload.ci_group * nv * lanes
     input_rows = task_rows * workload.strides[0] + workload.kh - 1
-    input_bytes = 4.0 * input_rows * out_w * workload.strides[1] * workload.ci_group
-    row_bytes = 4.0 * workload.kh * out_w * workload.strides[1] * workload.ci_group
+    input_bytes = size * input_rows * out_w * workload.strides[1] * workload.ci_group
+    row_bytes = size * workload.kh * out_w * workload.strides[1] * workload.ci_group
     fits_l1 = panel_bytes + row_bytes < target.l1_bytes
     l2 = repeats * chunks * panels * (panel_bytes * (1 if panel_bytes < target.l1_bytes / 2 else task_rows * tile_count))
     l2 += repeats * chunks * panels * input_bytes * (1 if fits_l1 else min(workload.kh / workload.strides[0] + 1, 3))
-    stride = 4 * workload.strides[1] * workload.ci
+    stride = int(size) * workload.strides[1] * workload.ci
     conflicts = sum(count * taps * conflict_bytes(size, stride, target) for size, count, runs in tiles for taps, _ in runs)
-    l2 += repeats * panels * steps_per_tap * conflicts
-    weights = 4.0 * workload.kh * workload.kw * workload.ci_group * workload.co
+    l2 += repeats * panels * rows_of_taps * workload.ci_group / dot.group * conflicts
+    weights = weight_size * workload.kh * workload.kw * workload.ci_group * workload.co
     in_l2 = input_bytes + panel_bytes < target.l2_bytes / 2
     l3 = repeats * chunks * input_bytes * (1 if in_l2 else panels) + n * weights * (1 if weights < target.l2_bytes / 2 else chunks)
     return KernelFeatures(
@@ -107,21 +113,26 @@ def winograd_features(
 def depthwise_features(workload: ConvWorkload, pixels: int, lanes: int, rows: int, channels_outer: bool, target: Target) -> KernelFeatures:
     """Features of the depthwise template: tiles of at most `pixels` x one vector of `lanes`, `rows` output rows per task (0: all)."""
     n, out_h, out_w = workload.sizes()
+    dot = dot_for(workload.kind, target)
+    size = float(dot.activation_bytes)
+    # bytes are widened to int32 by the shuffle port
+    widen = 2.0 if dot.integer else 1.0
     vectors = -(-workload.ci // lanes)
     stride, dilation = workload.strides[1], workload.dilation[1]
     tiles = balanced(out_w, pixels)
     fma = load = latency = 0.0
-    for _, size in tiles:
-        columns = len({i * stride + tap * dilation for i in range(size) for tap in range(workload.kw)})
-        fma += workload.kw * size / target.fma_per_cycle
-        load += (columns + workload.kw) / 2.0
-        latency += max(4.0 * workload.kw, workload.kw * size / target.fma_per_cycle)
+    for _, count in tiles:
+        columns = len({i * stride + tap * dilation for i in range(count) for tap in range(workload.kw)})
+        busy = workload.kw * count * dot.instructions / target.fma_per_cycle
+        fma += busy
+        load += (columns * widen + workload.kw) / 2.0
+        latency += max(4.0 * workload.kw, busy)
     repeats = float(n * out_h * vectors * workload.kh)
     overhead = 8.0 * n * out_h * vectors * len(tiles) * (1 + workload.kh / 2)
     chunks = -(-out_h // (rows or out_h))
-    width = 4.0 * out_w * stride * workload.ci
+    width = size * out_w * stride * workload.ci
     # rows of input that one output row needs: kept in L1 from tile to tile, or read again for each
-    kept = 4.0 * workload.kh * (pixels * stride + workload.kw) * (lanes * 2 if channels_outer else workload.ci) < target.l1_bytes / 2
+    kept = size * workload.kh * (pixels * stride + workload.kw) * (lanes * 2 if channels_outer else workload.ci) < target.l1_bytes / 2
     halo = 1.0 if kept else (pixels + workload.kw) / pixels
     again = 1.0 if width * workload.kh < target.l1_bytes / 2 else workload.kh / workload.strides[0]
     l2 = n * out_h * workload.strides[0] * width * again * halo * (2 if channels_outer and width * workload.kh > target.l1_bytes else 1)
@@ -133,7 +144,7 @@ def depthwise_features(workload: ConvWorkload, pixels: int, lanes: int, rows: in
         load_cycles=repeats * load + overhead,
         latency_cycles=repeats * latency + overhead,
         l2_bytes=l2,
-        l3_bytes=4.0 * n * out_h * workload.strides[0] * out_w * stride * workload.ci * (1 + workload.kh / (rows or out_h)),
+        l3_bytes=size * n * out_h * workload.strides[0] * out_w * stride * workload.ci * (1 + workload.kh / (rows or out_h)),
         dram_bytes=weights,
         tasks=n * chunks,
     )

@@ -17,15 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
 from .conv_common import ConvWorkload, Taps, conv_workload, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import depthwise_features
-from .dot import vector
+from .dot import Dot, dot_for, vector
 from .emit import Accumulators, kernel, product, static, store_tile, tasks
 from .fused import Fused, Unfusable
-from .template import Kernel
+from .template import Kernel, Packing
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class ConvDepthwise:
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
         workload = conv_workload(fused, constants)
-        if not workload.depthwise or workload.kind != "f32":
-            raise Unfusable("not depthwise, or not float32")
+        if not workload.depthwise:
+            raise Unfusable("not depthwise")
+        if workload.kind != "f32" and workload.ci < 4:
+            raise Unfusable("fewer channels than an integer vector has lanes")
         return workload
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[DepthwiseSchedule]:
@@ -64,20 +68,33 @@ class ConvDepthwise:
         return depthwise_features(workload, schedule.pixels, schedule.lanes, schedule.rows, schedule.channels_outer, target)
 
     def build(self, fused: Fused, workload: ConvWorkload, schedule: DepthwiseSchedule, target: Target) -> Kernel:
-        with kernel(fused, {}) as (builder, buffers):
-            _Emitter(fused, buffers, workload, schedule).emit()
-        return Kernel(builder.get())
+        dot = dot_for(workload.kind, target)
+        packings: tuple[Packing, ...] = ()
+        if dot.integer:
+            # one code per word: its product with an activation widened to 32 bit is the only one that is not zero
+            w = fused.inputs[1]
+            position = fused.param_index(w)
+            assert position is not None
+            shape = (workload.kh, workload.kw, 1, workload.co)
+            packings = (Packing(position, shape, lambda codes: codes.astype(np.int32), "int32"),)
+        with kernel(fused, {packing.param: packing.shape for packing in packings}, {packing.param: dot.word for packing in packings}) as (
+            builder,
+            buffers,
+        ):
+            _Emitter(fused, buffers, workload, schedule, dot).emit()
+        return Kernel(builder.get(), packings)
 
 
 class _Emitter:
     """Emits one depthwise convolution; see the module for the loop nest."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DepthwiseSchedule):
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DepthwiseSchedule, dot: Dot):
         self.fused, self.buffers, self.workload, self.schedule = fused, buffers, workload, schedule
+        self.dot = dot
         x, w = fused.inputs
         self.n, self.h, self.w = x.shape[:3]
         self.out_h, self.out_w = fused.output.shape[1:3]
-        self.x = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
+        self.x = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
         self.filters = buffers[w]
         self.vectors = -(-workload.ci // schedule.lanes)
 
@@ -138,14 +155,15 @@ class _Emitter:
         channel = T.bind(channel)
         stride, dilation = workload.strides[1], workload.dilation[1]
         left = T.bind(ow * T.int64(stride) - T.int64(workload.padding[1]))
-        acc = Accumulators(pixels, 1, lanes)
+        acc = Accumulators(pixels, 1, lanes, self.dot)
         acc.fill()
         with T.serial(*rows) as kh:
             row = oh * T.int64(workload.strides[0]) + kh * T.int64(workload.dilation[0]) - T.int64(workload.padding[0])
             base = T.bind(((n * self.h + row) * self.w + left) * T.int64(workload.ci) + channel)
 
             def load(column: Any) -> Any:
-                return T.bind(self.x[vector(base + column * T.int64(workload.ci), lanes)])
+                value = self.x[vector(base + column * T.int64(workload.ci), lanes)]
+                return T.bind(T.cast(value, f"int32x{lanes}") if self.dot.integer else value)
 
             def filters(tap: Any) -> Any:
                 return T.bind(self.filters[kh, tap, T.int64(0), vector(channel, lanes)])

@@ -13,18 +13,30 @@ Tiles at the left and right edge drop the taps that fall on padding when the wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .conv_common import ConvWorkload, TileRun, along_the_width, conv_workload, pack_conv, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
+from .conv_common import (
+    ConvWorkload,
+    RowWords,
+    TileRun,
+    along_the_width,
+    conv_workload,
+    pack_conv,
+    row_chunks,
+    row_taps,
+    row_tiles,
+    unflatten,
+    vector_lanes,
+)
 from .conv_cost import direct_features
-from .dot import vector
+from .dot import dot_for, vector
 from .emit import Accumulators, kernel, product, register_tiles, static, store_tile, tasks
-from .fused import Fused, Unfusable
+from .fused import Fused
 from .template import Kernel, Packing
 
 
@@ -44,13 +56,10 @@ class ConvDirect:
     name = "conv_direct"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
-        workload = conv_workload(fused, constants)
-        if workload.kind != "f32":
-            raise Unfusable("not float32")
-        return along_the_width(workload)
+        return along_the_width(conv_workload(fused, constants))
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[DirectSchedule]:
-        lanes = vector_lanes(workload.co_group, target)
+        lanes = vector_lanes(max(workload.co_group, dot_for(workload.kind, target).min_lanes()), target)
         vectors = -(-workload.co_group // lanes)
         most = workload.out_w or 14
         found = []
@@ -66,26 +75,30 @@ class ConvDirect:
         position = fused.param_index(fused.inputs[1])
         assert position is not None
         nr = schedule.nv * schedule.lanes
-        panels = workload.groups * -(-workload.co_group // nr)
-        shape = (panels, workload.kh, workload.kw * workload.ci_group, nr)
+        dot = dot_for(workload.kind, target)
+        row = RowWords(workload, schedule.pixels, dot)
+        shape = (workload.groups * -(-workload.co_group // nr), workload.kh, row.total, nr)
         turned = (workload.kh, workload.kw, workload.ci_group, workload.co)
-        packing = Packing(position, shape, lambda w: pack_conv(w.reshape(turned), workload.groups, nr), f"conv{nr}g{workload.groups}")
-        with kernel(fused, {position: shape}) as (builder, buffers):
-            _Emitter(fused, buffers, workload, schedule).emit()
+        # the sections of a row depend on where its tiles end
+        key = f"conv{nr}g{workload.groups}{'' if not dot.integer else dot.name if row.even else f'{dot.name}{row.runs}'}"
+        packing = Packing(position, shape, lambda w: pack_conv(w.reshape(turned), workload.groups, nr, row), key)
+        with kernel(fused, {position: shape}, {position: dot.word}) as (builder, buffers):
+            _Emitter(fused, buffers, workload, schedule, row).emit()
         return Kernel(builder.get(), (packing,))
 
 
 class _Emitter:
     """Emits one direct convolution; see the module for the loop nest."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DirectSchedule):
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DirectSchedule, row: RowWords):
+        self.row_words, self.dot = row, row.dot
         self.fused, self.buffers, self.workload, self.schedule = fused, buffers, workload, schedule
         x, w = fused.inputs
         self.n, self.h, self.w = x.shape[:3]
         self.out_h, self.out_w = fused.output.shape[1:3]
         if workload.turned:
             self.h, self.w, self.out_h, self.out_w = self.w, self.h, self.out_w, self.out_h
-        self.x = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
+        self.x = T.decl_buffer((product(x.shape),), self.dot.activation, data=buffers[x].data)
         self.panels = buffers[w]
         self.nr = schedule.nv * schedule.lanes
 
@@ -158,8 +171,9 @@ class _Tile:
             base = self._input_row(kh)
             for taps in run.taps if run else (None,):
                 first, count, pixels = (taps.first, taps.count, taps.pixels) if taps else (0, workload.kw, everything)
-                if workload.dilation[1] == 1 and workload.groups == 1:
-                    self._run(acc, kh, T.int64(first * workload.ci), T.int64(count * workload.ci), base + T.int64(first * workload.ci), pixels)
+                if RowWords.folds(workload):
+                    word = T.int64(self.kernel.row_words.start(first, count))
+                    self._run(acc, kh, word, count * workload.ci, base + T.int64(first * workload.ci), pixels)
                 else:
                     with T.serial(T.int64(count)) as tap:
                         self._tap(acc, kh, tap + T.int64(first), base, pixels)
@@ -188,7 +202,7 @@ class _Tile:
         self._finish(acc)
 
     def _start(self) -> Accumulators:
-        acc = Accumulators(self.pixels, self.nv, self.lanes)
+        acc = Accumulators(self.pixels, self.nv, self.lanes, self.kernel.dot)
         acc.fill()
         return acc
 
@@ -201,19 +215,29 @@ class _Tile:
         return T.bind(pixel * T.int64(workload.ci) + self.group * T.int64(workload.ci_group))
 
     def _tap(self, acc: Accumulators, kh: Any, tap: Any, base: Any, pixels: Sequence[int]) -> None:
-        """One horizontal tap: ci_group steps."""
+        """One horizontal tap: ci_group elements."""
         workload = self.workload
         start = base + tap * T.int64(workload.dilation[1] * workload.ci)
-        self._run(acc, kh, tap * T.int64(workload.ci_group), T.int64(workload.ci_group), start, pixels)
+        self._run(acc, kh, self.kernel.row_words.tap(tap), workload.ci_group, start, pixels)
 
-    def _run(self, acc: Accumulators, kh: Any, first: Any, steps: Any, start: Any, pixels: Sequence[int]) -> None:
-        """`steps` consecutive rows of the panel from `first` against consecutive input elements from `start`."""
-        stride = self.workload.strides[1] * self.workload.ci
+    def _run(self, acc: Accumulators, kh: Any, word: Any, count: int, start: Any, pixels: Sequence[int]) -> None:
+        """Consecutive words of the panel from `word` against `count` consecutive input elements from `start`."""
+        stride, dot = self.workload.strides[1] * self.workload.ci, self.kernel.dot
         panel = self.panel + self.group * T.int64(-(-self.workload.co_group // self.kernel.nr))
         start = T.bind(start)
-        with T.serial(steps) as r:
-            weights = [T.bind(self.kernel.panels[panel, kh, first + r, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(self.nv)]
-            acc.multiply(pixels, lambda i: self.kernel.x[start + r + T.int64(i * stride)], weights)
+        words, rest = divmod(count, dot.group)
+
+        def weights(r: Any) -> list[Any]:
+            return [T.bind(self.kernel.panels[panel, kh, word + r, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(self.nv)]
+
+        def address(i: int) -> Callable[[Any], tuple[Any, ...]]:
+            return lambda k: (start + k + T.int64(i * stride),)
+
+        if words:
+            with T.serial(T.int64(words)) as r:
+                acc.multiply(pixels, lambda i: dot.read(self.kernel.x, address(i), r * dot.group), weights(r))
+        if rest:
+            acc.multiply(pixels, lambda i: dot.read_part(self.kernel.x, address(i), T.int64(words * dot.group), rest), weights(T.int64(words)))
 
     def _finish(self, acc: Accumulators) -> None:
         channel = T.bind(self.group * T.int64(self.workload.co_group) + self.panel * T.int64(self.kernel.nr))
