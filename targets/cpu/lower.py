@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from ...autotune.cost_model import CostModel
-from ...compiler.tvm import BufferType, Constant, mutator, relax, structural_map, tirx, tvm
+from ...compiler.tvm import BufferType, mutator, relax, structural_map, tirx, tvm
 from ...passes.fusion import NODES
 from ..base import Target
 from .emit import static
 from .fused import Unfusable, analyze
+from .sparse_sites import constant_arguments, split_sites
+from .sparse_weights import Constants
 from .template import Kernel, KernelTemplate, machine
 
 
@@ -24,8 +27,10 @@ def templates() -> list[KernelTemplate]:
     from .conv_pointwise import ConvPointwise
     from .conv_winograd import ConvWinograd
     from .gemm import Gemm
+    from .sparse_blocks import GemmBlocks
+    from .sparse_columns import GemmColumns
 
-    return [Gemm(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect()]
+    return [Gemm(), GemmBlocks(), GemmColumns(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect()]
 
 
 @dataclass
@@ -68,12 +73,13 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
 
     lowering = Lowering(target, cost_model)
     known = templates()
-    constants = constant_positions(module["main"])
+    module = split_sites(module)
+    constants = constant_arguments(module["main"])
     kernels: dict[str, Kernel] = {}
     functions = [(variable, func) for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
     for variable, func in sorted(functions, key=lambda item: item[0].name_hint):
         name, func = variable.name_hint, simplify_shapes(func)
-        kernel = _from_template(func, name, known, constants.get(name, frozenset()), lowering)
+        kernel = _from_template(func, name, known, constants.get(name, Constants()), lowering)
         if kernel is None:
             scheduled = generic(func, target)
             lowering.choices[name].schedule = scheduled.rule
@@ -157,20 +163,6 @@ def _best(template: KernelTemplate, workload: Any, lowering: Lowering) -> _Offer
     return _Offer(template, workload, space[best], predicted[best], len(space))
 
 
-def constant_positions(main: Any) -> dict[str, frozenset[int]]:
-    """Per PrimFunc: the argument positions that hold a constant at every call site."""
-    positions: dict[str, frozenset[int]] = {}
-
-    def visit(expr: Any) -> None:
-        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
-            name = expr.args[0].name_hint
-            here = frozenset(position for position, arg in enumerate(expr.args[1].fields) if isinstance(arg, Constant))
-            positions[name] = positions[name] & here if name in positions else here
-
-    relax.analysis.post_order_visit(main, visit)
-    return positions
-
-
 @mutator
 class _Replace(relax.PyExprMutator):
     """Swap in the kernels; a kernel with packed parameters gets a new variable, as the old one carries the old signature."""
@@ -205,7 +197,10 @@ class _Replace(relax.PyExprMutator):
             constant = args[packing.param]
             key = (constant, packing.key)
             if key not in self.packed:
-                self.packed[key] = relax.const(np.ascontiguousarray(packing.pack(constant.value.numpy())))
+                packed = packing.pack(constant.value.numpy())
+                arrays = packed if isinstance(packed, tuple) else (packed,)
+                self.packed[key] = [relax.const(np.ascontiguousarray(array)) for array in arrays]
             args[packing.param] = self.packed[key]
+        args = list(itertools.chain.from_iterable(arg if isinstance(arg, list) else [arg] for arg in args))
         rest = [self.visit_expr(arg) for arg in call.args[2:]]
         return relax.Call(call.op, [self.fresh[name], relax.Tuple(args), *rest], call.attrs, call.ty_args)

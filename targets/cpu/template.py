@@ -16,11 +16,14 @@ from .fused import Fused
 
 @dataclass(frozen=True)
 class Packing:
-    """A constant parameter that the kernel wants in another layout: position among the parameters, new shape, and the function that packs it."""
+    """A constant parameter that the kernel wants in another layout: position among the parameters, new shape, and the function that packs it.
+
+    Where `pack` returns several arrays, the kernel has as many parameters in the place of the one.
+    """
 
     param: int
     shape: tuple[int, ...]
-    pack: Callable[[np.ndarray], np.ndarray]
+    pack: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, ...]]
     key: str
 
 
