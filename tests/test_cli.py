@@ -210,7 +210,7 @@ def test_a_signal_inside_of_tvm_is_not_swallowed(tmp_path, name):
     code = f"""
 import os, signal, sys, time
 from tcompile.compiler.cli.main import main
-from tcompile.targets.cpu import ops_linear
+from tcompile.targets.common import ops_linear
 define = ops_linear.matmul
 def signalled(*arguments):
     os.kill(os.getpid(), {int(name)})

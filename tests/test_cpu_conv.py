@@ -13,11 +13,11 @@ from machines import runnable
 from tcompile.autotune.cost_model import AnalyticModel
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
-from tcompile.targets.cpu import legalize, ops_conv  # noqa: F401  (registers its legalizer)
+from tcompile.targets.common import legalize, ops_conv  # noqa: F401  (registers its legalizer)
+from tcompile.targets.common.fused import Fused, Unfusable, analyze
 from tcompile.targets.cpu.conv_depthwise import ConvDepthwise, DepthwiseSchedule
 from tcompile.targets.cpu.conv_direct import ConvDirect, DirectSchedule
 from tcompile.targets.cpu.conv_pointwise import ConvPointwise
-from tcompile.targets.cpu.fused import Fused, Unfusable, analyze
 from tcompile.targets.cpu.gemm import GemmSchedule
 from tcompile.targets.cpu.template import KernelTemplate, machine
 

@@ -9,11 +9,11 @@ import pytest
 from machines import runnable
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
-from tcompile.targets.cpu.fused import analyze
+from tcompile.targets.common.fused import analyze
+from tcompile.targets.common.ops_linear import matmul
 from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
-from tcompile.targets.cpu.ops_linear import matmul
 
 
 def fused(lead, m, k, n, batched=False):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from machines import HASWELL, each_machine  # noqa: F401  (a fixture)
 from tcompile.compiler.tvm import relax, tirx, tvm
+from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.generic import schedule
-from tcompile.targets.cpu.legalize import legalize
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
 from tvm.relax.backend import DispatchSortScan

@@ -10,11 +10,11 @@ import pytest
 from machines import runnable
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
+from tcompile.targets.common.fused import Fused, analyze
+from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.conv_depthwise import DepthwiseSchedule
 from tcompile.targets.cpu.conv_direct import DirectSchedule
-from tcompile.targets.cpu.fused import Fused, analyze
 from tcompile.targets.cpu.gemm import GemmSchedule
-from tcompile.targets.cpu.legalize import legalize
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
 from test_cpu_conv import Case, reference, schedules, template_for
@@ -112,7 +112,12 @@ DEPTHWISE = Case((1, 28, 28, 64), 64, (3, 3), pad=(1, 1, 1, 1), groups=64)
 
 @pytest.mark.parametrize(
     ("case", "schedule"),
-    [(LAYER, DirectSchedule(14, 2, 16, 0)), (STEM, DirectSchedule(7, 2, 16, 0)), (POINTWISE, GemmSchedule(8, 3, 16, 0)), (DEPTHWISE, DepthwiseSchedule(7, 16, 0, False))],
+    [
+        (LAYER, DirectSchedule(14, 2, 16, 0)),
+        (STEM, DirectSchedule(7, 2, 16, 0)),
+        (POINTWISE, GemmSchedule(8, 3, 16, 0)),
+        (DEPTHWISE, DepthwiseSchedule(7, 16, 0, False)),
+    ],
 )
 def test_code_multiplies_by_vpdpbusd_without_spills(case: Case, schedule: Any) -> None:
     lines = assembly(fused_conv(case), schedule, VNNI).splitlines()

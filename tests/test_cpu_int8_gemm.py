@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from machines import runnable, widest
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
-from tcompile.targets.cpu.fused import analyze
+from tcompile.targets.common.fused import analyze
+from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
-from tcompile.targets.cpu.legalize import legalize
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
 

@@ -14,7 +14,7 @@ from onnx import helper
 from onnx_models import small
 from tcompile.compiler.tvm import tvm
 from tcompile.targets.base import Target
-from tcompile.targets.cpu.fused import Unfusable
+from tcompile.targets.common.fused import Unfusable
 from tcompile.targets.cpu.sparse_blocks import BlockSchedule, GemmBlocks
 from tcompile.targets.cpu.sparse_columns import ColumnSchedule, GemmColumns
 from tcompile.targets.cpu.sparse_weights import Constants, compress, density_class

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcompile.compiler.tvm import tvm
+from tcompile.targets.common.fused import Unfusable
 from tcompile.targets.cpu.conv_winograd import ConvWinograd, WinogradSchedule, pack_winograd, tile_counts
-from tcompile.targets.cpu.fused import Unfusable
 from tcompile.targets.cpu.winograd import POINTS, from_points, transforms
 from test_cpu_conv import AVX2, AVX512, WEIGHT, Case, compiled, fused_conv, inner_loops, reference, schedules
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from ...compiler.tvm import T
 from ..base import Target
+from ..common.fused import Fused, Unfusable, product, static
 from .dot import Dot, dot_kind
-from .emit import balanced, product, static
-from .fused import Fused, Unfusable
+from .emit import balanced
 
 #: what a size known only at run time is taken for when schedules are compared, in pixels
 TYPICAL = 64

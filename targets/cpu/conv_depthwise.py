@@ -22,11 +22,11 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
+from ..common.fused import Fused, Unfusable, product, static
 from .conv_common import ConvWorkload, Taps, conv_workload, row_chunks, row_taps, row_tiles, unflatten, vector_lanes
 from .conv_cost import depthwise_features
 from .dot import Dot, dot_for, vector
-from .emit import Accumulators, kernel, product, static, store_tile, tasks
-from .fused import Fused, Unfusable
+from .emit import Accumulators, kernel, store_tile, tasks
 from .template import Kernel, Packing
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
+from ..common.fused import Fused, product, static
 from .conv_common import (
     ConvWorkload,
     RowWords,
@@ -35,8 +36,7 @@ from .conv_common import (
 )
 from .conv_cost import direct_features
 from .dot import dot_for, vector
-from .emit import Accumulators, kernel, product, register_tiles, static, store_tile, tasks
-from .fused import Fused
+from .emit import Accumulators, kernel, register_tiles, store_tile, tasks
 from .template import Kernel, Packing
 
 

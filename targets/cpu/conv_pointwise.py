@@ -8,10 +8,10 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
+from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload, conv_workload, vector_lanes
 from .dot import dot_for
-from .emit import Rows, kernel, product
-from .fused import Fused, Unfusable
+from .emit import Rows, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
 from .template import Kernel
 

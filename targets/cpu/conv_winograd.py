@@ -23,11 +23,11 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
+from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload, conv_workload, unflatten, vector_lanes
 from .conv_cost import winograd_features
 from .dot import splat, vector
-from .emit import Accumulators, balanced, kernel, product, register_tiles, store_tile
-from .fused import Fused, Unfusable
+from .emit import Accumulators, balanced, kernel, register_tiles, store_tile
 from .template import Kernel, Packing
 from .winograd import POINTS, times_vector, transform_weights, transforms
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...compiler.tvm import T
 from ..base import Target
-from .fused import Unfusable
+from ..common.fused import Unfusable
 
 
 def vector(base: Any, lanes: int) -> Any:

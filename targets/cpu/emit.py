@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ...compiler.tvm import IRBuilder, T, tirx, tvm
+from ...compiler.tvm import IRBuilder, T
 from ..base import Target
+from ..common.fused import Fused, is_identity, loads, product, same_dims, static, variables_of
 from .dot import F32, Dot, splat, vector
-from .fused import Fused, is_identity, loads, same_dims, variables_of
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
@@ -26,21 +26,6 @@ SERIAL_WORK = 100_000
 
 def i64(value: Any) -> Any:
     return T.int64(value) if isinstance(value, int) else value
-
-
-def static(value: Any) -> int | None:
-    """The value of a dim when it is known at compile time."""
-    if isinstance(value, int):
-        return value
-    return int(value.value) if isinstance(value, tirx.IntImm) else None
-
-
-def product(dims: Sequence[Any]) -> Any:
-    """Product of dims, simplified; int64."""
-    result: Any = T.int64(1)
-    for dim in dims:
-        result = result * dim
-    return tvm.sym.Analyzer().simplify(result)
 
 
 @contextmanager

@@ -24,10 +24,10 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
+from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
-from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, product, register_tiles, static, store_tile, tasks
-from .fused import Fused, Unfusable
+from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, register_tiles, store_tile, tasks
 from .template import Kernel, Packing
 
 

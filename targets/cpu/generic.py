@@ -12,11 +12,12 @@ from typing import Any
 
 from ...compiler.tvm import IRBuilder, T, s_tir, tirx, tvm
 from ..base import Target
-from .emit import ATTRS, declare, static
+from ..common.fused import static
+from ..common.stages import Unreadable, inline, read_stages
+from .emit import ATTRS, declare
 from .loops import SERIAL_WORK, Emitter
 from .nests import Flat, Nest, group
 from .refine import refine
-from .stages import Unreadable, inline, read_stages
 
 
 @dataclass(frozen=True)

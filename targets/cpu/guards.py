@@ -19,7 +19,8 @@ import numpy as np
 from ...compiler.program import Program
 from ...compiler.tvm import Constant, IRBuilder, T, mutator, relax, tirx
 from ...passes.base import PassContext
-from .emit import i64, product, static
+from ..common.fused import product, static
+from .emit import i64
 
 DIVISIONS = ("relax.divide", "relax.mod", "relax.floor_divide", "relax.floor_mod")
 

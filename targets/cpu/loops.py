@@ -27,10 +27,9 @@ from typing import Any
 
 from ...compiler.tvm import T, TensorLoad, structural_map, tirx, tvm
 from ..base import Target
-from .emit import static
-from .fused import cost, loads, variables_of
+from ..common.fused import cost, loads, static, variables_of
+from ..common.stages import COMBINERS, renamed
 from .nests import Axis, Nest, Step
-from .stages import COMBINERS, renamed
 from .vectors import element_bits, extent_of, occurrences, power_below, strides, vector_axis, vectorizable
 
 #: element operations below which a nest stays on the calling thread

@@ -13,8 +13,7 @@ from ...autotune.cost_model import CostModel
 from ...compiler.tvm import BufferType, mutator, relax, structural_map, tirx, tvm
 from ...passes.fusion import NODES
 from ..base import Target
-from .emit import static
-from .fused import Unfusable, analyze
+from ..common.fused import Unfusable, analyze, static
 from .sparse_sites import constant_arguments, split_sites
 from .sparse_weights import Constants
 from .template import Kernel, KernelTemplate, machine

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...compiler.tvm import TensorLoad, structural_map, tirx, tvm
-from .emit import product, static
-from .fused import loads, same_dims
-from .stages import Stage, substitute
+from ..common.fused import loads, product, same_dims, static
+from ..common.stages import Stage, substitute
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from ...compiler.progress import stage
 from ...compiler.tvm import relax
 from ...passes.fusion import FuseEpilogues
 from ...passes.memory import PlanMemory
+from ..common import legalize as definitions
 from . import build as cpu_build
 from . import guards as cpu_guards
-from . import legalize as cpu_legalize
 from . import lower as cpu_lower
 
 if TYPE_CHECKING:
@@ -59,5 +59,5 @@ def lower(steps: Steps) -> Lowered:
 
 def _legalize(program: Program) -> Any:
     module = relax.backend.DispatchSortScan()(relax.transform.DecomposeOpsForInference()(program.module))
-    module = cpu_legalize.legalize(module)
+    module = definitions.legalize(module)
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))

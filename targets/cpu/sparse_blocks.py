@@ -19,8 +19,8 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from .emit import SUM_BLOCK, Accumulators, balanced, product, register_tiles, store_tile, vector
-from .fused import Fused
+from ..common.fused import Fused, product
+from .emit import SUM_BLOCK, Accumulators, balanced, register_tiles, store_tile, vector
 from .gemm import GemmEmitter, GemmOperands, GemmSchedule
 from .sparse_emit import SparseWorkload, row_chunks, sparse_kernel, sparse_workload, stream_packing
 from .template import Kernel

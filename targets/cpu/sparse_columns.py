@@ -22,8 +22,8 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T, tirx
 from ..base import Target
-from .emit import Accumulators, Rows, balanced, flat_rows, product, splat, static, store_tile, tasks, vector
-from .fused import Fused
+from ..common.fused import Fused, product, static
+from .emit import Accumulators, Rows, balanced, flat_rows, splat, store_tile, tasks, vector
 from .sparse_emit import SparseWorkload, StreamBuffers, sparse_kernel, sparse_workload, stream_packing
 from .template import Kernel
 

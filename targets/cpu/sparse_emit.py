@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...compiler.tvm import IRBuilder, T, tirx
-from .emit import ATTRS, product, static
-from .fused import Fused, Unfusable
+from ..common.fused import Fused, Unfusable, product, static
+from .emit import ATTRS
 from .sparse_weights import Constants, compress, density_class, group_mask
 from .template import Packing
 

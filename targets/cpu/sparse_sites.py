@@ -8,7 +8,7 @@ from typing import Any
 
 from ...compiler.tvm import Constant, mutator, relax, tirx
 from ...passes.fusion import NODES
-from .fused import Unfusable, analyze
+from ..common.fused import Unfusable, analyze
 from .sparse_weights import Constants, density_class
 
 

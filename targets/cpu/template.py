@@ -11,7 +11,7 @@ import numpy as np
 from ...autotune.cost_model import KernelFeatures, Machine
 from ...compiler.tvm import tirx
 from ..base import Target
-from .fused import Fused
+from ..common.fused import Fused
 
 
 @dataclass(frozen=True)

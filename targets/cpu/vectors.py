@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 from ...compiler.tvm import structural_walk, tirx, tvm
-from .emit import static
-from .fused import loads, variables_of
+from ..common.fused import loads, static, variables_of
 from .math import VECTOR_CALLS
 from .nests import Axis, Nest
 from .refine import coefficients

@@ -19,6 +19,21 @@ CORE = "tcompile.core"
 _FREE = (tirx.IntImm, tirx.FloatImm, tirx.Var, tirx.Cast, TensorLoad)
 
 
+def static(value: Any) -> int | None:
+    """The value of a dim when it is known at compile time."""
+    if isinstance(value, int):
+        return value
+    return int(value.value) if isinstance(value, tirx.IntImm) else None
+
+
+def product(dims: Sequence[Any]) -> Any:
+    """Product of dims, simplified; int64."""
+    result: Any = T.int64(1)
+    for dim in dims:
+        result = result * dim
+    return tvm.sym.Analyzer().simplify(result)
+
+
 def core_attrs(op: str, **attrs: Any) -> dict[str, str]:
     """`attrs=` of the `te.compute` that defines a core op."""
     return {CORE: json.dumps({"op": op, **attrs}, sort_keys=True)}

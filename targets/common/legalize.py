@@ -1,4 +1,4 @@
-"""Relax operators to tensor expressions for the CPU. Families register their functions; what none claims, TVM's own legalization takes."""
+"""Relax operators to tensor expressions, for every target. Families register their functions; what none claims, TVM's own legalization takes."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...compiler.tvm import TensorLoad, s_tir, structural_map, structural_walk, tirx, tvm
-from .emit import static
-from .fused import cost, is_reduction, loads, same_dims
+from .fused import cost, is_reduction, loads, same_dims, static
 
 #: operations a stage may cost and still be computed again by every reader
 CHEAP = 2
