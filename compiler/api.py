@@ -15,11 +15,13 @@ from .accuracy import Accuracy
 from .artifact import Artifact, build
 from .calibration import load as load_calibration
 from .errors import UsageError
+from .feeds import random_feeds
 from .metrics import checked
 from .options import CompileOptions
 from .program import TensorSpec
 from .progress import stage
 from .runtime import CompiledModel, load
+from .timing import interleaved
 
 if TYPE_CHECKING:
     from .program import Program
@@ -41,6 +43,7 @@ def compile(
     sparsity: Any = None,
     target_latency: Any = None,
     token_keep: Any = None,
+    report: str | Path | None = None,
     restore_tokens: bool = False,
     generate: bool = False,
     recipe: str | Path | None = None,
@@ -58,7 +61,7 @@ def compile(
 
     quantize, sparsity, token_keep: compression, each a name or number as on the command line, or a configured pass (`Quantize("int8", smooth=0.5)`).
     calibration: a `.npz` file, a folder of them, or an iterable of inputs (dicts or tuples), on which passes observe the model and the loss is measured.
-    metric: "cosine" (default), "relative" or "top1". max_drop: largest loss allowed. seed: of every random choice. threads: worker threads of the returned model,
+    metric: "cosine" (default), "relative" or "top1". max_drop: largest loss allowed. report: write what was done as one HTML page. seed: of every random choice. threads: worker threads of the returned model,
     and what schedules are chosen for (default: all cores).
 
     Raises UnsupportedModel with every blocker at once, UsageError for a wrong request (also for an option whose feature is not available yet),
@@ -72,14 +75,58 @@ def compile(
     asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
     compression = {flag: value for flag, value in asked.items() if value is not None}
     options = CompileOptions(None if recipe is None else Path(recipe), compression, seed=seed, threads=threads)
+    if report is not None:
+        from .page import writable_page
+
+        writable_page(report)
+        options = replace(options, profile=True)
     program = import_model(model, example_inputs=example_inputs, shapes=shapes)
-    return compile_program(program, target, options, accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads))
+    accuracy = accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads)
+    compiled = compile_program(program, target, options, accuracy)
+    if report is not None:
+        write_report(report, program, compiled, accuracy)
+    return compiled
 
 
 def compile_program(program: Program, target: Target, options: CompileOptions | None = None, accuracy: Accuracy | None = None) -> CompiledModel:
     """Compile an imported program; errors as in `compile`."""
     options = options or CompileOptions()
     return CompiledModel(build_artifact(program, target, options, accuracy), threads=options.threads)
+
+
+def write_report(path: str | Path, program: Program, compiled: CompiledModel, accuracy: Accuracy | None = None) -> Path:
+    """Write the page of what `compile` did to `program`, with the time of both models where this machine runs them.
+
+    The two are timed interleaved, on the first calibration sample or on random inputs. UsageError where the page cannot be written.
+    """
+    from .page import ROUNDS, write_page
+
+    options = CompileOptions(threads=compiled.threads)
+    contestants: dict[str, Callable[[], object]] = {}
+    if compiled.manifest["target"]["kind"] == "cpu":
+        feeds = accuracy.calibration[0] if accuracy is not None else random_feeds(program.inputs, program.dims)
+        compiled.start()
+        contestants["compiled"] = lambda: compiled(**feeds)
+        if any(entry.get("lossy") for entry in compiled.report()["passes"]):
+            original = compile_program(program, Target.parse(compiled.manifest["target"]["text"]), options).start()
+            contestants["original"] = lambda: original(**feeds)
+    with stage("timing"):
+        timings = interleaved(contestants, rounds=ROUNDS) if contestants else {}
+    return write_page(path, compiled.artifact, original_bytes=constant_bytes(program), timings=timings)
+
+
+def constant_bytes(program: Program) -> int:
+    """Size of all constants of a program."""
+    from .tvm import Constant, relax
+
+    found: dict[Any, int] = {}
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, Constant) and isinstance(expr.ty, relax.TensorType):
+            found[expr] = expr.value.numpy().nbytes
+
+    relax.analysis.post_order_visit(program.main, visit)
+    return sum(found.values())
 
 
 def accuracy_on(

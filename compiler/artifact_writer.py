@@ -86,10 +86,14 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+#: keys of a report whose values differ from run to run
+MEASUREMENTS = frozenset({"seconds", "measured_us"})
+
+
 def _without_measurements(value: Any) -> Any:
-    """The report without what differs from run to run: every key named `seconds`."""
+    """The report without what differs from run to run."""
     if isinstance(value, dict):
-        return {key: _without_measurements(item) for key, item in value.items() if key != "seconds"}
+        return {key: _without_measurements(item) for key, item in value.items() if key not in MEASUREMENTS}
     if isinstance(value, (list, tuple)):
         return [_without_measurements(item) for item in value]
     return value

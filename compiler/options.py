@@ -14,13 +14,14 @@ from .errors import UsageError
 class CompileOptions:
     """recipe: a TOML file with passes and options, None for the target's default. compression: flag -> value of the passes that change the model
     (`{"quantize": "int8", "token_keep": 0.7}`), which win over the recipe's. dump_ir: directory for the module after every pass. seed: of every random
-    choice. threads: worker count the schedules are chosen for, None for all physical cores of the target.
+    choice. profile: time every kernel on this machine and report it. threads: worker count the schedules are chosen for, None for all physical cores of the target.
     """
 
     recipe: Path | None = None
     compression: Mapping[str, Any] = field(default_factory=dict)
     dump_ir: Path | None = None
     seed: int = 0
+    profile: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -28,7 +28,8 @@ def lower(program: Program, target: Target, options: CompileOptions, accuracy: A
     for graph_pass in recipe.passes:
         before = steps.program
         report = steps.step(graph_pass.name, graph_pass.run)
-        if graph_pass.lossy and accuracy is not None and steps.program is not before:
+        report.lossy = graph_pass.lossy and steps.program is not before
+        if report.lossy and accuracy is not None:
             _measure(steps.program, accuracy, report)
     return backend.lower(steps)
 

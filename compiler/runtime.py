@@ -104,6 +104,11 @@ class CompiledModel:
         return "\n".join(f"// ==== {name} ====\n{text}" for name, text in self._artifact.sources.items())
 
     @property
+    def artifact(self) -> Artifact:
+        """Everything that `save` writes."""
+        return self._artifact
+
+    @property
     def manifest(self) -> Mapping[str, Any]:
         """The artifact's manifest: specs, target, recipe, versions."""
         return self._artifact.manifest

@@ -15,18 +15,21 @@ from ..targets.base import Target
 
 @dataclass
 class PassReport:
-    """What one pass did: `matches` counts by kind, `notes` in words, `tables` by title (a row is a dict), `loss` by metric, wall time in seconds."""
+    """What one pass did: `matches` counts by kind, `notes` in words, `tables` by title (a row is a dict), `lossy` as on the pass, `loss` by
+    metric, wall time in seconds."""
 
     name: str
     matches: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    lossy: bool = False
     loss: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": self.name, "matches": dict(self.matches), "notes": list(self.notes)}
         entry |= {"tables": self.tables} if self.tables else {}
+        entry |= {"lossy": True} if self.lossy else {}
         entry |= {"loss": self.loss} if self.loss else {}
         return entry | {"seconds": round(self.seconds, 4)}
 

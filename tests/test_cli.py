@@ -110,7 +110,7 @@ def test_flags_and_arguments_mirror_each_other():
     flags = {name for name in inspect.signature(compile_verb).parameters}
     arguments = {name for name in inspect.signature(tcompile.compile).parameters}
     assert flags - arguments == {"output", "shape", "dump_ir", "as_json"}  # shape: one of `shapes`
-    later = {"precision", "quantize", "calibration", "metric", "max_drop", "sparsity", "target_latency", "token_keep", "restore_tokens", "generate"}
+    later = {"precision", "target_latency", "restore_tokens", "generate"}
     assert arguments - flags == {"example_inputs", "shapes", "tune_trials", "time_budget", "tuning_db"} | later
 
 
@@ -161,7 +161,7 @@ def test_python_m_and_closed_pipe(folder):
 
 
 def test_an_internal_fault_is_one_line_unless_debug(call, monkeypatch):
-    monkeypatch.setattr("tcompile.compiler.api.build_artifact", lambda *_: {}["missing"])
+    monkeypatch.setattr("tcompile.compiler.api.compile_program", lambda *_: {}["missing"])
     code, _, err = call("mlp.onnx")
     assert code == 1 and "internal fault: KeyError" in err and "--debug" in err and err.count("\n") == 1
     code, _, err = call("mlp.onnx", "--debug")

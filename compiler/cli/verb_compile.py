@@ -18,6 +18,17 @@ def compile_verb(
     output: Path | None = typer.Option(None, "--output", "-o", help="Artifact directory, ending in .tcm; default: MODEL's name in this folder."),
     shape: list[str] = Shape,
     threads: int | None = Threads,
+    quantize: str | None = typer.Option(
+        None, "--quantize", help="Number format of the weights (and activations): int8, w8, w4, ...; see docs/quantization.md."
+    ),
+    sparsity: str | None = typer.Option(
+        None, "--sparsity", help="Zeros in the weights: 2:4, block:0.8, unstructured:0.9, ...; see docs/sparsity.md."
+    ),
+    token_keep: float | None = typer.Option(None, "--token-keep", help="Share of tokens that attention keeps at each pruning place, in (0, 1]."),
+    calibration: Path | None = typer.Option(None, "--calibration", help="Real inputs: a .npz file with an array per input, or a folder of them."),
+    metric: str | None = typer.Option(None, "--metric", help="Loss that --max-drop limits: cosine (default), relative or top1."),
+    max_drop: float | None = typer.Option(None, "--max-drop", help="Largest loss allowed on the calibration data; exit code 5 beyond it."),
+    report: Path | None = typer.Option(None, "--report", help="Write what was done as one HTML page, with measured times per layer."),
     recipe: Path | None = typer.Option(None, "--recipe", help="TOML file with the passes to run."),
     dump_ir: Path | None = typer.Option(None, "--dump-ir", help="Write the module after every pass into this directory."),
     seed: int = Seed,
@@ -31,23 +42,35 @@ def compile_verb(
 
       tcompile bert.onnx --shape input_ids=1x128 --target cpu:haswell -o bert.tcm
 
+      tcompile vit.onnx --quantize int8 --sparsity block:0.8 --token-keep 0.7 --calibration data.npz --max-drop 0.02 --report out.html
+
     An older artifact at --output is replaced; anything else there is left alone.
     """
     from ...targets.base import Target
-    from ..api import build_artifact, import_model
+    from ..api import accuracy_on, compile_program, import_model, write_report
     from ..artifact import SUFFIX
     from ..artifact_writer import writable_path, write
     from ..options import CompileOptions
+    from ..page import writable_page
     from ..progress import stage
 
     start = time.perf_counter()
     require_file(model)
     path = writable_path(output if output is not None else Path(model.with_suffix(SUFFIX).name))
     resolved = Target.parse(target)
-    options = CompileOptions(recipe=recipe, dump_ir=dump_ir, seed=seed, threads=threads)
-    artifact = build_artifact(import_model(model, shapes=parse_shapes(shape)), resolved, options)
+    if report is not None:
+        writable_page(report)
+    asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
+    compression = {flag: value for flag, value in asked.items() if value is not None}
+    options = CompileOptions(recipe, compression, dump_ir, seed, report is not None, threads)
+    program = import_model(model, shapes=parse_shapes(shape))
+    accuracy = accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads)
+    compiled = compile_program(program, resolved, options, accuracy)
+    artifact = compiled.artifact
     with stage("writing"):
         write(artifact, path)
+    if report is not None:
+        write_report(report, program, compiled, accuracy)
     seconds = time.perf_counter() - start
     weight_bytes = sum(array.nbytes for array in artifact.weights.values())
     if as_json:

@@ -67,7 +67,11 @@ class _Lifter(relax.PyExprMutator):
 
 def build(module: Any, target: Target) -> tuple[Any, dict[str, str]]:
     """Compile a memory-planned module. Returns the executable and the emitted code by file name."""
-    sources = {"kernels.tir.py": _kernel_text(module)}
+    return executable(module, target), {"kernels.tir.py": _kernel_text(module)}
+
+
+def executable(module: Any, target: Target, mode: str = "compiled") -> Any:
+    """The executable of a memory-planned module; in mode "bytecode" the VM interprets `main`, so that it can be watched call by call."""
     transform = relax.transform
     code = tvm_target(target)
     with code, tvm.transform.PassContext(opt_level=3):
@@ -81,9 +85,8 @@ def build(module: Any, target: Target) -> tuple[Any, dict[str, str]]:
         ):
             module = step(module)
         builder = relax.ExecBuilder()
-        functions = relax.vm_build._vmcodegen(builder, module, "compiled")
-        executable = link_executable(builder, code, _machine_code(functions, target))
-    return executable, sources
+        functions = relax.vm_build._vmcodegen(builder, module, mode)
+        return link_executable(builder, code, _machine_code(functions, target))
 
 
 def _machine_code(functions: Any, target: Target) -> Any:
@@ -98,8 +101,8 @@ def _machine_code(functions: Any, target: Target) -> Any:
     kernels, host = {}, {}
     for variable, func in lowered.functions_items():
         (host if variable.name_hint.startswith(_HOST_PREFIX) else kernels)[variable] = func
-    if not kernels:
-        return generate(tvm.IRModule(host, attrs=lowered.attrs), code)
+    if not kernels or not host:
+        return generate(lowered, code)
     host[tvm.ir.GlobalVar(_DECLARATIONS)] = _declarations(list(kernels.values()))
     library = generate(tvm.IRModule(host, attrs=lowered.attrs), tvm_target(target, optimize=False))
     # in this order: TVM asks the module that comes last whether all of them are a system library, and unoptimised ones say yes

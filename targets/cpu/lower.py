@@ -18,6 +18,9 @@ from .sparse_sites import constant_arguments, split_sites
 from .sparse_weights import Constants
 from .template import Kernel, KernelTemplate, machine
 
+#: ends the name of a kernel that takes packed constants
+PACKED = "_packed"
+
 
 def templates() -> list[KernelTemplate]:
     """All kernel templates; the one with the lowest predicted latency gets the workload. A new one is one line here."""
@@ -179,7 +182,7 @@ class _Replace(relax.PyExprMutator):
                 self.builder_.update_func(variable, kernel.func)
         for name, kernel in sorted(self.kernels.items()):
             if kernel.packings:
-                self.fresh[name] = self.builder_.add_func(kernel.func, f"{name}_packed")
+                self.fresh[name] = self.builder_.add_func(kernel.func, f"{name}{PACKED}")
         main = self.module.get_global_var("main")
         self.builder_.update_func(main, self.visit_expr(self.module["main"]))
         return relax.transform.DeadCodeElimination()(self.builder_.get())

@@ -6,14 +6,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...autotune.cost_model import AnalyticModel
+from ...compiler.feeds import random_feeds
 from ...compiler.progress import stage
-from ...compiler.tvm import relax
+from ...compiler.tvm import relax, tirx
 from ...passes.fusion import FuseEpilogues
 from ...passes.memory import PlanMemory
 from ..common import legalize as definitions
 from . import build as cpu_build
 from . import guards as cpu_guards
 from . import lower as cpu_lower
+from .host import host_features
+from .lower import PACKED
+from .profile import profile
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
@@ -49,12 +53,33 @@ def lower(steps: Steps) -> Lowered:
     steps.step("plan_memory", PlanMemory().run)
     with stage("code generation") as generation:
         executable, sources = cpu_build.build(steps.program.module, steps.target)
+    rows = [asdict(choice) for choice in choices]
+    if steps.options.profile:
+        _measure(steps, weights, rows)
     report = {
-        "kernels": [asdict(choice) for choice in choices],
+        "kernels": rows,
         "weights_bytes": sum(array.nbytes for array in weights.values()),
         "code_generation": {"seconds": round(generation.seconds, 3)},
     }
     return steps.lowered(report=report, weights=weights, sources=sources, executable=executable)
+
+
+def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Put the measured time of every kernel into its row, where this machine can run the code."""
+    if steps.target.features - host_features():
+        return
+    program, calls = steps.program, steps.accuracy.calibration if steps.accuracy is not None else ()
+    feeds = calls[0] if calls else random_feeds(program.inputs, program.dims, seed=steps.options.seed)
+    names = {
+        variable.name_hint: variable.name_hint.removesuffix(PACKED)
+        for variable, func in program.module.functions_items()
+        if isinstance(func, tirx.PrimFunc)
+    }
+    with stage("profiling"):
+        spent = profile(program.module, steps.target, [feeds[spec.name] for spec in program.inputs], weights, frozenset(names))
+    measured = {names[name]: time for name, time in spent.items()}
+    for row in rows:
+        row["measured_us"] = round(measured.get(row["kernel"], 0.0), 2)
 
 
 def _legalize(program: Program) -> Any:
