@@ -34,6 +34,7 @@ class Canonicalize(Pass):
             module = transform.DeadCodeElimination()(module)
         module, folded = fold_constants(module)
         context.matched(constant_folded=folded)
+        module = transform.CanonicalizeBindings()(module) if folded else module  # folded constants stand where they are read
         module = transform.EliminateCommonSubexpr()(module)
         return program.with_module(transform.DeadCodeElimination()(module))
 

@@ -6,5 +6,6 @@ from .base import Pass
 from .canonicalize import Canonicalize
 from .layout import ChannelsLast
 from .normalization import RecognizeNormalizations
+from .quantization.quantize import Quantize
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeNormalizations, ChannelsLast)}
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeNormalizations, Quantize, ChannelsLast)}

@@ -1,0 +1,146 @@
+"""Number formats as values: how real numbers become integer codes, how codes are packed, and what that costs. The numpy reference for every kernel.
+
+A code is an integer; value = (code - zero) * scale. Rounding is to the nearest, ties to even, as in ONNX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+#: scales below this have no reciprocal in float32
+TINY = 1e-37
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Codes with what turns them back into numbers. codes: integers of the array's shape; scale, zero: broadcast against the codes, `zero` 0 where symmetric."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+
+    def decode(self) -> np.ndarray:
+        """The values, float32."""
+        return ((self.codes.astype(np.int32) - self.zero.astype(np.int32)) * self.scale).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The range of one tensor: u8 codes, value = (code - zero) * scale; zero is a code, so 0.0 is exact (what padding needs)."""
+
+    scale: float
+    zero: int
+
+    @staticmethod
+    def of_range(low: float, high: float) -> Affine:
+        """The codes 0..255 over [low, high], which is widened to contain 0."""
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
+        scale = float(np.float32((high - low) / 255))
+        if scale < TINY:
+            scale = 1.0
+        return Affine(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        """u8 codes; out-of-range values saturate."""
+        return np.clip(np.rint(x.astype(np.float32) * np.float32(1 / self.scale)) + self.zero, 0, 255).astype(np.uint8)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return (codes.astype(np.float32) - np.float32(self.zero)) * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """int8, symmetric, codes -127..127. axis: one scale per slice along it (the output channels of a weight); None: one for the whole tensor."""
+
+    axis: int | None = None
+
+    def encode(self, x: np.ndarray) -> Encoded:
+        axes = tuple(axis for axis in range(x.ndim) if self.axis is None or axis != self.axis % x.ndim)
+        top = np.abs(x).max(axis=axes, keepdims=True, initial=0.0).astype(np.float32)
+        scale = _positive(top / np.float32(127))
+        codes = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
+        return Encoded(codes, scale, np.zeros_like(scale, np.int32))
+
+    def size_bytes(self, shape: tuple[int, ...]) -> int:
+        """Codes and float32 scales."""
+        return int(np.prod(shape)) + 4 * (1 if self.axis is None else shape[self.axis])
+
+    def pack(self, codes: np.ndarray) -> np.ndarray:
+        return codes.astype(np.int8)
+
+    def unpack(self, packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return packed.reshape(shape)
+
+
+@dataclass(frozen=True)
+class GroupedInt:
+    """intN for weights [K, N]: groups of `group` consecutive k of one column share a scale (float32), and a zero code when not symmetric.
+
+    bits: 2..8. Codes are unsigned, 0..2^bits - 1; the zero of a symmetric group is 2^(bits-1), its range that of the codes 1..2^bits - 1. K is padded with codes
+    of value 0 to whole groups. Packed for bits 8 and 4: uint8 [Kp * bits / 8, N], of a byte with two codes the low half is the even k. Other widths: every column is a string of
+    bits, lowest first, padded to whole bytes.
+    """
+
+    bits: int = 4
+    group: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8 or self.group < 1:
+            raise ValueError(f"GroupedInt: bits must be 2..8 and group at least 1, not {self.bits} and {self.group}")
+
+    def groups(self, k: int) -> int:
+        return -(-k // self.group)
+
+    @property
+    def middle(self) -> int:
+        """The zero code of a symmetric group."""
+        return 1 << (self.bits - 1)
+
+    def encode(self, w: np.ndarray) -> Encoded:
+        """w: [K, N] -> codes uint8 [Kp, N], scale and zero [groups, N] as `Encoded` of shape [groups, group, N] seen through `decode`."""
+        k, n = w.shape
+        grouped = np.zeros((self.groups(k) * self.group, n), np.float32)
+        grouped[:k] = w
+        grouped = grouped.reshape(-1, self.group, n)
+        top = (1 << self.bits) - 1
+        if self.symmetric:
+            scale = _positive(np.abs(grouped).max(axis=1, keepdims=True) / np.float32(self.middle - 1))
+            zero = np.full(scale.shape, self.middle, np.int32)
+        else:
+            low, high = np.minimum(grouped.min(axis=1, keepdims=True), 0), np.maximum(grouped.max(axis=1, keepdims=True), 0)
+            scale = _positive((high - low) / np.float32(top))
+            zero = np.clip(np.rint(-low / scale), 0, top).astype(np.int32)
+        codes = np.clip(np.rint(grouped / scale) + zero, 0, top).astype(np.uint8)
+        return Encoded(codes, scale, zero)
+
+    def decode(self, encoded: Encoded, k: int) -> np.ndarray:
+        """The weights [K, N]."""
+        return encoded.decode().reshape(-1, encoded.codes.shape[2])[:k]
+
+    def pack(self, codes: np.ndarray) -> np.ndarray:
+        """codes: [groups, group, N] or [Kp, N] -> uint8 [bytes, N]."""
+        flat = codes.reshape(-1, codes.shape[-1]).astype(np.uint8)
+        if self.bits == 8:
+            return flat
+        spread = (flat[:, None, :] >> np.arange(self.bits, dtype=np.uint8)[None, :, None]) & 1
+        return np.packbits(spread.reshape(-1, flat.shape[1]), axis=0, bitorder="little")
+
+    def unpack(self, packed: np.ndarray, k: int) -> np.ndarray:
+        """uint8 [bytes, N] -> codes [Kp, N] for K weights per column."""
+        count = self.groups(k) * self.group
+        if self.bits == 8:
+            return packed[:count]
+        spread = np.unpackbits(packed, axis=0, bitorder="little")[: count * self.bits].reshape(count, self.bits, -1)
+        return (spread << np.arange(self.bits, dtype=np.uint8)[None, :, None]).sum(axis=1).astype(np.uint8)
+
+    def size_bytes(self, k: int, n: int) -> int:
+        """Packed codes, scales, and zeros (a byte each) where there are any."""
+        return n * (-(-self.groups(k) * self.group * self.bits // 8) + self.groups(k) * (4 if self.symmetric else 5))
+
+
+def _positive(scale: np.ndarray) -> np.ndarray:
+    """Scales of slices of zeros, or so small that a code would not be finite, are 1."""
+    return np.where(scale >= TINY, scale, 1.0).astype(np.float32)

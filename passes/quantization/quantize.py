@@ -1,0 +1,264 @@
+"""The pass `quantize`: post-training quantization to static int8, or of the weights alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ...compiler.errors import UsageError, VerificationError
+from ...compiler.metrics import checked, drop
+from ...compiler.program import Program
+from ..base import Pass, PassContext
+from .formats import Affine
+from .graph import Graph, Site, analyze, is_static, operator, patches
+from .observe import KEPT, OBSERVERS, Statistics, chosen_range
+from .rewrite import Quantizer, returning, simulation, weight_format
+from .smooth import smooth
+from .weight_only import WEIGHT_ONLY, quantize_weights
+
+FORMATS = ("int8", *WEIGHT_ONLY)
+#: rows of an operand on which a layer's own error is measured
+ERROR_ROWS = 256
+#: samples on which single layers are tried
+TRIED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Matrix products and convolutions by constant weights in integers.
+
+    format: "int8" (weights symmetric per output channel, activations u8, both observed on calibration data), or weights alone in groups along K: "w8", "w4", and for single ones
+    `group`. observer: how the range of an activation is found, "minmax" | "percentile" | "mse". smooth: 0 (off) .. 1, how much of the activations' spread moves
+    into the weights (SmoothQuant). max_drop, metric: the loss up to which layers are quantized, those with the most loss first left in float32; None: the compilation's own
+    limit. skip: layers (node names) to leave in float32.
+    """
+
+    name: ClassVar[str] = "quantize"
+    lossy: ClassVar[bool] = True
+    flag: ClassVar[str] = "quantize"
+
+    format: str = "int8"
+    observer: str = "minmax"
+    percentile: float = 99.99
+    smooth: float = 0.0
+    group: int = 32
+    symmetric: bool = True
+    max_drop: float | None = None
+    metric: str | None = None
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format not in ("none", *FORMATS):
+            raise UsageError(f"quantize: unknown format '{self.format}', expected one of none, {', '.join(FORMATS)}")
+        if self.observer not in OBSERVERS:
+            raise UsageError(f"quantize: unknown observer '{self.observer}', expected one of {', '.join(OBSERVERS)}")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"quantize: percentile must be above 50 and at most 100, not {self.percentile}")
+        if not 0 <= self.smooth <= 1:
+            raise UsageError(f"quantize: smooth must be within 0..1, not {self.smooth}")
+        if self.group < 2 or self.group % 2:
+            raise UsageError(f"quantize: group must be an even number of weights, not {self.group}")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise UsageError(f"quantize: max_drop must be a loss of at least 0, not {self.max_drop}")
+        if self.metric is not None:
+            checked(self.metric)
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        if self.format == "none":
+            return program
+        if self.format in WEIGHT_ONLY:
+            return quantize_weights(program, context, WEIGHT_ONLY[self.format], self.group, self.symmetric, self.skip)
+        if "int8" not in context.target.formats:
+            raise UsageError(
+                f"quantize: target {context.target.text} computes in {', '.join(sorted(context.target.formats))}, not in int8; try w8 or w4"
+            )
+        return _Static(self, program, context).run()
+
+
+@dataclass
+class _Static:
+    """One run of static int8."""
+
+    options: Quantize
+    program: Program
+    context: PassContext
+    generator: np.random.Generator = field(init=False)
+    statistics: dict[Any, Statistics] = field(default_factory=dict)
+    shapes: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    operands: dict[Any, list[np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.generator = np.random.default_rng(self.context.seed)
+
+    def run(self) -> Program:
+        graph = analyze(self.program)
+        sites = self._wanted(graph)
+        if not sites:
+            self.context.note("no product by constant weights was found")
+            return self.program
+        if not self.context.calibration:
+            raise UsageError(
+                "quantize: int8 needs data to observe activations on: give --calibration DATA.npz (Python: calibration=...), or use w8 or w4"
+            )
+        reference = self._observe(graph, sites)
+        if self.options.smooth:
+            graph, sites = self._smoothed(graph)
+        ranges = self._ranges(sites)
+        rows = {site.var: self._row(site, ranges[site.source]) for site in sites}
+        chained = _chained(graph, sites)
+        limit = self.options.max_drop
+        if limit is None and self.context.accuracy is not None:
+            limit = self.context.accuracy.max_drop
+        kept = sites
+        if limit is not None:
+            kept = self._within(graph, ranges, sites, chained, limit, reference, rows)
+        names = {site.var for site in kept}
+        for site in sites:
+            rows[site.var]["runs in"] = "int8" if site.var in names else "float32"
+        self.context.table("quantized layers", list(rows.values()))
+        self.context.matched(**{kind: sum(site.kind == kind for site in kept) for kind in ("matmul", "conv2d")}, fallback=len(sites) - len(kept))
+        return Quantizer(graph, ranges, kept, _chained(graph, kept)).apply()
+
+    def _wanted(self, graph: Graph) -> list[Site]:
+        unknown = set(self.options.skip) - {site.name for site in graph.sites}
+        if unknown:
+            raise UsageError(f"quantize: skip names no layer {', '.join(sorted(unknown))}; there are {', '.join(site.name for site in graph.sites)}")
+        return [site for site in graph.sites if site.name not in self.options.skip]
+
+    def _observe(self, graph: Graph, sites: Sequence[Site]) -> list[tuple[np.ndarray, ...]]:
+        """Fill the statistics of every operand; the outputs on every sample."""
+        wanted = list(dict.fromkeys(site.x for site in sites))
+        outputs = len(self.program.outputs)
+        call = self.context.executor(returning(self.program, wanted))
+        samples = self.context.calibration
+        reference = []
+        kinds = {site.x: site.kind for site in sites}
+        keep, rows = max(1024, KEPT // len(samples)), max(4, ERROR_ROWS // len(samples))
+        for feeds in samples:
+            values = call(feeds)
+            reference.append(tuple(np.array(value) for value in values[:outputs]))
+            for x, value in zip(wanted, values[outputs:], strict=True):
+                flat = value.reshape(-1, value.shape[-1]) if kinds[x] == "matmul" else value.transpose(0, 2, 3, 1).reshape(-1, value.shape[1])
+                found = Statistics.of(flat, keep, self.generator)
+                self.statistics[x] = self.statistics[x].joined(found) if x in self.statistics else found
+                self.shapes[x] = value.shape
+            seen = dict(zip(wanted, values[outputs:], strict=True))
+            for site in sites:
+                self.operands.setdefault(site.var, []).append(patches(seen[site.x], site, rows, self.generator).astype(np.float32))
+        return reference
+
+    def _smoothed(self, graph: Graph) -> tuple[Graph, list[Site]]:
+        """The graph after smoothing, what was observed carried over."""
+        program, factors = smooth(graph, self.statistics, self.options.smooth)
+        self.context.matched(smoothed=len(factors))
+        if not factors:
+            return graph, self._wanted(graph)
+        after = analyze(program)
+        statistics, shapes, operands = {}, {}, {}
+        for old, new in zip(graph.sites, after.sites, strict=True):
+            if old.x not in self.statistics:
+                continue
+            factor = factors.get(old.x)
+            statistics[new.x] = self.statistics[old.x] if factor is None else self.statistics[old.x].scaled(1 / factor)
+            shapes[new.x] = self.shapes[old.x]
+            operands[new.var] = [rows if factor is None else rows / factor for rows in self.operands.get(old.var, [])]
+        self.statistics, self.shapes, self.operands, self.program = statistics, shapes, operands, program
+        return after, self._wanted(after)
+
+    def _ranges(self, sites: Sequence[Site]) -> dict[Any, Affine]:
+        seen: dict[Any, dict[Any, Statistics]] = {}
+        for site in sites:
+            seen.setdefault(site.source, {})[site.x] = self.statistics[site.x]
+        return {source: chosen_range(self.options.observer, list(found.values()), self.options.percentile) for source, found in seen.items()}
+
+    def _row(self, site: Site, affine: Affine) -> dict[str, Any]:
+        """A layer's own error on sampled rows of its operand, and the least time its multiply-adds take."""
+        x = np.concatenate(self.operands[site.var])
+        exact = x @ site.matrix
+        weight = weight_format(site).encode(site.weight).decode()
+        codes = affine.decode(affine.encode(x))
+        ours = codes @ (weight if site.kind == "matmul" else weight.reshape(len(weight), -1).T)
+        power, noise = float(np.mean(exact**2)), float(np.mean((exact - ours) ** 2))
+        ratio = 10 * math.log10(power / noise) if power and noise else math.inf if power else 0.0
+        work = 2 * site.multiplications(self.shapes[site.x]) / 1e3
+        target = self.context.target
+        return {
+            "layer": site.name,
+            "kind": site.kind,
+            "weight": "x".join(str(size) for size in site.weight.shape),
+            "sqnr_db": round(min(ratio, 200.0), 2),
+            "relative_error": round(math.sqrt(noise / power), 6) if power else 0.0,
+            "scale": float(f"{affine.scale:.6g}"),
+            "zero": affine.zero,
+            "fp32_bound_us": round(work / target.peak_gflops("float32") / target.cores, 2),
+            "int8_bound_us": round(work / target.peak_gflops("int8") / target.cores, 2),
+        }
+
+    def _within(
+        self,
+        graph: Graph,
+        ranges: Mapping[Any, Affine],
+        sites: list[Site],
+        chained: frozenset[Any],
+        limit: float,
+        reference: list[tuple[np.ndarray, ...]],
+        rows: Mapping[Any, dict[str, Any]],
+    ) -> list[Site]:
+        """The sites that stay in integers so that the loss holds: those with the most loss, each tried alone, are left out, as few as a search by halves finds."""
+        accuracy = self.context.measured()
+        metric = self.options.metric or accuracy.metric
+        call = self.context.executor(simulation(graph, ranges, sites, chained))
+        samples = list(accuracy.calibration)
+
+        def loss(on: set[Any], count: int = len(samples)) -> float:
+            flags = {f"flag{index}": np.array([site.var in on]) for index, site in enumerate(sites)}
+            found = drop(metric, [call({**feeds, **flags}) for feeds in samples[:count]], target[:count])
+            return found if math.isfinite(found) else math.inf
+
+        target = accuracy.reference if accuracy.original is not self.program else reference
+        alone = {site.var: loss({site.var}, TRIED_SAMPLES) for site in sites}
+        for site in sites:
+            rows[site.var]["drop_alone"] = float(f"{alone[site.var]:.4g}")
+        ranked = sorted(sites, key=lambda site: (-alone[site.var], rows[site.var]["sqnr_db"]))
+        # a little below the limit: sums are rounded differently in integers
+        goal = limit * 0.98
+        low, high = 0, len(ranked)
+        while low < high:
+            middle = (low + high) // 2
+            if loss({site.var for site in ranked[middle:]}) <= goal:
+                high = middle
+            else:
+                low = middle + 1
+        if low == len(ranked):
+            worst = "; ".join(f"{site.name} {alone[site.var]:.3g} ({rows[site.var]['sqnr_db']} dB)" for site in ranked[:5])
+            raise VerificationError(
+                f"quantize: no layer can run in int8 within max_drop {limit:g} ({metric}) on the calibration data; loss of the worst layers alone: {worst}. "
+                "Allow more, try observer mse or percentile, or smooth 0.5"
+            )
+        out = {site.var for site in ranked[:low]}
+        return [site for site in sites if site.var not in out]
+
+
+def _chained(graph: Graph, sites: Sequence[Site]) -> frozenset[Any]:
+    """Sources between convolutions whose only other use is a residual addition behind a quantized convolution: it reads the codes too, a quarter of the bytes,
+    and the source's floats are never written."""
+    totals = {site.total for site in sites if site.kind == "conv2d"}
+    inside = {site.var for site in sites}
+    found = set()
+    for source in {site.source for site in sites if site.kind == "conv2d"}:
+        if source not in graph.bindings or not is_static(source.ty.shape or ()):
+            continue
+        others = [reader for reader in graph.readers.get(source, ()) if reader == "output" or reader not in inside]
+        if others and all(_residual(graph, reader, source, totals) for reader in others):
+            found.add(source)
+    return frozenset(found)
+
+
+def _residual(graph: Graph, reader: Any, source: Any, totals: set[Any]) -> bool:
+    call = graph.bindings.get(reader) if reader != "output" else None
+    return operator(call) == "relax.add" and any(not arg.same_as(source) and arg in totals for arg in call.args)

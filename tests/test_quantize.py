@@ -1,0 +1,204 @@
+"""Static int8 and weight-only quantization: what the graph becomes, and how far the numbers are from a reference in numpy and from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tcompile
+import torch
+from tcompile import UsageError, VerificationError
+from tcompile.compiler.program import Program
+from tcompile.passes.base import PassContext, PassReport
+from tcompile.passes.quantization.formats import Affine, Int8
+from tcompile.passes.quantization.quantize import Quantize
+from tcompile.targets.base import Target
+
+RNG = np.random.default_rng(0)
+CPU = Target.parse("cpu")
+
+
+class Mlp(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b, self.c = (
+            torch.nn.LayerNorm(20),
+            torch.nn.Linear(20, 33),
+            torch.nn.Linear(20, 33, bias=False),
+            torch.nn.Linear(33, 7),
+        )
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.c(torch.relu(self.a(y)) * self.b(y))
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.one, self.two = torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.Conv2d(16, 16, 3, 1, 1), torch.nn.Conv2d(16, 16, 3, 1, 1)
+        self.pool, self.last = torch.nn.MaxPool2d(3, 2, 1), torch.nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        y = self.pool(torch.relu(self.stem(x)))
+        y = torch.relu(y + self.two(torch.nn.functional.silu(self.one(y))))
+        return self.last(y).mean((2, 3))
+
+
+def module_text(program: Program) -> str:
+    return program.module.script(show_meta=False)
+
+
+def data(shape: tuple[int, ...], count: int = 6) -> list[dict[str, np.ndarray]]:
+    return [{"x": RNG.standard_normal(shape).astype(np.float32)} for _ in range(count)]
+
+
+def compiled(net: torch.nn.Module, samples: list[dict[str, np.ndarray]], quantize: Any, **options: Any) -> Any:
+    return tcompile.compile(
+        net.eval(), example_inputs=(torch.from_numpy(samples[0]["x"]),), quantize=quantize, calibration=[(x["x"],) for x in samples], **options
+    )
+
+
+def quantize_report(model: Any) -> dict[str, Any]:
+    return next(entry for entry in model.report()["passes"] if entry["name"] == "quantize")
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_mlp(observer: str) -> None:
+    samples = data((5, 20))
+    net = Mlp()
+    model = compiled(net, samples, Quantize("int8", observer=observer))
+    report = quantize_report(model)
+    assert report["matches"] == {"matmul": 3}
+    rows = report["tables"]["quantized layers"]
+    assert len(rows) == 3 and all(row["sqnr_db"] > 25 for row in rows)
+    # a and b read the same tensor: the same codes
+    assert rows[0]["scale"] == rows[1]["scale"] or rows[1]["scale"] == rows[2]["scale"]
+    x = samples[0]["x"]
+    assert relative(model(x), net(torch.from_numpy(x)).detach().numpy()) < 0.05
+    assert report["loss"]["cosine"] < 1e-3
+
+
+def test_one_product_is_exact_against_the_integer_reference() -> None:
+    net, samples = torch.nn.Linear(37, 11), data((9, 37), 3)
+    model = compiled(net, samples, "int8")
+    x = samples[1]["x"]
+    w, bias = net.weight.detach().numpy().T, net.bias.detach().numpy()
+    everything = np.concatenate([sample["x"] for sample in samples])
+    affine, weight = Affine.of_range(everything.min(), everything.max()), Int8(1).encode(w)
+    scale = np.float32(affine.scale) * weight.scale[0]
+    acc = (affine.encode(x).astype(np.int32) - affine.zero) @ weight.codes.astype(np.int32) + np.rint(bias / scale).astype(np.int32)
+    np.testing.assert_array_equal(model(x), acc.astype(np.float32) * scale)
+
+
+def test_convolutions_and_residual_stay_in_codes() -> None:
+    samples = data((2, 3, 21, 18))
+    net = Residual()
+    model = compiled(net, samples, "int8")
+    report = quantize_report(model)
+    assert report["matches"] == {"conv2d": 4}
+    x = samples[2]["x"]
+    assert relative(model(x), net(torch.from_numpy(x)).detach().numpy()) < 0.06
+    # no kernel but the input's does nothing but make codes: they are made where the values are
+    alone = [kernel["kernel"] for kernel in model.report()["kernels"] if "round" in kernel["kernel"] and "conv2d" not in kernel["kernel"]]
+    assert len(alone) == 1, alone
+
+
+def test_smoothing_moves_outliers_into_the_weights() -> None:
+    net, samples = Mlp(), data((16, 20))
+    with torch.no_grad():
+        net.norm.weight[3] *= 60
+        net.a.weight[:, 3] /= 60
+        net.b.weight[:, 3] /= 60
+    plain, smooth = (compiled(net, samples, Quantize("int8", smooth=strength)) for strength in (0.0, 0.5))
+    assert quantize_report(smooth)["matches"]["smoothed"] >= 1
+    losses = [quantize_report(model)["loss"]["relative"] for model in (plain, smooth)]
+    assert losses[1] < losses[0] / 3
+
+
+def test_the_worst_layers_fall_back_until_the_limit_holds() -> None:
+    net, samples = Mlp(), data((5, 20))
+    with torch.no_grad():
+        net.c.weight[:, 0] *= 3000  # one input of the last layer needs more digits than codes have
+    free = quantize_report(compiled(net, samples, "int8"))["loss"]["relative"]
+    model = compiled(net, samples, "int8", metric="relative", max_drop=free / 2)
+    report = quantize_report(model)
+    rows = {row["layer"]: row for row in report["tables"]["quantized layers"]}
+    assert report["loss"]["relative"] <= free / 2
+    assert report["matches"]["fallback"] >= 1
+    left = [row["drop_alone"] for row in rows.values() if row["runs in"] == "float32"]
+    assert min(left) >= max(row["drop_alone"] for row in rows.values() if row["runs in"] == "int8")
+
+
+def test_a_limit_that_no_layer_meets_is_a_failed_verification() -> None:
+    with pytest.raises(VerificationError, match="no layer can run in int8 within max_drop 1e-12.*worst layers alone"):
+        compiled(Mlp(), data((5, 20)), "int8", max_drop=1e-12)
+
+
+def test_without_calibration() -> None:
+    with pytest.raises(UsageError, match="--calibration"):
+        tcompile.compile(Mlp().eval(), example_inputs=(torch.zeros(5, 20),), quantize="int8")
+
+
+def test_empty_calibration() -> None:
+    with pytest.raises(UsageError, match="no samples"):
+        compiled_on = data((5, 20), 1)
+        tcompile.compile(Mlp().eval(), example_inputs=(torch.from_numpy(compiled_on[0]["x"]),), quantize="int8", calibration=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "int3"}, "expected one of none, int8, w8, w4"),
+        ({"observer": "median"}, "expected one of minmax, percentile, mse"),
+        ({"smooth": 1.5}, "within 0..1"),
+        ({"percentile": 40}, "above 50"),
+        ({"group": 7}, "even number"),
+        ({"max_drop": -1}, "at least 0"),
+        ({"metric": "bleu"}, "unknown metric"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Quantize(**options)
+
+
+def test_unknown_layer_to_skip() -> None:
+    with pytest.raises(UsageError, match="skip names no layer nowhere; there are"):
+        compiled(Mlp(), data((5, 20)), Quantize(skip=("nowhere",)))
+
+
+def test_a_target_without_int8_says_what_it_has() -> None:
+    with pytest.raises(UsageError, match="float32, not in int8; try w8 or w4"):
+        Quantize().run(None, PassContext(Target("cpu", "old"), report=PassReport("quantize")))  # type: ignore[arg-type]
+
+
+def test_none_is_the_identity() -> None:
+    program = object()
+    assert Quantize("none").run(program, PassContext(CPU)) is program  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("quantize", "loss"), [("w8", 0.01), ("w4", 0.15), (Quantize("w4", group=8, symmetric=False), 0.1)])
+def test_weights_alone(quantize: Any, loss: float) -> None:
+    net, samples = Mlp(), data((5, 20))
+    model = compiled(net, samples, quantize)
+    report = quantize_report(model)
+    assert report["matches"] == {"matmul": 3}
+    rows = report["tables"]["quantized weights"]
+    assert all(row["bytes_after"] < row["bytes_before"] for row in rows)
+    x = samples[0]["x"]
+    assert 0 < relative(model(x), net(torch.from_numpy(x)).detach().numpy()) < loss
+
+
+def test_a_model_without_products_stays(capsys: Any) -> None:
+    net: Callable[..., Any] = torch.nn.Softmax(-1)
+    model = compiled(net, data((3, 4)), "int8")  # type: ignore[arg-type]
+    assert quantize_report(model)["notes"] == ["no product by constant weights was found"]
