@@ -13,11 +13,11 @@ from typing import Any
 from ...compiler.tvm import IRBuilder, T, s_tir, tirx, tvm
 from ..base import Target
 from ..common.fused import static
+from ..common.nests import Flat, Nest, group
+from ..common.refine import refine
 from ..common.stages import Unreadable, inline, read_stages
 from .emit import ATTRS, declare
 from .loops import SERIAL_WORK, Emitter
-from .nests import Flat, Nest, group
-from .refine import refine
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from typing import Any
 from ...compiler.tvm import T, TensorLoad, structural_map, tirx, tvm
 from ..base import Target
 from ..common.fused import cost, loads, static, variables_of
+from ..common.nests import Axis, Nest, Step
 from ..common.stages import COMBINERS, renamed
-from .nests import Axis, Nest, Step
 from .vectors import element_bits, extent_of, occurrences, power_below, strides, vector_axis, vectorizable
 
 #: element operations below which a nest stays on the calling thread

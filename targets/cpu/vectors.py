@@ -7,9 +7,9 @@ from typing import Any
 
 from ...compiler.tvm import structural_walk, tirx, tvm
 from ..common.fused import loads, static, variables_of
+from ..common.nests import Axis, Nest
+from ..common.refine import coefficients
 from .math import VECTOR_CALLS
-from .nests import Axis, Nest
-from .refine import coefficients
 
 
 def extent_of(axis: Axis) -> int:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...compiler.tvm import TensorLoad, structural_map, tirx, tvm
-from ..common.fused import loads, product, same_dims, static
-from ..common.stages import Stage, substitute
+from .fused import loads, product, same_dims, static
+from .stages import Stage, substitute
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...compiler.tvm import TensorLoad, structural_map, structural_walk, tirx, tvm
-from ..common.fused import static
-from ..common.stages import substitute
+from .fused import static
 from .nests import Axis, Nest
+from .stages import substitute
 
 #: most nests that one domain is cut into
 PIECES = 32
