@@ -71,6 +71,9 @@ class _Rewriter(relax.PyExprMutator):
     def visit_var_binding_(self, binding: Any) -> None:
         value = binding.value
         rule: Callable[..., Any] | None = None
+        if isinstance(value, relax.Var) and value in self.forms and isinstance(binding.var, relax.DataflowVar):
+            self.forms[binding.var] = self.forms[value]
+            return
         if isinstance(value, relax.TupleGetItem) and value.tuple_value in self.forms:
             rule = _tuple_field
         elif isinstance(value, relax.Call):

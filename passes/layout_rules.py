@@ -268,6 +268,17 @@ def _concat(rewriter: Any, call: Any) -> Form | None:
     return Form(relax.op.concat([rewriter.taken(field, perm) for field in fields], perm.index(int(call.attrs.axis) % len(perm))), perm)
 
 
+@rule("nn.pad")
+def _pad(rewriter: Any, call: Any) -> Form | None:
+    """What surrounds a quantised convolution's input is its zero point."""
+    form, attrs = rewriter.form(call.args[0]), call.attrs
+    if form.perm == identity(len(form.perm)):
+        return None
+    widths = [int(width) for width in attrs.pad_width]
+    pairs = [widths[2 * axis + side] for axis in form.perm for side in (0, 1)]
+    return Form(relax.op.nn.pad(form.expr, pairs, attrs.pad_mode, attrs.pad_value), form.perm)
+
+
 @rule("split")
 def _split(rewriter: Any, call: Any) -> Form | None:
     form = rewriter.form(call.args[0])

@@ -179,3 +179,12 @@ def test_reductions_without_kept_dims(axes: list[int]) -> None:
 def test_without_convolutions_the_program_is_the_same_object() -> None:
     before = program((2, 3), lambda emit, x: emit(op.nn.relu(x)))
     assert ChannelsLast().run(before, PassContext(Target("cpu", "test"))) is before
+
+
+def test_padding_keeps_the_layout() -> None:
+    def body(emit: Any, x: Any) -> Any:
+        y = emit(op.nn.conv2d(x, weight(5, 3, 1, 1)))
+        y = emit(op.nn.pad(y, (0, 0, 0, 0, 1, 2, 3, 4), pad_value=7.0))
+        return op.nn.conv2d(y, weight(4, 5, 2, 2))
+
+    check((1, 3, 6, 7), (1, 3, 6, 7), 2, body)
