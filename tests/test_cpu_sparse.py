@@ -46,9 +46,7 @@ def holes(w):
     return w
 
 
-@pytest.mark.parametrize(
-    ("lead", "m", "k", "n"), [((), 13, 17, 31), ((), 1, 24, 40), ((2, 3), 7, 64, 100), ((), 129, 40, 50), ((), 64, 16, 16), ((), 33, 8, 130)]
-)
+@pytest.mark.parametrize(("lead", "m", "k", "n"), [((), 13, 17, 31), ((), 1, 24, 40), ((2, 3), 7, 64, 100), ((), 129, 40, 50), ((), 64, 16, 130)])
 @pytest.mark.parametrize("template", [GemmBlocks(), GemmColumns()], ids=lambda template: template.name)
 @pytest.mark.parametrize("target", runnable())
 def test_awkward_sizes(lead, m, k, n, template, target):

@@ -132,11 +132,9 @@ def _from_template(func: Any, name: str, known: list[KernelTemplate], constants:
     reasons, offers = [], []
     for template in known:
         try:
-            workload = template.workload(fused, constants)
+            offers.append(_best(template, template.workload(fused, constants), lowering))
         except Unfusable as reason:
             reasons.append(f"{template.name}: {reason}")
-            continue
-        offers.append(_best(template, workload, lowering))
     if not offers:
         lowering.choices[name] = Choice(name, "generic", "", "", None, reason="; ".join(reasons))
         return None

@@ -7,6 +7,8 @@
                     acc[i][v] += A[io*mr + i, indices[p] + r] * values[p, r, v]      # nv loads of W, mr broadcasts of A, mr * nv FMAs
             C = epilogue(acc)
 
+u8 x s8 -> int32 steps over words of consecutive k as the dense GEMM does: R is a multiple of 4 for `vpdpbusd`, of 2 for `vpmaddwd`.
+
 Rows, tails and the epilogue are those of the dense GEMM. One kernel serves all weights of a shape and class of density: how many groups there are is the size of a buffer.
 """
 
@@ -20,7 +22,8 @@ from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, product
-from .emit import SUM_BLOCK, Accumulators, balanced, register_tiles, store_tile, vector
+from .dot import dot_for, vector
+from .emit import SUM_BLOCK, Accumulators, balanced, register_tiles, store_tile
 from .gemm import GemmEmitter, GemmOperands, GemmSchedule
 from .sparse_emit import SparseWorkload, row_chunks, sparse_kernel, sparse_workload, stream_packing
 from .template import Kernel
@@ -43,42 +46,44 @@ class GemmBlocks:
     name = "gemm_blocks"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> SparseWorkload:
-        return sparse_workload(fused, constants, "float32")
+        return sparse_workload(fused, constants)
 
     def space(self, workload: SparseWorkload, target: Target) -> Sequence[BlockSchedule]:
-        lanes = target.lanes()
+        lanes, group = target.lanes(), dot_for(workload.kind, target).group
+        shapes = register_tiles(target, (2, 3, 4), -(-workload.n // lanes))
+        shapes += [(mr, 1) for mr in (1, 2, 4, 8, *range(10, target.vector_registers // 2 + 1))]
         found = []
-        for mr, nv in [
-            *register_tiles(target, (2, 3, 4), -(-workload.n // lanes)),
-            *((mr, 1) for mr in (1, 2, 4, 8, *range(10, target.vector_registers // 2 + 1))),
-        ]:
+        for mr, nv in shapes:
             if workload.m is not None and mr > workload.m:
                 continue
-            for r in (1, 2, 4, 8):
+            for r in (group, 2 * group, 4 * group, 8 * group):
                 # halving the groups saves their indices; it must not store many more zeros
-                if workload.k % r or r > 1 and workload.share(r, nv * lanes) > 1.2 * workload.share(r // 2, nv * lanes):
+                if r > 16 or workload.k % r or r > group and workload.share(r, nv * lanes) > 1.2 * workload.share(r // 2, nv * lanes):
                     break
                 found += [BlockSchedule(r, mr, nv, lanes, mc) for mc in row_chunks(workload.m, mr)]
         return found
 
     def features(self, workload: SparseWorkload, schedule: BlockSchedule, target: Target) -> KernelFeatures:
         m, mr, nv, r = workload.m or 128, schedule.mr, schedule.nv, schedule.r
-        nr = nv * schedule.lanes
+        dot = dot_for(workload.kind, target)
+        nr, size = nv * schedule.lanes, float(dot.activation_bytes)
+        broadcast = (1.0 if dot.group == 4 else 2.0) if dot.integer else 1.0
         panels, mc = -(-workload.n // nr), schedule.mc or m
         groups = workload.share(r, nr) * panels * -(-workload.k // r)
-        tiles = [size for first in range(0, m, mc) for _, size in balanced(min(mc, m - first), mr)]
+        tiles = [rows for first in range(0, m, mc) for _, rows in balanced(min(mc, m - first), mr)]
         fma = load = latency = 0.0
         for rows in tiles:
-            steps = groups * r
-            fma += steps * rows * nv / target.fma_per_cycle
+            steps = groups * r / dot.group
+            busy = rows * nv * dot.instructions / target.fma_per_cycle
+            fma += steps * busy
             # every group reads its index, and its rows of A begin anywhere
-            load += (steps * (rows + nv) + groups * 2) / 2.0 + 12 * panels
-            latency += steps * max(4.0, rows * nv / target.fma_per_cycle)
-        stored = groups * (r * nr * 4.0 + 4.0)
+            load += (steps * (rows * broadcast + nv) + groups * 2) / 2.0 + 12 * panels
+            latency += steps * max(4.0, busy)
+        stored = groups * (r * nr * float(dot.weight_bytes) + 4.0)
         # a panel touches the lines of A that hold one of its groups; from L2 where a tile of rows is larger than L1
-        far = 4.0 * mr * workload.k > target.l1_bytes / 2
-        touched = 1.0 - (1.0 - workload.share(r, nr)) ** max(1, 16 // r)
-        lines = m * workload.k * 4.0 * (touched * panels if far else 1.0)
+        far = size * mr * workload.k > target.l1_bytes / 2
+        touched = 1.0 - (1.0 - workload.share(r, nr)) ** max(1.0, 64 / size / r)
+        lines = m * workload.k * size * (touched * panels if far else 1.0)
         return KernelFeatures(
             flops=2.0 * m * groups * r * nr,
             fma_cycles=fma,
@@ -92,14 +97,16 @@ class GemmBlocks:
         )
 
     def build(self, fused: Fused, workload: SparseWorkload, schedule: BlockSchedule, target: Target) -> Kernel:
-        nr = schedule.nv * schedule.lanes
-        with sparse_kernel(fused, workload, schedule.r, nr) as (builder, buffers, stream):
+        nr, dot = schedule.nv * schedule.lanes, dot_for(workload.kind, target)
+        with sparse_kernel(fused, workload, schedule.r, nr, dot) as (builder, buffers, stream):
             a, _ = fused.inputs
             rows = list(a.shape[:-1])
-            flat = T.decl_buffer((product(rows), a.shape[-1]), "float32", data=buffers[a].data)
-            operands = GemmOperands([], rows, T.int64(workload.k), T.int64(workload.n), lambda row: lambda at: flat[row, at], stream, True)
-            _Emitter(fused, buffers, schedule, operands, workload.longest(schedule.r, nr) * schedule.r > 2 * SUM_BLOCK).emit()
-        return Kernel(builder.get(), (stream_packing(fused, schedule.r, nr),))
+            flat = T.decl_buffer((product(rows), a.shape[-1]), dot.activation, data=buffers[a].data)
+            sizes = T.int64(workload.k), T.int64(workload.n)
+            operands = GemmOperands([], rows, *sizes, flat, lambda row: lambda k: (row, k), stream, True, dot)
+            long = not dot.integer and workload.longest(schedule.r, nr) * schedule.r > 2 * SUM_BLOCK
+            _Emitter(fused, buffers, schedule, operands, long).emit()
+        return Kernel(builder.get(), (stream_packing(fused, schedule.r, nr, dot),))
 
 
 class _Emitter(GemmEmitter):
@@ -117,18 +124,19 @@ class _Emitter(GemmEmitter):
         lanes = self.schedule.lanes
         nv = -(-columns // lanes)
         first = T.bind(batch * self.m + row)
-        acc = Accumulators(mr, nv, lanes)
+        dot = self.dot
+        acc = Accumulators(mr, nv, lanes, dot)
         acc.fill()
-        a_rows = [self.a(first + i) for i in range(mr)]
+        a_rows = [self.address(first + i) for i in range(mr)]
         begin, end = panel
 
         def multiply(part: Accumulators, start: Any, count: Any) -> None:
             with T.serial(count) as step:
                 p = T.bind(start + step)
                 k = T.bind(self.stream.indices[p].astype("int64"))
-                for at in range(self.r):
-                    weights = [T.bind(self.stream.values[p, vector(T.int64(at * self.nr + v * lanes), lanes)]) for v in range(nv)]
-                    part.multiply(range(mr), lambda i: a_rows[i](k + at), weights)  # noqa: B023
+                for word in range(self.r // dot.group):
+                    weights = [T.bind(self.stream.values[p, vector(T.int64(word * self.nr + v * lanes), lanes)]) for v in range(nv)]
+                    part.multiply(range(mr), lambda i: dot.read(self.a, a_rows[i], k + word * dot.group), weights)  # noqa: B023
 
         if not self.long:
             multiply(acc, begin, end - begin)

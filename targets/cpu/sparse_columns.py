@@ -10,6 +10,8 @@
         for rows in tile / lanes:
             C = epilogue(transposed sums)
 
+u8 x s8 -> int32 does the same with words of 4 consecutive k: a quad of weights is stored where one of them is not zero, and `vpdpbusd` takes it.
+
 Every multiply-add is with a nonzero weight. The transposes are butterflies of shuffles in registers, lanes x lanes elements at a time.
 """
 
@@ -22,8 +24,9 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T, tirx
 from ..base import Target
-from ..common.fused import Fused, product, static
-from .emit import Accumulators, Rows, balanced, flat_rows, splat, store_tile, tasks, vector
+from ..common.fused import Fused, Unfusable, product, static
+from .dot import Dot, dot_for, splat, vector
+from .emit import Accumulators, Rows, balanced, flat_rows, store_tile, tasks
 from .sparse_emit import SparseWorkload, StreamBuffers, sparse_kernel, sparse_workload, stream_packing
 from .template import Kernel
 
@@ -42,35 +45,39 @@ class GemmColumns:
     name = "gemm_columns"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> SparseWorkload:
-        return sparse_workload(fused, constants, "float32")
+        return sparse_workload(fused, constants)
 
     def space(self, workload: SparseWorkload, target: Target) -> Sequence[ColumnSchedule]:
-        lanes = target.lanes()
+        dot, lanes = dot_for(workload.kind, target), target.lanes()
+        if dot.name == "madd":
+            raise Unfusable("words of two codes would have to be widened at every use")
         most = 8 if workload.m is None else -(-workload.m // lanes)
         return [ColumnSchedule(vectors, lanes) for vectors in range(1, min(most, target.vector_registers // 2) + 1)]
 
     def features(self, workload: SparseWorkload, schedule: ColumnSchedule, target: Target) -> KernelFeatures:
         m, lanes = workload.m or 128, schedule.lanes
-        nonzero = workload.density * workload.k * workload.n
+        dot = dot_for(workload.kind, target)
+        words = workload.k // dot.group
+        nonzero = workload.share(dot.group, 1) * words * workload.n
         tiles = _tiles(m, schedule)
         fma = load = latency = shuffles = l2 = 0.0
         for count, vectors in tiles:
             fma += count * nonzero * vectors / target.fma_per_cycle
             load += count * nonzero * (vectors + 2) / 2.0
             latency += count * nonzero * max(4.0, vectors / target.fma_per_cycle)
-            shuffles += count * vectors * (workload.k + workload.n) * 2.0
-            if vectors * lanes * workload.k * 4.0 > target.l1_bytes / 2:
+            shuffles += count * vectors * (words + workload.n) * 2.0
+            if vectors * lanes * words * 4.0 > target.l1_bytes / 2:
                 # whole lines in a row: the prefetchers hide a quarter of it
                 l2 += 0.75 * count * nonzero * vectors * lanes * 4.0
         panels = -(-workload.n // lanes)
         stored = nonzero * 8.0
         passes = sum(count for count, _ in tiles)
         return KernelFeatures(
-            flops=2.0 * m * nonzero,
+            flops=2.0 * m * nonzero * dot.group,
             fma_cycles=fma + shuffles,
             load_cycles=load + shuffles,
             latency_cycles=latency,
-            l2_bytes=l2 + stored * passes + 2.0 * m * workload.k * 4.0,
+            l2_bytes=l2 + stored * passes + 2.0 * m * words * 4.0,
             l3_bytes=stored * passes,
             dram_bytes=stored,
             scalar_elements=float(m * (workload.n % lanes)),
@@ -78,9 +85,10 @@ class GemmColumns:
         )
 
     def build(self, fused: Fused, workload: SparseWorkload, schedule: ColumnSchedule, target: Target) -> Kernel:
-        with sparse_kernel(fused, workload, 1, 1) as (builder, buffers, stream):
-            _Emitter(fused, workload, schedule, buffers, stream).emit()
-        return Kernel(builder.get(), (stream_packing(fused, 1, 1),))
+        dot = dot_for(workload.kind, target)
+        with sparse_kernel(fused, workload, dot.group, 1, dot) as (builder, buffers, stream):
+            _Emitter(fused, workload, schedule, buffers, stream, dot).emit()
+        return Kernel(builder.get(), (stream_packing(fused, dot.group, 1, dot),))
 
 
 def _tiles(m: int, schedule: ColumnSchedule) -> list[tuple[int, int]]:
@@ -90,13 +98,15 @@ def _tiles(m: int, schedule: ColumnSchedule) -> list[tuple[int, int]]:
 
 
 class _Emitter:
-    def __init__(self, fused: Fused, workload: SparseWorkload, schedule: ColumnSchedule, buffers: dict[Any, Any], stream: StreamBuffers):
-        self.fused, self.workload, self.stream = fused, workload, stream
-        self.lanes, self.k, self.n = schedule.lanes, workload.k, workload.n
+    """`k` counts words: elements of float32, quads of codes."""
+
+    def __init__(self, fused: Fused, workload: SparseWorkload, schedule: ColumnSchedule, buffers: dict[Any, Any], stream: StreamBuffers, dot: Dot):
+        self.fused, self.workload, self.stream, self.dot = fused, workload, stream, dot
+        self.lanes, self.k, self.n = schedule.lanes, workload.k // dot.group, workload.n
         a, _ = fused.inputs
         lead = list(a.shape[:-1])
         self.m = product(lead)
-        self.a = T.decl_buffer((self.m, a.shape[-1]), "float32", data=buffers[a].data)
+        self.a = T.decl_buffer((self.m, a.shape[-1]), dot.activation, data=buffers[a].data)
         flat, self.buffers = flat_rows(fused, buffers)
         self.rows = Rows(flat if self.buffers is not buffers else lead)
         known = static(self.m)
@@ -110,7 +120,7 @@ class _Emitter:
         first: Any = T.int64(0)
         for count, vectors in self.tiles:
             width = vectors * self.lanes
-            columns = T.alloc_buffer((count, T.int64(self.k), T.int64(width)), "float32")
+            columns = T.alloc_buffer((count, T.int64(self.k), T.int64(width)), self.dot.word)
             self._transpose(columns, first, count, vectors)
             self._multiply(columns, first, count, vectors)
             first = first + count * width
@@ -127,27 +137,35 @@ class _Emitter:
                 row = T.bind(first + tile * width + v * lanes)
 
                 def fast() -> None:
-                    rows = [T.bind(self.a[row + i, vector(k, lanes)]) for i in range(lanes)]
+                    rows = [T.bind(self._words(row + i, k)) for i in range(lanes)]
                     for i, value in enumerate(transpose(rows)):
                         T.buffer_store(columns, value, [tile, k + i, vector(v * lanes, lanes)])
 
                 def careful() -> None:
                     with T.serial(T.min(T.int64(lanes), T.int64(self.k) - k)) as i, T.serial(T.int64(lanes)) as lane:
-                        value = T.if_then_else(row + lane < self.m, self.a[row + lane, k + i], T.float32(0))
+                        value = T.if_then_else(row + lane < self.m, self._word(row + lane, k + i), self.dot.zero())
                         T.buffer_store(columns, value, [tile, k + i, v * lanes + lane])
 
                 _either(tirx.all(row + lanes <= self.m, k + lanes <= T.int64(self.k)), fast, careful)
+
+    def _words(self, row: Any, k: Any) -> Any:
+        """`lanes` consecutive words of a row of A."""
+        loaded = self.a[row, vector(k * self.dot.group, self.lanes * self.dot.group)]
+        return loaded if self.dot.group == 1 else T.reinterpret(f"int32x{self.lanes}", loaded)
+
+    def _word(self, row: Any, k: Any) -> Any:
+        return self.dot.read(self.a, lambda at: (row, at), k * self.dot.group)
 
     def _multiply(self, columns: Any, first: Any, count: Any, vectors: int) -> None:
         lanes, width = self.lanes, vectors * self.lanes
         panels = -(-self.n // lanes)
         whole = self.n // lanes
         known = static(self.m)
-        work = None if known is None else int(known * self.k * self.n * self.workload.density)
+        work = None if known is None else int(known * self.k * self.n * self.workload.share(self.dot.group, 1))
         with tasks(count * T.int64(panels), work) as task:
             tile = T.bind(T.floordiv(task, T.int64(panels)))
             panel = T.bind(T.floormod(task, T.int64(panels)))
-            sums = T.alloc_buffer((lanes, vectors, lanes), "float32")
+            sums = T.alloc_buffer((lanes, vectors, lanes), self.dot.word)
 
             def outputs(real: int) -> None:
                 with T.serial(T.int64(real)) as n:
@@ -165,22 +183,22 @@ class _Emitter:
     def _column(self, columns: Any, tile: Any, output: Any, n: Any, vectors: int, sums: Any) -> None:
         """All rows of one output."""
         lanes = self.lanes
-        acc = Accumulators(1, vectors, lanes)
+        acc = Accumulators(1, vectors, lanes, self.dot)
         acc.fill()
         begin, end = T.bind(self.stream.pointers[output]), T.bind(self.stream.pointers[output + 1])
         with T.serial(end - begin) as step:
             p = T.bind(begin + step)
-            k = T.bind(self.stream.indices[p].astype("int64"))
+            k = T.bind(self.stream.indices[p].astype("int64") // T.int64(self.dot.group))
             weight = T.bind(splat(self.stream.values[p, 0], lanes))
             for v in range(vectors):
-                acc.fma(0, v, weight, columns[tile, k, vector(T.int64(v * lanes), lanes)])
+                acc.fma(0, v, columns[tile, k, vector(T.int64(v * lanes), lanes)], weight)
         for v in range(vectors):
             T.buffer_store(sums, acc.load(0, v), [n, v, vector(T.int64(0), lanes)])
 
     def _store(self, row: Any, panel: Any, v: Any, real: int, sums: Any) -> None:
         """The epilogue of lanes x lanes sums, transposed back."""
         lanes = self.lanes
-        acc = Accumulators(lanes, 1, lanes)
+        acc = Accumulators(lanes, 1, lanes, self.dot)
         # columns beyond the real ones hold what was there before; they are not stored
         values = transpose([T.bind(sums[i, v, vector(T.int64(0), lanes)]) for i in range(lanes)])
         for i, value in enumerate(values):

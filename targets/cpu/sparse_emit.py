@@ -11,6 +11,7 @@ import numpy as np
 
 from ...compiler.tvm import IRBuilder, T, tirx
 from ..common.fused import Fused, Unfusable, product, static
+from .dot import Dot, dot_kind
 from .emit import ATTRS
 from .sparse_weights import Constants, compress, density_class, group_mask
 from .template import Packing
@@ -21,19 +22,19 @@ _SAMPLES = 3
 
 @dataclass(frozen=True)
 class SparseWorkload:
-    """M x K x N; M is None when known at run time only. density: nonzero weights / all, the mean over the call sites whose constants `weights` holds."""
+    """M x K x N; M is None when known at run time only. kind: of the product, see `dot.dot_kind`. density: nonzero weights / all, the mean over the call sites whose constants `weights` holds."""
 
     m: int | None
     k: int
     n: int
-    dtype: str
+    kind: str
     density: float
     epilogue: str
     weights: tuple[np.ndarray, ...] = field(compare=False, repr=False)
     _known: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"sparse gemm {self.m}x{self.k}x{self.n} {self.dtype} density {self.density:.3f}"
+        return f"sparse gemm {self.m}x{self.k}x{self.n} {self.kind} density {self.density:.3f}"
 
     def share(self, r: int, c: int) -> float:
         """Share of the groups of r consecutive k by c outputs that are not all zero."""
@@ -50,7 +51,7 @@ class SparseWorkload:
         return self._known[r, c]
 
 
-def sparse_workload(fused: Fused, constants: frozenset[int], dtype: str) -> SparseWorkload:
+def sparse_workload(fused: Fused, constants: frozenset[int]) -> SparseWorkload:
     """The workload of a matmul with a constant weight in which there are zeros enough; Unfusable otherwise."""
     if fused.core["op"] != "matmul":
         raise Unfusable("not a matmul")
@@ -58,14 +59,15 @@ def sparse_workload(fused: Fused, constants: frozenset[int], dtype: str) -> Spar
     position = fused.param_index(b)
     if len(b.shape) != 2 or position not in constants or not isinstance(constants, Constants):
         raise Unfusable("no constant weight")
-    if b.ty.dtype != dtype:
-        raise Unfusable(f"not {dtype}")
+    kind = dot_kind(fused.inputs, fused.accumulator)
     weights = constants.values[position]
     if not all(density_class(weight) for weight in weights):
         raise Unfusable("no zeros to speak of")
     k, n = weights[0].shape
+    if kind != "f32" and k % 4:
+        raise Unfusable("K is no multiple of 4, the codes of one word")
     density = float(np.mean([np.count_nonzero(weight) / weight.size for weight in weights]))
-    return SparseWorkload(static(product(list(a.shape[:-1]))), k, n, dtype, density, fused.epilogue_text(), weights)
+    return SparseWorkload(static(product(list(a.shape[:-1]))), k, n, kind, density, fused.epilogue_text(), weights)
 
 
 def row_chunks(m: int | None, mr: int) -> list[int]:
@@ -85,7 +87,7 @@ class StreamBuffers:
 
 
 @contextmanager
-def sparse_kernel(fused: Fused, workload: SparseWorkload, r: int, c: int) -> Iterator[tuple[IRBuilder, dict[Any, Any], StreamBuffers]]:
+def sparse_kernel(fused: Fused, workload: SparseWorkload, r: int, c: int, dot: Dot) -> Iterator[tuple[IRBuilder, dict[Any, Any], StreamBuffers]]:
     """Open a PrimFunc with the parameters of `fused`, the weight's replaced by its stream in groups of r by c.
 
     Yields the builder, a map from the fused function's buffers (the weight left out) to the new ones, and the stream.
@@ -97,7 +99,7 @@ def sparse_kernel(fused: Fused, workload: SparseWorkload, r: int, c: int) -> Ite
         for param in fused.params:
             if param.same_as(weight):
                 groups = tirx.Var("groups", "int64")
-                values = T.arg("values", T.buffer((groups, r * c), workload.dtype))
+                values = T.arg("values", T.buffer((groups, r // dot.group * c), dot.word))
                 indices = T.arg("indices", T.buffer((groups,), "int32"))
                 pointers = T.arg("pointers", T.buffer((-(-workload.n // c) + 1,), "int32"))
                 stream = StreamBuffers(values, indices, pointers)
@@ -109,8 +111,8 @@ def sparse_kernel(fused: Fused, workload: SparseWorkload, r: int, c: int) -> Ite
         yield builder, buffers, stream
 
 
-def stream_packing(fused: Fused, r: int, c: int, quads: int = 1) -> Packing:
+def stream_packing(fused: Fused, r: int, c: int, dot: Dot) -> Packing:
     """The packing that makes the stream of such a kernel."""
     position = fused.param_index(fused.inputs[1])
     assert position is not None
-    return Packing(position, (), lambda weight: compress(weight, r, c, quads=quads).arrays, f"groups{r}x{c}x{quads}")
+    return Packing(position, (), lambda weight: compress(weight, r, c, dot).arrays, f"{dot.name} groups {r}x{c}")

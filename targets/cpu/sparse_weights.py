@@ -3,7 +3,7 @@
 A weight stays an ordinary [K, N] array with zeros in it until a kernel is chosen; nothing marks it, so zeros that a model brought along count as well as those a pass made.
 
 blocks:   the weight is cut into column panels of `nr` outputs and every panel into groups of `r` consecutive k. Of each panel the groups that are not all zero are
-          stored: values [groups, r * nr], the first k of each (indices [groups]), and where each panel begins (pointers [panels + 1]).
+          stored: values [groups, r * nr] (as words of the dot product), the first k of each (indices [groups]), and where each panel begins (pointers [panels + 1]).
 columns:  of each output the nonzero weights, or quads of 4 consecutive k, are stored in the same manner: compressed sparse columns.
 """
 
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from .dot import F32, Dot
 
 #: share of nonzero weights above which no sparse kernel is worth a look
 DENSE = 0.7
@@ -34,7 +36,7 @@ class Constants(frozenset[int]):
 
 @dataclass(frozen=True)
 class Stream:
-    """A compressed weight. values: [count, width]; indices: [count] int32, first k of each; pointers: [panels + 1] int32."""
+    """A compressed weight. values: [count, width] words; indices: [count] int32, first k of each; pointers: [panels + 1] int32."""
 
     values: np.ndarray
     indices: np.ndarray
@@ -53,23 +55,23 @@ def group_mask(weight: np.ndarray, r: int, c: int) -> np.ndarray:
     return np.asarray(nonzero.reshape(-1, r, nonzero.shape[1] // c, c).any(axis=(1, 3))).T
 
 
-def compress(weight: np.ndarray, r: int, c: int, *, quads: int = 1) -> Stream:
-    """The stream of [K, N] in groups of r consecutive k by c outputs.
+def compress(weight: np.ndarray, r: int, c: int, dot: Dot = F32) -> Stream:
+    """The stream of [K, N] in groups of r consecutive k by c outputs, values as words of `dot`: [count, r / group * c], lanes innermost.
 
-    quads: innermost run of k inside of a group, 4 for `vpdpbusd`: values [count, r / quads, c, quads]. K and N are padded with zeros.
-    A weight of only zeros keeps one group, so that no buffer is empty; no pointer leads to it.
+    r is a multiple of the dot's group. K and N are padded with zeros. A weight of only zeros keeps one group, so that no buffer is empty; no pointer leads to it.
     """
     k, n = weight.shape
     mask = group_mask(weight, r, c)
-    padded = np.zeros((mask.shape[1] * r, mask.shape[0] * c), weight.dtype)
+    panels, steps = mask.shape
+    padded = np.zeros((steps * r, panels * c), weight.dtype)
     padded[:k, :n] = weight
-    panel, group = np.nonzero(mask)
-    groups = padded.reshape(mask.shape[1], r // quads, quads, mask.shape[0], c)[group, :, :, panel]
-    values = groups.transpose(0, 1, 3, 2).reshape(len(group), r * c)
+    panel, step = np.nonzero(mask)
+    groups = padded.reshape(steps, r // dot.group, dot.group, panels, c)[step, :, :, panel]
+    values = dot.pack_words(groups).reshape(len(step), r // dot.group * c)
     pointers = np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int32)
-    indices = (group * r).astype(np.int32)
-    if not len(group):
-        values, indices = np.zeros((1, r * c), weight.dtype), np.zeros(1, np.int32)
+    indices = (step * r).astype(np.int32)
+    if not len(step):
+        values, indices = np.zeros((1, r // dot.group * c), values.dtype), np.zeros(1, np.int32)
     return Stream(np.ascontiguousarray(values), indices, pointers)
 
 

@@ -39,7 +39,7 @@ class KernelTemplate(Protocol):
     """One family of kernels.
 
     `workload` reads a fused function (raises Unfusable when it is not for this template); `constants` are the parameter positions that are constant at every
-    call site, so may be packed. `space` lists the legal schedules, `features` describes the cost of one, `build` emits it.
+    call site, so may be packed. `space` lists the legal schedules (or raises Unfusable where this machine has none), `features` describes the cost of one, `build` emits it.
     """
 
     name: str
