@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from machines import runnable, widest
 from tcompile.compiler.tvm import tvm
 from tcompile.targets.base import Target
-from tcompile.targets.cpu.dot import MADD, VNNI
 from tcompile.targets.common.fused import Unfusable
+from tcompile.targets.cpu.dot import MADD, VNNI
 from tcompile.targets.cpu.sparse_blocks import BlockSchedule, GemmBlocks
 from tcompile.targets.cpu.sparse_columns import ColumnSchedule, GemmColumns
 from tcompile.targets.cpu.sparse_weights import Constants, compress
