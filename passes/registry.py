@@ -6,6 +6,7 @@ from .base import Pass
 from .canonicalize import Canonicalize
 from .layout import ChannelsLast
 from .normalization import RecognizeNormalizations
+from .quantization.qdq import RecognizeQdq
 from .quantization.quantize import Quantize
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeNormalizations, Quantize, ChannelsLast)}
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, Quantize, ChannelsLast)}

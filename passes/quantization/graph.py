@@ -166,13 +166,13 @@ def _site(graph: Graph, var: Any, call: Any, origins: Mapping[str, str]) -> Site
     total, bias = var, None
     reader = graph.single_reader(var)
     add = graph.defining(reader, "relax.add") if reader is not None else None
-    if add is not None and (value := _bias(add, var, kind, weight)) is not None:
+    if add is not None and (value := product_bias(add, var, kind, weight)) is not None:
         total, bias = reader, value
     name = origins.get(var.name, var.name)
     return Site(name, kind, var, call, call.args[0], graph.root(call.args[0]), weight, total, bias)
 
 
-def _bias(add: Any, var: Any, kind: str, weight: np.ndarray) -> np.ndarray | None:
+def product_bias(add: Any, var: Any, kind: str, weight: np.ndarray) -> np.ndarray | None:
     """The [N] addend per output channel of `add`, None when it adds something else."""
     other = constant_value(add.args[1] if add.args[0].same_as(var) else add.args[0])
     channels = weight.shape[-1] if kind == "matmul" else weight.shape[0]
