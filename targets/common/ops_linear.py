@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...compiler.dialect.weight_only import NAME as WEIGHT_ONLY
+from ...compiler.dialect.weight_only import attrs_of
 from ...compiler.tvm import te, tirx
 from .fused import core_attrs
 from .legalize import default_legalization, legalizer
@@ -51,3 +53,24 @@ def _matmul(builder: Any, call: Any) -> Any:
     if len(a.ty.shape) < 2 or len(b.ty.shape) < 2:
         return default_legalization(builder, call)
     return builder.call_te(matmul, a, b, str(call.ty.dtype), primfunc_name_hint="matmul", primfunc_attrs={"op_pattern": OUT_ELEMENTWISE_FUSABLE})
+
+
+def weight_only_matmul(x: Any, packed: Any, scales: Any, *rest: Any, bits: int, group: int) -> Any:
+    """x: [..., M, K] float32 times codes of `bits` with a scale and perhaps a zero per `group`, see `compiler.dialect.weight_only` -> [..., M, N]."""
+    k = te.reduce_axis((0, x.shape[-1]), "k")
+
+    def element(*axes: Any) -> Any:
+        *lead, n = axes
+        code = packed[k, n] if bits == 8 else (packed[k // 2, n] >> ((k % 2) * 4).astype("uint8")) & tirx.const(15, "uint8")
+        zero = rest[0][k // group, n].astype("float32") if rest else tirx.const(float(1 << (bits - 1)), "float32")
+        return te.sum(x[(*lead, k)] * (scales[k // group, n] * (code.astype("float32") - zero)), axis=k)
+
+    attrs = core_attrs("weight_only_matmul", bits=bits, group=group)
+    return te.compute((*x.shape[:-1], packed.shape[1]), element, name="weight_only_matmul", attrs=attrs)
+
+
+@legalizer(WEIGHT_ONLY)
+def _weight_only_matmul(builder: Any, call: Any) -> Any:
+    bits, group = attrs_of(call)
+    attrs = {"op_pattern": OUT_ELEMENTWISE_FUSABLE}
+    return builder.call_te(weight_only_matmul, *call.args, bits=bits, group=group, primfunc_name_hint="weight_only_matmul", primfunc_attrs=attrs)

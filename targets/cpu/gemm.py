@@ -327,7 +327,16 @@ class GemmEmitter:
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes = self.schedule.lanes
-        nv = -(-columns // lanes)
+        first, acc = self._products(batch, row, mr, jo, panel, -(-columns // lanes))
+
+        def lead(i: Any) -> list[Any]:
+            return self.rows.indices(first + i) if self.flat else self.lead + self.rows.indices(row + i)
+
+        store_tile(self.fused, self.buffers, acc, lead, lambda v: jo * self.nr + v * lanes, columns, limit)
+
+    def _products(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, nv: int) -> tuple[Any, Accumulators]:
+        """The number of the first row among those of all batches, and the tile's sums."""
+        lanes = self.schedule.lanes
         first = T.bind(batch * self.m + row)
         dot, known = self.dot, static(self.k)
         acc = Accumulators(mr, nv, lanes, dot)
@@ -360,8 +369,4 @@ class GemmEmitter:
                 multiply(part, start, T.int64(length) if known and known % length == 0 else T.min(T.int64(length), self.k - start))
                 total.drain(part)
             acc = total
-
-        def lead(i: Any) -> list[Any]:
-            return self.rows.indices(first + i) if self.flat else self.lead + self.rows.indices(row + i)
-
-        store_tile(self.fused, self.buffers, acc, lead, lambda v: jo * self.nr + v * lanes, columns, limit)
+        return first, acc

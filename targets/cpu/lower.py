@@ -31,8 +31,9 @@ def templates() -> list[KernelTemplate]:
     from .gemm import Gemm
     from .sparse_blocks import GemmBlocks
     from .sparse_columns import GemmColumns
+    from .weight_only import WeightOnly
 
-    return [Gemm(), GemmBlocks(), GemmColumns(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect()]
+    return [Gemm(), WeightOnly(), GemmBlocks(), GemmColumns(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect()]
 
 
 @dataclass

@@ -1,0 +1,306 @@
+"""Weight-only GEMM template: y = epilogue(x [.., M, K] float32 @ (code - zero) * scale), codes of 8 or 4 bits, a scale (and zero) per group of k and column.
+
+Few rows: the codes go from memory to registers and are floats only there,
+
+    for panel in parallel:                               # NR = nv * lanes columns
+        for rows in tiles of mr:
+            for g in groups:
+                for k in group:                          # 4 bits: words of 8 codes, one shift and one table look-up (vpermps) each
+                    part[i][v] += x[i, k] * float(code[k, v])
+                    xs[i] += x[i, k]                     # only with zeros: the sum of (code - zero) x = the sum of code x - zero times the sum of x
+                total[i][v] += scale[g, v] * (part[i][v] - zero[g, v] * xs[i])
+
+many rows: a panel is unpacked to float32 once per chunk of rows, which the plain GEMM then multiplies. With M known only at run time the kernel holds both.
+Codes are kept signed (code minus half the range), so that sums do not cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...autotune.cost_model import KernelFeatures
+from ...compiler.tvm import T
+from ..base import Target
+from ..common.fused import Fused, Unfusable, product, static
+from .dot import F32, fma, splat, vector
+from .emit import Accumulators, kernel
+from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
+from .template import Kernel, Packing
+
+#: rows up to which codes are unpacked in registers where M is known only at run time
+FEW_ROWS = 8
+
+
+@dataclass(frozen=True)
+class WeightOnlyWorkload:
+    """M x K x N (M None: known only at run time), codes of `bits` in groups of `group` along k."""
+
+    m: int | None
+    k: int
+    n: int
+    bits: int
+    group: int
+    zeros: bool
+    epilogue: str
+
+    def __str__(self) -> str:
+        return f"gemm f32 x int{self.bits} {self.m}x{self.k}x{self.n} group {self.group}{' zeros' if self.zeros else ''}"
+
+    def dense(self) -> GemmWorkload:
+        """The float GEMM of the unpacked weights."""
+        return GemmWorkload(1, self.m, self.k, self.n, False, self.epilogue)
+
+    @property
+    def weight_bytes(self) -> float:
+        groups = -(-self.k // self.group)
+        return self.n * (groups * self.group * self.bits / 8 + groups * (5 if self.zeros else 4))
+
+
+@dataclass(frozen=True)
+class WeightOnlySchedule:
+    """The tiles of a GEMM; panel: weights are unpacked to float32 panels, otherwise in registers."""
+
+    tiles: GemmSchedule
+    panel: bool
+
+
+class WeightOnly:
+    """See the module."""
+
+    name = "weight_only"
+
+    def workload(self, fused: Fused, constants: frozenset[int]) -> WeightOnlyWorkload:
+        if fused.core["op"] != "weight_only_matmul":
+            raise Unfusable("not a product by weights in few bits")
+        x, *weights = _operands(fused)
+        if any(fused.param_index(buffer) not in constants for buffer in weights):
+            raise Unfusable("weights are not constant")
+        k, n, bits, group = static(x.shape[-1]), static(weights[0].shape[1]), fused.core["bits"], fused.core["group"]
+        if k is None or n is None or group % (32 // bits):
+            raise Unfusable("groups that are not whole words, or a run-time K")
+        return WeightOnlyWorkload(static(product(x.shape[:-1])), k, n, bits, group, len(weights) == 3, fused.epilogue_text())
+
+    def space(self, workload: WeightOnlyWorkload, target: Target) -> Sequence[WeightOnlySchedule]:
+        dense = Gemm().space(workload.dense(), target)
+        found = (
+            []
+            if workload.m is not None and workload.m < FEW_ROWS
+            else [WeightOnlySchedule(tiles, True) for tiles in dense if tiles.nv > 1 or len(dense) < 8]
+        )
+        if workload.m is not None and workload.m <= 4 * FEW_ROWS:
+            # totals wait in memory for the end of a group
+            most = target.vector_registers - 4
+            fits = [tiles for tiles in dense if tiles.mc == 0 and tiles.mr * (tiles.nv + workload.zeros) + 2 <= most and tiles.nv <= 8]
+            found += [WeightOnlySchedule(tiles, False) for tiles in fits]
+        return found
+
+    def features(self, workload: WeightOnlyWorkload, schedule: WeightOnlySchedule, target: Target) -> KernelFeatures:
+        tiles, steps = schedule.tiles, self._unpack_steps(workload, target)
+        base = Gemm().features(workload.dense(), tiles, target)
+        m, vectors = workload.m or 128, -(-workload.n // tiles.lanes)
+        repeats = -(-m // (tiles.mc or m)) if schedule.panel else -(-m // tiles.mr)
+        # unpacking shares the vector ports with the multiply-adds; two of four take each kind
+        unpack = float(repeats * vectors * workload.k * (steps + (2 if schedule.panel else 0))) / 2.0
+        weights = workload.weight_bytes * repeats
+        return replace(
+            base,
+            fma_cycles=base.fma_cycles + unpack,
+            latency_cycles=base.latency_cycles + unpack,
+            l2_bytes=base.l2_bytes + (8.0 * workload.k * workload.n * repeats if schedule.panel else 0.0),
+            l3_bytes=weights,
+            dram_bytes=workload.weight_bytes,
+        )
+
+    @staticmethod
+    def _unpack_steps(workload: WeightOnlyWorkload, target: Target) -> int:
+        """Vector instructions that make one vector of floats from codes."""
+        if workload.bits == 8:
+            return 2
+        return 2 if target.vector_bits == 512 else 3
+
+    def build(self, fused: Fused, workload: WeightOnlyWorkload, schedule: WeightOnlySchedule, target: Target) -> Kernel:
+        nr = schedule.tiles.nv * schedule.tiles.lanes
+        packings, dtypes = _packings(fused, workload, nr), {}
+        for packing, dtype in zip(packings, ("int8" if workload.bits == 8 else "int32", "float32", "int8"), strict=False):
+            dtypes[packing.param] = dtype
+        with kernel(fused, {packing.param: packing.shape for packing in packings}, dtypes) as (builder, buffers):
+            x, *weights = _operands(fused)
+            rows = list(x.shape[:-1])
+            flat = T.decl_buffer((product(rows), x.shape[-1]), "float32", data=buffers[x].data)
+            operands = GemmOperands([], rows, T.int64(workload.k), T.int64(workload.n), flat, lambda row: lambda k: (row, k), None, True, F32)
+            _Emitter(fused, buffers, workload, schedule, operands, [buffers[buffer] for buffer in weights], target).emit()
+        return Kernel(builder.get(), packings)
+
+
+def _operands(fused: Fused) -> list[Any]:
+    """x, packed codes, scales and perhaps zeros, whatever the order in which the core reads them."""
+    scales = next(buffer for buffer in fused.inputs[1:] if str(buffer.ty.dtype) == "float32")
+    codes = [buffer for buffer in fused.inputs if str(buffer.ty.dtype) == "uint8"]
+    return [fused.inputs[0], codes[0], scales, *codes[1:]]
+
+
+def _packings(fused: Fused, workload: WeightOnlyWorkload, nr: int) -> tuple[Packing, ...]:
+    """Panels of NR columns: codes [panel][k][NR] int8, or [panel][k / 8][NR] words of eight 4-bit codes, k upwards; scales and zeros [panel][group][NR]."""
+    _, *weights = _operands(fused)
+    panels, groups, half = -(-workload.n // nr), -(-workload.k // workload.group), 1 << (workload.bits - 1)
+    rows = groups * workload.group * workload.bits // (8 if workload.bits == 8 else 32)
+
+    def codes(packed: np.ndarray) -> np.ndarray:
+        if workload.bits == 8:
+            return pack_panels((packed ^ 128).view(np.int8), nr)
+        plain = np.stack([packed & 15, packed >> 4], axis=1).reshape(rows, 8, packed.shape[1]).astype(np.uint32) ^ 8
+        words = (plain << (4 * np.arange(8, dtype=np.uint32))[None, :, None]).sum(axis=1, dtype=np.uint32)
+        return pack_panels(words.view(np.int32), nr)
+
+    def zeros(values: np.ndarray) -> np.ndarray:
+        return pack_panels((values.astype(np.int16) - half).astype(np.int8), nr)
+
+    found = []
+    for buffer, pack, depth, key in zip(weights, (codes, lambda scales: pack_panels(scales, nr), zeros), (rows, groups, groups), "csz", strict=False):
+        position = fused.param_index(buffer)
+        assert position is not None
+        found.append(Packing(position, (panels, depth, nr), pack, f"weight_only{workload.bits}{key}{nr}"))
+    return tuple(found)
+
+
+class _Emitter(GemmEmitter):
+    """A GEMM whose weights are unpacked on the way."""
+
+    def __init__(
+        self,
+        fused: Fused,
+        buffers: Any,
+        workload: WeightOnlyWorkload,
+        schedule: WeightOnlySchedule,
+        operands: GemmOperands,
+        weights: list[Any],
+        target: Target,
+    ):
+        super().__init__(fused, buffers, schedule.tiles, operands)
+        self.workload, self.panel, self.table = workload, schedule.panel, target.vector_bits == 512
+        self.codes, self.scales, self.zeros = weights[0], weights[1], (weights[2] if workload.zeros else None)
+
+    def _panel(self, batch: Any, jo: Any) -> Any:
+        return self._unpacked(jo) if self.panel and self.workload.m is not None else None
+
+    def _rows(self, batch: Any, chunk: Any, jo: Any, panel: Any, columns: int, limit: Any) -> None:
+        if self.workload.m is not None:
+            super()._rows(batch, chunk, jo, panel, columns, limit)
+            return
+        tiles = self.schedule
+        with T.If(self.m <= T.int64(FEW_ROWS)):
+            with T.Then():
+                self.schedule = replace(tiles, mr=max(1, 16 // tiles.nv) if self.table else max(1, 8 // tiles.nv))
+                super()._rows(batch, chunk, jo, None, columns, limit)
+                self.schedule = tiles
+            with T.Else():
+                super()._rows(batch, chunk, jo, self._unpacked(jo), columns, limit)
+
+    # -- codes to floats ---------------------------------------------------------------------------------------------------------------------------
+
+    def _floats(self, jo: Any, word: Any, v: int) -> list[Any]:
+        """The signed codes of the k in one row of the packed panel, as vectors of float32."""
+        lanes = self.schedule.lanes
+        value = self.codes[jo, word, vector(T.int64(v * lanes), lanes)]
+        if self.workload.bits == 8:
+            return [T.cast(T.cast(value, f"int32x{lanes}"), f"float32x{lanes}")]
+        value = T.bind(value)
+        return [self._nibble(value, i) for i in range(8)]
+
+    def _nibble(self, word: Any, i: int) -> Any:
+        """Code i of a vector of words: a table look-up takes the low four bits of every lane; without one they are shifted up and down again."""
+        lanes = self.schedule.lanes
+        if self.table and lanes == 16:
+            count = T.ramp(T.int32(0), T.int32(1), 16)
+            table = T.cast((count ^ splat(T.int32(8), 16)) - splat(T.int32(8), 16), "float32x16")
+            index = word >> splat(T.int32(4 * i), 16) if i else word
+            return T.call_llvm_pure_intrin("float32x16", T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512"), table, index)
+        up = word << splat(T.int32(28 - 4 * i), lanes) if i < 7 else word
+        return T.cast(up >> splat(T.int32(28), lanes), f"float32x{lanes}")
+
+    def _row_of(self, source: Any, jo: Any, group: Any, v: int) -> Any:
+        """Scales or zeros of a group as a vector."""
+        lanes = self.schedule.lanes
+        value = source[jo, group, vector(T.int64(v * lanes), lanes)]
+        return value if source is self.scales else T.cast(T.cast(value, f"int32x{lanes}"), f"float32x{lanes}")
+
+    @property
+    def _codes_per_row(self) -> int:
+        return 1 if self.workload.bits == 8 else 8
+
+    def _unpacked(self, jo: Any) -> Any:
+        """The panel in float32; a function (k, v) -> vector."""
+        workload, lanes, step = self.workload, self.schedule.lanes, self._codes_per_row
+        groups = -(-workload.k // workload.group)
+        panel = T.alloc_buffer((T.int64(groups * workload.group), T.int64(self.nr)), "float32")
+        per_group = workload.group // step
+        with T.serial(T.int64(groups)) as group:
+            scales = [T.bind(self._row_of(self.scales, jo, group, v)) for v in range(self.schedule.nv)]
+            zeros = [T.bind(self._row_of(self.zeros, jo, group, v)) for v in range(self.schedule.nv)] if workload.zeros else []
+            with T.serial(T.int64(per_group)) as row:
+                word = group * T.int64(per_group) + row
+                for v in range(self.schedule.nv):
+                    for i, code in enumerate(self._floats(jo, word, v)):
+                        value = (code - zeros[v] if zeros else code) * scales[v]
+                        T.buffer_store(panel, value, [word * T.int64(step) + i, vector(T.int64(v * lanes), lanes)])
+        return lambda k, v: panel[k, vector(T.int64(v * lanes), lanes)]
+
+    # -- few rows --------------------------------------------------------------------------------------------------------------------------------------
+
+    def _products(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, nv: int) -> tuple[Any, Accumulators]:
+        if panel is not None:
+            return super()._products(batch, row, mr, jo, panel, nv)
+        workload, lanes = self.workload, self.schedule.lanes
+        first = T.bind(batch * self.m + row)
+        total, part, sums = Accumulators(mr, nv, lanes), Accumulators(mr, nv, lanes), Accumulators(mr, 1, lanes)
+        for registers in (total, part, sums) if workload.zeros else (total, part):
+            registers.fill()
+        whole, rest = divmod(workload.k, workload.group)
+
+        def finish(group: Any) -> None:
+            for v in range(nv):
+                scale = T.bind(self._row_of(self.scales, jo, group, v))
+                zero = T.bind(self._row_of(self.zeros, jo, group, v)) if workload.zeros else None
+                for i in range(mr):
+                    value = part.load(i, v) if zero is None else part.load(i, v) - zero * sums.load(i, 0)
+                    total.store(i, v, fma(scale, value, total.load(i, v), lanes))
+            part.fill()
+            if workload.zeros:
+                sums.fill()
+
+        if whole:
+            with T.serial(T.int64(whole)) as group:
+                self._group(first, jo, group, workload.group, part, sums)
+                finish(group)
+        if rest:
+            self._group(first, jo, T.int64(whole), rest, part, sums)
+            finish(T.int64(whole))
+        return first, total
+
+    def _group(self, first: Any, jo: Any, group: Any, count: int, part: Accumulators, sums: Accumulators) -> None:
+        """part += x * codes over the first `count` k of a group."""
+        workload, step = self.workload, self._codes_per_row
+        rows, rest = divmod(count, step)
+
+        def row(word: Any, codes: int) -> None:
+            vectors = [self._floats(jo, word, v)[:codes] for v in range(part.nv)]
+            for i in range(codes):
+                weights = [T.bind(floats[i]) for floats in vectors]
+                k = word * T.int64(step) + i
+                for m in range(part.mr):
+                    value = T.bind(splat(self.a[first + m, k], part.lanes))
+                    for v in range(part.nv):
+                        part.fma(m, v, value, weights[v])
+                    if workload.zeros:
+                        sums.store(m, 0, sums.load(m, 0) + value)
+
+        start = T.bind(group * T.int64(workload.group // step))
+        if rows:
+            with T.serial(T.int64(rows)) as r:
+                row(start + r, step)
+        if rest:
+            row(start + T.int64(rows), rest)

@@ -1,0 +1,102 @@
+"""Weight-only GEMM: against the numpy reference of the operator over awkward sizes and formats, and the instructions that unpack the codes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from machines import runnable
+from tcompile.compiler.dialect.weight_only import reference, weight_only_matmul
+from tcompile.compiler.tvm import relax, tirx, tvm
+from tcompile.passes.quantization.formats import GroupedInt
+from tcompile.targets.base import Target
+from tcompile.targets.common.fused import analyze
+from tcompile.targets.common.legalize import legalize
+from tcompile.targets.cpu.lower import tvm_target
+from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.weight_only import WeightOnly
+
+WEIGHTS = frozenset([1, 2, 3])
+
+
+def fused(m: Any, k: int, n: int, made: GroupedInt) -> Any:
+    """relu(x @ w + b) as Relax fuses it; m may be a symbol's name."""
+    groups = made.groups(k)
+    x = relax.Var("x", relax.TensorType((tirx.Var(m, "int64") if isinstance(m, str) else m, k), "float32"))
+    packed = relax.Var("w", relax.TensorType((groups * made.group * made.bits // 8, n), "uint8"))
+    scales = relax.Var("s", relax.TensorType((groups, n), "float32"))
+    zeros = [] if made.symmetric else [relax.Var("z", relax.TensorType((groups, n), "uint8"))]
+    bias = relax.Var("b", relax.TensorType((n,), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, packed, scales, *zeros, bias]):
+        with builder.dataflow():
+            y = builder.emit(weight_only_matmul(x, packed, scales, *zeros, bits=made.bits, group=made.group))
+            y = builder.emit_output(relax.op.nn.relu(relax.op.add(y, bias)))
+        builder.emit_func_output(y)
+    module, transform = legalize(builder.get()), relax.transform
+    for step in (transform.AnnotateTIROpPattern(), transform.FuseOps(), transform.FuseTIR(), transform.DeadCodeElimination()):
+        module = step(module)
+    functions = [func for _, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
+    assert len(functions) == 1, "the epilogue was not fused"
+    return analyze(functions[0])
+
+
+def compiled(kernel: Any, target: Target) -> Any:
+    return tvm.compile(kernel.func.with_attr("global_symbol", "f"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
+
+
+CASES = [
+    (1, 128, 64, GroupedInt(4, 32)),
+    (1, 70, 33, GroupedInt(4, 32, symmetric=False)),
+    (3, 257, 50, GroupedInt(8, 64, symmetric=False)),
+    (2, 5, 1, GroupedInt(8, 32)),
+    (19, 96, 100, GroupedInt(4, 32, symmetric=False)),
+    (33, 130, 40, GroupedInt(8, 128)),
+    ("rows", 100, 70, GroupedInt(4, 32)),
+    ("rows", 100, 128, GroupedInt(8, 32, symmetric=False)),
+]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize("target", runnable())
+def test_against_the_reference(index, target):
+    m, k, n, made = CASES[index]
+    rng = np.random.default_rng(index)
+    weight = rng.standard_normal((k, n)).astype(np.float32)
+    encoded = made.encode(weight + (0 if made.symmetric else 0.7))
+    arrays = [made.pack(encoded.codes), np.ascontiguousarray(encoded.scale[:, 0])]
+    arrays += [] if made.symmetric else [encoded.zero[:, 0].astype(np.uint8)]
+    bias = rng.standard_normal(n).astype(np.float32)
+    template, func = WeightOnly(), fused(m, k, n, made)
+    workload = template.workload(func, WEIGHTS)
+    space = list(template.space(workload, target))
+    # some schedules of either kind
+    picks = [schedule for panel in (False, True) for schedule in [one for one in space if one.panel == panel][:: max(1, len(space) // 2)]]
+    for schedule in picks:
+        kernel = template.build(func, workload, schedule, target)
+        args = list(arrays)
+        for packing in kernel.packings:
+            args[packing.param - 1] = packing.pack(arrays[packing.param - 1])
+            assert args[packing.param - 1].shape == packing.shape
+        executable = compiled(kernel, target)
+        for rows in [m] if isinstance(m, int) else [1, 6, 9, 40]:
+            x = rng.standard_normal((rows, k)).astype(np.float32)
+            want = np.maximum(reference(x, *arrays, bits=made.bits, group=made.group) + bias, 0)
+            out = tvm.runtime.tensor(np.full((rows, n), np.nan, np.float32))
+            executable["f"](*(tvm.runtime.tensor(array) for array in (x, *args, bias)), out)
+            np.testing.assert_allclose(out.numpy(), want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=str(schedule))
+
+
+@pytest.mark.parametrize(("machine", "bits", "instruction"), [("cascadelake", 4, "vpermps"), ("cascadelake", 8, "vpmovsxbd"), ("haswell", 4, "vpslld")])
+def test_codes_become_floats_in_registers(machine, bits, instruction):
+    target = Target.parse(f"cpu:{machine}")
+    template, func = WeightOnly(), fused(1, 256, 256, GroupedInt(bits, 32))
+    workload = template.workload(func, WEIGHTS)
+    schedule = next(schedule for schedule in template.space(workload, target) if schedule.tiles.nv == 4)
+    assembly = compiled(template.build(func, workload, schedule, target), target).mod.inspect_source("asm")
+    hot = max(re.split(r"\n\.LBB", assembly), key=lambda block: block.count(instruction))
+    hot = re.split(r"\n\tj", hot)[0]
+    assert hot.count("vfmadd") >= 32 * bits // 32
+    assert not re.search(r"\tvmov\w+\t%[yz]mm\d+, [-\d]*\(%rsp", hot)
