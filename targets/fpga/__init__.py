@@ -1,0 +1,1 @@
+"""FPGA target: integer dataflow networks as Vitis HLS C++ and SystemVerilog."""
