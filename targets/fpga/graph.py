@@ -71,7 +71,7 @@ class Walk:
             self.values[binding.var] = self._value(expr)
             return
         op = expr.op.name if isinstance(expr.op, tvm.ir.Op) else str(expr.op)
-        source = self.program.origins.get(binding.var.name_hint, binding.var.name_hint)
+        source = self.program.origins.get(binding.var.name, binding.var.name)
         operands = [self._value(arg) for arg in expr.args]
         self.values[binding.var] = None
         try:
@@ -158,7 +158,7 @@ def linear(source: Node, weights: np.ndarray, bias: np.ndarray, rows: int, name:
 
 def lower_to_nodes(program: Program) -> Walk:
     """The nodes of a program. Raises UnsupportedModel with every operator that has no stage."""
-    from . import rules  # noqa: F401  registers them
+    from . import rules, rules_elementwise  # noqa: F401  registers them
 
     return Walk(program)
 
