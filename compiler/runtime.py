@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,18 @@ class CompiledModel:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._executable: Executable | None = None
+        #: C simulation of an FPGA project, in place of an executable
+        self._simulation: Callable[[np.ndarray], np.ndarray] | None = None
 
     def start(self) -> CompiledModel:
         """Load the artifact's code now; returns the model. Raises ToolchainError when the code needs what this CPU lacks."""
         with self._lock:
-            if self._executable is None:
+            if self.manifest["target"]["kind"] == "fpga":
+                if self._simulation is None:
+                    from ..targets.fpga.backend import simulator
+
+                    self._simulation = simulator(self._artifact.sources, self._artifact.report)
+            elif self._executable is None:
                 require_host(self._artifact)
                 tensors = [from_dlpack(weight) if weight.size else without_elements(weight) for weight in self._artifact.weights.values()]
                 self._weights = array(tensors)
@@ -53,6 +60,8 @@ class CompiledModel:
         if named or len(args) != len(self.inputs):
             args = self._binder.order(args, named)
         tensors = self._binder.bind(args)
+        if self.manifest["target"]["kind"] == "fpga":
+            return self._simulated(tensors[0], bool(args) and is_torch(args[0]))
         main = self._main()
         pool.use(self.threads, config_threadpool)
         try:
@@ -65,6 +74,18 @@ class CompiledModel:
         if len(self.outputs) == 1:
             return self._own(result[0] if isinstance(result, array) else result, taken, to_torch)
         return tuple(self._own(output, taken, to_torch) for output in result)
+
+    def _simulated(self, tensor: Any, to_torch: bool) -> Any:
+        """One call of an FPGA project: its C simulation, one call at a time."""
+        simulation = self.start()._simulation
+        assert simulation is not None
+        with self._lock:
+            result = simulation(np.from_dlpack(tensor))
+        if to_torch:
+            import torch
+
+            return torch.from_numpy(result)
+        return result
 
     def _main(self) -> Any:
         """This thread's entry point."""

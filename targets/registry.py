@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .base import Target
 from .cpu import backend as cpu
+from .fpga import backend as fpga
 
 if TYPE_CHECKING:
     from ..compiler.lowered import Lowered
@@ -29,4 +30,4 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "fpga": fpga}

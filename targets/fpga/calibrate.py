@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,29 +12,10 @@ from ...compiler.errors import Blocker, UnsupportedModel, UsageError
 from . import integer
 from .graph import Walk
 from .network import Add, LayerNorm, MatMul, MatVec, Network, Pool, Port, Reorder, Requant, Softmax, Stage, Table, Window
-from .nodes import Node
+from .nodes import Node, Quant
 
 #: N:M patterns that are looked for in weights, the sparsest first
 PATTERNS = ((1, 8), (1, 4), (2, 8), (2, 4), (1, 2))
-
-
-@dataclass(frozen=True)
-class Quant:
-    """real = scale * (q - zero) of a u8 stream."""
-
-    scale: float
-    zero: int
-
-    @staticmethod
-    def of_range(low: float, high: float) -> Quant:
-        """The 256 levels over [low, high], 0 among them exactly."""
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = (high - low) / 255 or 1.0
-        return Quant(scale, int(np.clip(round(-low / scale), 0, 255)))
-
-    def level(self, real: float) -> int:
-        """The level that a bound of a clamp falls on."""
-        return int(np.clip(round(np.clip(real / self.scale, -1e6, 1e6)) + self.zero, 0, 255))
 
 
 def observe(walk: Walk, samples: Iterable[np.ndarray]) -> tuple[dict[int, tuple[float, float]], list[np.ndarray]]:
@@ -76,7 +56,7 @@ class _Build:
     def __init__(self, walk: Walk, ranges: dict[int, tuple[float, float]]):
         self.walk, self.ranges = walk, ranges
         self.names: dict[int, str] = {id(walk.input): ""}
-        self.quants: dict[int, Quant] = {id(walk.input): Quant.of_range(*ranges[id(walk.input)])}
+        self.quants: dict[int, Quant] = {id(walk.input): self.observed(walk.input)}
         self.stages: list[Stage] = []
         self.blockers: list[Blocker] = []
         #: scale of the raw output per channel, when the last stage gives its sums
@@ -116,7 +96,8 @@ class _Build:
         return self.quants[id(node)]
 
     def observed(self, node: Node) -> Quant:
-        return Quant.of_range(*self.ranges[id(node)])
+        """What the program itself rounds the node's values to, or else the range of the calibration data."""
+        return node.params.get("pinned") or Quant.of_range(*self.ranges[id(node)])
 
     def requant(self, node: Node, scale: np.ndarray | float, quant: Quant) -> Requant:
         """From sums with `scale` to the levels of `quant`, the node's clamp in the limits."""
@@ -176,10 +157,13 @@ def _add(build: _Build, node: Node) -> None:
 def _function(build: _Build, node: Node) -> None:
     source, function = node.inputs[0], node.params["function"]
     x = build.quant(source)
-    if function.tag and function.tag[0] == "gain" and build.names[id(source)] and node is not build.walk.output:
-        build.names[id(node)] = build.names[id(source)]
-        build.quants[id(node)] = Quant(x.scale * function.tag[1], x.zero)
-        return
+    if function.kind == "affine" and build.names[id(source)] and node is not build.walk.output and not node.params.get("pinned"):
+        scale, offset = function.numbers
+        zero = x.zero - offset / (scale * x.scale)
+        if zero == round(zero) and 0 <= zero <= 255:  # another scale for the same levels
+            build.names[id(node)] = build.names[id(source)]
+            build.quants[id(node)] = Quant(x.scale * scale, int(zero))
+            return
     with np.errstate(all="ignore"):
         real = function.apply((np.arange(256) - x.zero) * x.scale)
     quant = build.observed(node)

@@ -49,7 +49,7 @@ def build(sources: Mapping[str, str], out_count: int, *, flags: tuple[str, ...] 
     folder = Path(keep.name)
     for name in FILES:
         (folder / name).write_text(sources[name])
-    command = [compiler, "-std=c++14", "-O1", "-w", *flags, "-I.", "kernel.cpp", "testbench.cpp", "-o", "testbench"]
+    command = [compiler, "-std=c++14", "-O0", "-w", *flags, "-I.", "kernel.cpp", "testbench.cpp", "-o", "testbench"]
     done = _run(command, folder)
     if done.returncode:
         raise ToolchainError(f"g++ failed on the emitted project: {done.stderr.strip()[:2000]}")

@@ -140,7 +140,9 @@ def _stream(edge: Edge) -> str:
 
 
 def _signature(unit: Unit) -> str:
-    arguments = [f"{_stream(edge)}& in{i}" for i, edge in enumerate(unit.inputs)] + [f"{_stream(edge)}& out{i}" for i, edge in enumerate(unit.outputs)]
+    arguments = [f"{_stream(edge)}& in{i}" for i, edge in enumerate(unit.inputs)] + [
+        f"{_stream(edge)}& out{i}" for i, edge in enumerate(unit.outputs)
+    ]
     return f"void {unit.name}({', '.join(arguments)})"
 
 

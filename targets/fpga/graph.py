@@ -10,15 +10,11 @@ import numpy as np
 from ...compiler.errors import Blocker, UnsupportedModel
 from ...compiler.program import Program
 from ...compiler.tvm import is_constant, relax, tvm
-from .nodes import Function, Node, View, in_order, rows_of
+from .nodes import Node, Refused, View, affine, in_order, rows_of
 
 #: a rule gets the call, its operands (views, arrays, or None for anything else) and the name of the source node
 Rule = Callable[["Walk", Any, list[Any], str], Any]
 RULES: dict[str, Rule] = {}
-
-
-class Refused(Exception):
-    """An operator that no stage computes; the text says why."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -42,7 +38,9 @@ class Walk:
             raise UnsupportedModel(f"FPGA networks have one input and one output; this model has {len(program.inputs)} and {len(program.outputs)}")
         spec = program.inputs[0]
         if any(isinstance(dim, str) for dim in spec.shape):
-            raise UnsupportedModel(f"FPGA networks have fixed shapes; '{spec}' has open dims: fix them, for example with --shape {spec.name}={_fixed(spec)}")
+            raise UnsupportedModel(
+                f"FPGA networks have fixed shapes; '{spec}' has open dims: fix them, for example with --shape {spec.name}={_fixed(spec)}"
+            )
         if spec.dtype != "float32":
             raise UnsupportedModel(f"FPGA networks take float32 inputs, which are quantised; '{spec}' is {spec.dtype}")
         size = int(np.prod(spec.shape))
@@ -59,8 +57,13 @@ class Walk:
         if not isinstance(result, View):
             raise UnsupportedModel("the output does not depend on the input; there is nothing to compute on an FPGA")
         self.output_shape = result.shape
-        node = in_order(result)
-        self.output = node if node.kind != "input" else Node("function", [node], node.size, lambda x: x, "", {"function": Function(lambda x: x)})
+        try:
+            node = in_order(result)
+        except Refused as error:
+            raise UnsupportedModel(f"the output: {error}") from error
+        if node.kind == "input":
+            node = Node("function", [node], node.size, lambda x: x, "", {"function": affine(1.0, 0.0)})
+        self.output = node
         self.nodes = _live(self.output)
         _fuse_clips(self.nodes, self.output)
         self.nodes = _live(self.output)
@@ -77,7 +80,7 @@ class Walk:
         try:
             if op not in RULES:
                 raise Refused("no FPGA stage computes this operator")
-            if any(operand is None and not isinstance(arg, relax.ShapeExpr) for operand, arg in zip(operands, expr.args, strict=True)):
+            if any(operand is None and isinstance(arg, relax.Var) for operand, arg in zip(operands, expr.args, strict=True)):
                 return  # made by something that was refused already
             self.values[binding.var] = RULES[op](self, expr, operands, source)
         except Refused as error:
@@ -125,18 +128,19 @@ def _fuse_clips(nodes: list[Node], output: Node) -> None:
     replaced: dict[int, Node] = {}
     for node in nodes:
         node.inputs = [replaced.get(id(source), source) for source in node.inputs]
-        if node is output or node.kind != "function" or (node.params["function"].tag or ("",))[0] != "clip":
+        if node is output or node.kind != "function" or node.params["function"].kind != "clip":
             continue
         source = node.inputs[0]
-        if source.kind in ("linear", "add", "matmul", "average") and len(readers[id(source)]) == 1:
-            _, low, high = node.params["function"].tag
+        if source.kind in ("linear", "add", "matmul", "average") and len(readers[id(source)]) == 1 and not source.params.get("pinned"):
+            low, high = node.params["function"].numbers
             source.clip = (max(low, source.clip[0]), min(high, source.clip[1]))
+            source.params["pinned"] = node.params.get("pinned")
             replaced[id(node)] = source
 
 
 def per_channel(array: np.ndarray, view: View) -> np.ndarray | None:
     """A constant [N] in stream order when `array`, broadcast to the view, depends on the last dim of a linear node's stream alone."""
-    if view.function is not None or view.node.kind != "linear" or view.index.size != view.node.size:
+    if view.functions or view.node.kind != "linear" or view.index.size != view.node.size:
         return None
     try:
         whole = np.broadcast_to(array, view.shape)
@@ -152,13 +156,13 @@ def linear(source: Node, weights: np.ndarray, bias: np.ndarray, rows: int, name:
     """y[r, n] = sum over k of x[r, k] weights[n, k] + bias[n]. exact: (int8 weights, scale [n]) of which `weights` is the product, when known."""
     weights, bias = weights.astype(np.float64), bias.astype(np.float64)
     n, k = weights.shape
-    params = {"weights": weights, "bias": bias, "rows": rows, "exact": exact}
+    params = {"weights": weights, "bias": bias, "rows": rows, "exact": exact, "pinned": None}
     return Node("linear", [source], rows * n, lambda x: (x.reshape(rows, k) @ weights.T + bias).ravel(), name, params)
 
 
 def lower_to_nodes(program: Program) -> Walk:
     """The nodes of a program. Raises UnsupportedModel with every operator that has no stage."""
-    from . import rules, rules_elementwise  # noqa: F401  registers them
+    from . import rules, rules_codes, rules_elementwise  # noqa: F401  registers them
 
     return Walk(program)
 

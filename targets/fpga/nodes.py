@@ -11,6 +11,29 @@ import numpy as np
 Real = Callable[..., np.ndarray]
 
 
+class Refused(Exception):
+    """An operator that no stage computes; the text says why."""
+
+
+@dataclass(frozen=True)
+class Quant:
+    """real = scale * (q - zero) of a u8 stream."""
+
+    scale: float
+    zero: int
+
+    @staticmethod
+    def of_range(low: float, high: float) -> Quant:
+        """The 256 levels over [low, high], 0 among them exactly."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = (high - low) / 255 or 1.0
+        return Quant(scale, int(np.clip(round(-low / scale), 0, 255)))
+
+    def level(self, real: float) -> int:
+        """The level that a bound of a clamp falls on."""
+        return int(np.clip(round(np.clip(real / self.scale, -1e6, 1e6)) + self.zero, 0, 255))
+
+
 @dataclass(eq=False)
 class Node:
     """One future stage. real: flat float streams of `inputs` -> flat float stream of `size` elements. params: what the kind needs (weights, shapes).
@@ -31,52 +54,85 @@ class Node:
 
 @dataclass(frozen=True)
 class Function:
-    """An element-wise function of one number. tag: ("gain", g) for multiplication by g > 0, ("clip", low, high) for a clamp, None for any other."""
+    """An element-wise function of one number. tag: ("affine", a, b) for a * x + b with a > 0, ("clip", low, high) for a clamp, ("round",), None for any other."""
 
     apply: Callable[[np.ndarray], np.ndarray]
     tag: tuple[Any, ...] | None = None
 
-    def then(self, outer: Function) -> Function:
-        tag = None
-        if self.tag and outer.tag and self.tag[0] == outer.tag[0]:
-            if self.tag[0] == "gain":
-                tag = ("gain", self.tag[1] * outer.tag[1])
-            else:
-                low, high = max(self.tag[1], outer.tag[1]), min(self.tag[2], outer.tag[2])
-                tag = ("clip", low, high) if low <= high else None
-        return Function(lambda x: outer.apply(self.apply(x)), tag)
+    @property
+    def kind(self) -> str:
+        return self.tag[0] if self.tag else ""
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        assert self.tag is not None
+        return self.tag[1], self.tag[2]
+
+
+def affine(a: float, b: float) -> Function:
+    return Function(lambda x: a * x + b, ("affine", a, b))
+
+
+def clamp(low: float, high: float) -> Function:
+    return Function(lambda x: np.clip(x, low, high), ("clip", low, high))
+
+
+Functions = tuple[Function, ...]
+
+
+def joined(functions: Functions, last: Function) -> Functions:
+    """`last` after the others; neighbours that are both affine or both clamps become one, the identity vanishes."""
+    if functions and functions[-1].kind == last.kind == "affine":
+        (a, b), (c, d) = functions[-1].numbers, last.numbers
+        # scale and reciprocal cancel up to rounding
+        scale, offset = a * c, b * c + d
+        near = abs(scale - 1) < 1e-6 and abs(offset) < 1e-6 * max(1.0, abs(d))
+        return joined(functions[:-1], affine(1.0, 0.0) if near else affine(scale, offset))
+    if last.tag == ("affine", 1.0, 0.0):
+        return functions
+    if functions and functions[-1].kind == last.kind == "clip":
+        (a, b), (c, d) = functions[-1].numbers, last.numbers
+        if max(a, c) <= min(b, d):
+            return (*functions[:-1], clamp(max(a, c), min(b, d)))
+    return (*functions, last)
+
+
+def applied(functions: Functions, x: np.ndarray) -> np.ndarray:
+    for function in functions:
+        x = function.apply(x)
+    return x
 
 
 @dataclass(eq=False)
 class View:
-    """A tensor of the program: element i of it is element index[i] of the node's stream, put through `function` where there is one.
+    """A tensor of the program: element i of it is element index[i] of the node's stream, put through `functions`.
 
-    Reshapes, transposes, slices and broadcasts change `index` alone, by the same numpy operation that they are.
+    Reshapes, transposes, slices and broadcasts change `index` alone, by the same numpy operation that they are. Padding is index -1: the real value 0.
     """
 
     node: Node
     index: np.ndarray
-    function: Function | None = None
-    _own: Node | None = None
+    functions: Functions = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.index.shape
 
     def rearranged(self, operation: Callable[[np.ndarray], np.ndarray]) -> View:
-        settled = self.settled() if self.function is not None else self.node
-        return View(settled, operation(self.index))
+        return View(self.node, operation(self.index), self.functions)
 
     def mapped(self, function: Function) -> View:
-        return View(self.node, self.index, function if self.function is None else self.function.then(function))
+        return View(self.node, self.index, joined(self.functions, function))
 
     def settled(self) -> Node:
-        """The node that gives this view's stream, the function applied."""
-        if self.function is None:
+        """The node that gives this view's stream, the functions applied; the same one for the same functions."""
+        if not self.functions:
             return self.node
-        if self._own is None:
-            self._own = Node("function", [self.node], self.node.size, self.function.apply, self.node.source, {"function": self.function})
-        return self._own
+        known = self.node.params.setdefault("settled", {})
+        if self.functions not in known:
+            only = self.functions[0] if len(self.functions) == 1 else Function(lambda x: applied(self.functions, x))
+            known[self.functions] = Node("function", [self.node], self.node.size, only.apply, self.node.source, {"function": only})
+        return known[self.functions]
 
     def same_elements(self, other: View) -> bool:
         return self.node is other.node and self.index.shape == other.index.shape and bool(np.array_equal(self.index, other.index))
@@ -86,6 +142,8 @@ def in_order(view: View, index: np.ndarray | None = None) -> Node:
     """A node whose stream holds the view's elements in row-major order (of `index`, the view's own by default)."""
     node = view.settled()
     order = (view.index if index is None else index).ravel()
+    if order.min(initial=0) < 0:
+        raise Refused("its operand is padded; FPGA convolutions alone take padding")
     if order.size == node.size and np.array_equal(order, np.arange(node.size)):
         return node
     return Node("reorder", [node], order.size, lambda x: x[order], node.source, {"index": order})

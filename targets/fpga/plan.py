@@ -71,7 +71,9 @@ class DataflowPlan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
         have, need = self.part.resources.to_dict(), self.total.to_dict()
         lines += ["", f"{self.part.name} ({self.part.vendor}), modelled: " + ", ".join(f"{need[key]:g} of {have[key]:g} {key}" for key in need)]
-        lines += [f"one inference every {self.interval} cycles, {self.latency} cycles through the empty network (modelled; HLS may schedule otherwise)"]
+        lines += [
+            f"one inference every {self.interval} cycles, {self.latency} cycles through the empty network (modelled; HLS may schedule otherwise)"
+        ]
         return "\n".join([*lines, *self.notes]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:

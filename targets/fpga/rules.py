@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .graph import Refused, Walk, linear, rule
-from .nodes import Function, Node, View, in_order, rows_of
+from .nodes import Functions, Node, Quant, View, affine, in_order, rows_of
+from .rules_codes import exact_linear, integer_weights
 
 
 def _ints(values: Any) -> list[int]:
@@ -43,11 +44,13 @@ def _matmul(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
     if isinstance(b, np.ndarray):
         if b.ndim > 2 and any(size != 1 for size in b.shape[:-2]) or b.ndim < 2:
             raise Refused(f"a batch of constant matrices {list(b.shape)}; expected one [K, N]")
-        weights = b.reshape(b.shape[-2:]).T
+        weights, rows, quant = b.reshape(b.shape[-2:]).T, a.index.size // a.shape[-1], None
+        if weights.dtype.kind == "i":
+            a, quant = integer_weights(a, weights, source)
         node, order = rows_of(a)
         if order is not None:
             weights = _permuted(weights, order)
-        result = linear(node, weights, np.zeros(len(weights)), a.index.size // a.shape[-1], source)
+        result = _weighted(node, weights, quant, rows, source)
         return View(result, np.arange(result.size).reshape(shape))
     return matmul(a, b, shape, source)
 
@@ -68,6 +71,12 @@ def matmul(a: View, b: View, shape: list[int], source: str) -> View:
     return View(node, np.arange(node.size).reshape(shape))
 
 
+def _weighted(node: Node, weights: np.ndarray, quant: Quant | None, rows: int, source: str) -> Node:
+    if quant is not None:
+        return exact_linear(node, weights, quant, rows, source)
+    return linear(node, weights, np.zeros(len(weights)), rows, source)
+
+
 def _permuted(weights: np.ndarray, order: np.ndarray) -> np.ndarray:
     """weights [N, K] for rows whose element k arrives as number order[k]."""
     result = np.empty_like(weights)
@@ -79,7 +88,11 @@ def _permuted(weights: np.ndarray, order: np.ndarray) -> np.ndarray:
 def _conv2d(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
     attrs = call.attrs
     weights = _array(operands[1], "the kernel of a convolution")
-    image, restore = _image(_view(operands[0]), str(attrs.data_layout))
+    value, quant = operands[0], None
+    if weights.dtype.kind == "i":
+        value, quant = integer_weights(_view(value), weights, source)
+    image, restore = _image(_view(value), str(attrs.data_layout))
+    image, pads = _unpadded(image, _pads(attrs.padding))
     if int(attrs.groups) != 1:
         raise Refused(f"{int(attrs.groups)} groups; FPGA convolutions have one")
     if any(size != 1 for size in _ints(attrs.dilation)):
@@ -88,7 +101,6 @@ def _conv2d(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
     if str(attrs.kernel_layout) not in layouts or str(attrs.out_layout) not in ("", str(attrs.data_layout)):
         raise Refused(f"kernel layout {attrs.kernel_layout}, output layout {attrs.out_layout}")
     weights = weights.transpose(layouts[str(attrs.kernel_layout)])
-    pads = _pads(attrs.padding)
     stride = tuple(_ints(attrs.strides))
     h, w, c = image.shape
     kernel = weights.shape[1:3]
@@ -98,7 +110,7 @@ def _conv2d(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
         params = {"image": (h, w, c), "kernel": kernel, "stride": stride, "pads": pads}
         node = Node("window", [node], size[0] * size[1] * kernel[0] * kernel[1] * c, lambda x: windows(x, params).ravel(), source, params)
     flat = weights.reshape(len(weights), -1)
-    result = linear(node, flat, np.zeros(len(flat)), size[0] * size[1], source)
+    result = _weighted(node, flat, quant, size[0] * size[1], source)
     return View(result, restore(np.arange(result.size).reshape(*size, len(weights))))
 
 
@@ -113,6 +125,18 @@ def windows(stream: np.ndarray, params: dict[str, Any], fill: float = 0.0) -> np
 def _pads(padding: Any) -> tuple[int, int, int, int]:
     values = _ints(padding)
     return tuple(values * 2 if len(values) == 2 else values)  # type: ignore[return-value]
+
+
+def _unpadded(image: View, pads: tuple[int, int, int, int]) -> tuple[View, tuple[int, int, int, int]]:
+    """An image [H, W, C] without the padding that is part of it, and all of the padding."""
+    inside = image.index[:, :, 0] >= 0
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    if not rows.size:
+        raise Refused("an image of padding alone")
+    (h, w), (top, bottom), (left, right) = inside.shape, (rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)
+    more = (int(top), int(left), int(h - bottom), int(w - right))
+    whole = image.rearranged(lambda x: x[top:bottom, left:right])
+    return whole, tuple(old + new for old, new in zip(pads, more, strict=True))  # type: ignore[return-value]
 
 
 def _image(view: View, layout: str) -> tuple[View, Callable[[np.ndarray], np.ndarray]]:
@@ -153,13 +177,19 @@ def _adaptive(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
 
 def _pooled(image: View, restore: Any, kernel: Any, stride: Any, pads: Any, maximum: bool, source: str) -> View:
     h, w, c = image.shape
+    later: Functions = ()
+    if maximum and all(function.kind == "affine" for function in image.functions):
+        # they grow with their argument: the largest result is that of the largest argument
+        image, later = View(image.node, image.index), image.functions
     params = {"image": (h, w, c), "kernel": tuple(kernel), "stride": tuple(stride), "pads": tuple(pads)}
     size = ((h + pads[0] + pads[2] - kernel[0]) // stride[0] + 1, (w + pads[1] + pads[3] - kernel[1]) // stride[1] + 1)
     if maximum:
-        node = Node("maxpool", [in_order(image)], size[0] * size[1] * c, lambda x: windows(x, params, -np.inf).max(axis=(2, 3)).ravel(), source, params)
+        node = Node(
+            "maxpool", [in_order(image)], size[0] * size[1] * c, lambda x: windows(x, params, -np.inf).max(axis=(2, 3)).ravel(), source, params
+        )
     else:
         node = Node("average", [in_order(image)], size[0] * size[1] * c, lambda x: windows(x, params).mean(axis=(2, 3)).ravel(), source, params)
-    return View(node, restore(np.arange(node.size).reshape(*size, c)))
+    return View(node, restore(np.arange(node.size).reshape(*size, c)), later)
 
 
 @rule("mean")
@@ -222,7 +252,7 @@ def _attention(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
     b, h, s, _ = q.shape
     scores = matmul(q, k.rearranged(lambda x: np.swapaxes(x, -1, -2)), [b, h, s, k.shape[2]], source)
     scale = float(call.attrs.scale)
-    return matmul(softmax(scores.mapped(Function(lambda x: x * scale, ("gain", scale))), -1, source), v, [b, h, s, v.shape[3]], source)
+    return matmul(softmax(scores.mapped(affine(scale, 0.0)), -1, source), v, [b, h, s, v.shape[3]], source)
 
 
 # ---- shapes
@@ -235,6 +265,7 @@ def _reshape(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
 
 
 def _moved(value: Any, operation: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """A constant or view rearranged."""
     return operation(value) if isinstance(value, np.ndarray) else _view(value).rearranged(operation)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .graph import Refused, Walk, linear, per_channel, rule
-from .nodes import Function, Node, View, in_order
+from .nodes import Function, Node, View, affine, applied, clamp, in_order
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 _UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -52,13 +52,13 @@ def _unary(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
 
 @rule("nn.relu")
 def _relu(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
-    return _one(operands[0]).mapped(_clip(0.0, np.inf))
+    return _one(operands[0]).mapped(clamp(0.0, np.inf))
 
 
 @rule("clip")
 def _clip_rule(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
     bounds = [_number(arg, operand) for arg, operand in zip(call.args[1:], operands[1:], strict=True)]
-    return _one(operands[0]).mapped(_clip(*bounds))
+    return _one(operands[0]).mapped(clamp(*bounds))
 
 
 def _number(arg: Any, operand: Any) -> float:
@@ -66,10 +66,6 @@ def _number(arg: Any, operand: Any) -> float:
         return float(operand.ravel()[0])
     value = arg.value
     return float(value.value if hasattr(value, "value") else value)
-
-
-def _clip(low: float, high: float) -> Function:
-    return Function(lambda x: np.clip(x, low, high), ("clip", low, high))
 
 
 @rule("nn.dropout", "stop_lift_params")
@@ -117,14 +113,14 @@ def _binary(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
 
 
 def _with_scalar(name: str, operation: Callable[..., np.ndarray], c: float, view_first: bool) -> Function:
-    if name == "add" and c == 0 or name in ("multiply", "divide") and c == 1 and view_first:
-        return Function(lambda x: x, ("gain", 1.0))
+    if name in ("add", "subtract") and (view_first or name == "add"):
+        return affine(1.0, c if name == "add" else -c)
     if name == "multiply" and c > 0:
-        return Function(lambda x: x * c, ("gain", c))
+        return affine(c, 0.0)
     if name == "divide" and c > 0 and view_first:
-        return Function(lambda x: x / c, ("gain", 1 / c))
+        return affine(1 / c, 0.0)
     if name in ("maximum", "minimum"):
-        return _clip(c, np.inf) if name == "maximum" else _clip(-np.inf, c)
+        return clamp(c, np.inf) if name == "maximum" else clamp(-np.inf, c)
     return Function(lambda x: operation(x, c) if view_first else operation(c, x))
 
 
@@ -138,14 +134,17 @@ def _by_channel(view: View, constant: np.ndarray, operation: Callable[..., np.nd
     if operation is np.add:
         node = linear(view.node.inputs[0], weights, bias + by_channel, params["rows"], view.node.source, params["exact"])
     else:
-        node = linear(view.node.inputs[0], weights * by_channel[:, None], bias * by_channel, params["rows"], view.node.source)
+        exact = params["exact"]
+        if exact is not None:
+            exact = (exact[0], exact[1] * by_channel) if (by_channel > 0).all() else None
+        node = linear(view.node.inputs[0], weights * by_channel[:, None], bias * by_channel, params["rows"], view.node.source, exact)
     return View(node, view.index)
 
 
 def _two(a: View, b: View, name: str, operation: Callable[..., np.ndarray], shape: list[int], source: str) -> View:
     if a.same_elements(b):  # x * sigmoid(x) and the like: a function of x
-        f, g = (view.function or Function(lambda x: x) for view in (a, b))
-        return View(a.node, a.index, Function(lambda x: operation(f.apply(x), g.apply(x))))
+        f, g = a.functions, b.functions
+        return View(a.node, a.index, (Function(lambda x: operation(applied(f, x), applied(g, x))),))
     if name not in ("add", "subtract"):
         raise Refused(f"{name} of two tensors; FPGA stages add them, or multiply matrices")
     if name == "subtract":
