@@ -43,9 +43,9 @@ class CompiledModel:
         with self._lock:
             if self.manifest["target"]["kind"] == "fpga":
                 if self._simulation is None:
-                    from ..targets.fpga.backend import simulator
+                    from ..targets.registry import BACKENDS
 
-                    self._simulation = simulator(self._artifact.sources, self._artifact.report)
+                    self._simulation = BACKENDS["fpga"].simulator(self._artifact.sources, self._artifact.report)
             elif self._executable is None:
                 require_host(self._artifact)
                 tensors = [from_dlpack(weight) if weight.size else without_elements(weight) for weight in self._artifact.weights.values()]
