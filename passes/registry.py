@@ -8,5 +8,6 @@ from .layout import ChannelsLast
 from .normalization import RecognizeNormalizations
 from .quantization.qdq import RecognizeQdq
 from .quantization.quantize import Quantize
+from .sparsity.sparsify import Sparsify
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, Quantize, ChannelsLast)}
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, Sparsify, Quantize, ChannelsLast)}
