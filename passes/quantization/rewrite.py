@@ -23,21 +23,22 @@ from .graph import Graph, Site
 op = relax.op
 
 
-def scalar(value: float, dtype: str = "float32") -> Any:
-    return relax.const(np.asarray(value, dtype), dtype)
+def number(value: float) -> Any:
+    """A constant of one element: an operand of the kernels that read it, so that layers of the same shape share a kernel. A scalar would be written into the code."""
+    return relax.const(np.array([value], np.float32), "float32")
 
 
 def quantized(emit: Any, x: Any, affine: Affine) -> Any:
     """The u8 codes of a float tensor, in plain operators."""
-    value = emit(op.round(emit(op.multiply(x, scalar(1 / affine.scale)))))
-    value = emit(op.add(value, scalar(affine.zero))) if affine.zero else value
+    value = emit(op.round(emit(op.multiply(x, number(1 / affine.scale)))))
+    value = emit(op.add(value, number(affine.zero))) if affine.zero else value
     return emit(op.astype(emit(op.clip(value, 0, 255)), "uint8"))
 
 
 def dequantized(emit: Any, codes: Any, affine: Affine) -> Any:
     value = emit(op.astype(codes, "float32"))
-    value = emit(op.subtract(value, scalar(affine.zero))) if affine.zero else value
-    return emit(op.multiply(value, scalar(affine.scale)))
+    value = emit(op.subtract(value, number(affine.zero))) if affine.zero else value
+    return emit(op.multiply(value, number(affine.scale)))
 
 
 def integer_product(emit: Any, site: Site, codes: Any, affine: Affine, weight: Encoded) -> Any:
@@ -171,9 +172,9 @@ class Quantizer(relax.PyExprMutator):
             affine = self.ranges[source]
             if x.same_as(source):
                 plain = self._plain(x)
-                value = self.emit(op.round(self.emit(op.multiply(plain, scalar(1 / affine.scale)))))
+                value = self.emit(op.round(self.emit(op.multiply(plain, number(1 / affine.scale)))))
                 value = self.emit(op.clip(value, float(-affine.zero), float(255 - affine.zero)))
-                self.rounded[x] = self.emit(op.multiply(value, scalar(affine.scale)))
+                self.rounded[x] = self.emit(op.multiply(value, number(affine.scale)))
             else:
                 self.rounded[x] = self.emit(relax.Call(call.op, [self._rounded(call.args[0], source), *call.args[1:]], call.attrs))
         return self.rounded[x]
