@@ -88,7 +88,10 @@ def ocr(work: Path, options: argparse.Namespace) -> None:
     shapes = {"x": (1, 3, 48, WIDTH)}
     models = {
         "float32": kept(work / "ocr.tcm", lambda: tcompile.compile(model_path(), shapes=shapes)),
-        "int8": kept(work / "ocr_int8.tcm", lambda: tcompile.compile(model_path(), shapes=shapes, quantize=Quantize(observer=options.ocr_observer), calibration=calibration)),
+        "int8": kept(
+            work / "ocr_int8.tcm",
+            lambda: tcompile.compile(model_path(), shapes=shapes, quantize=Quantize(observer=options.ocr_observer), calibration=calibration),
+        ),
     }
     total = sum(len(line) for line in lines)
     for name, model in models.items():
@@ -107,7 +110,9 @@ def smollm2(work: Path, options: argparse.Namespace) -> None:
     shapes = {"input_ids": (1, window)}
     path = ZOO["smollm2"].onnx_path()
     for name, quantize in (("float32", None), ("w8 g32", Quantize("w8")), ("w4 g32", Quantize("w4")), ("w4 g64", Quantize("w4", group=64))):
-        model = kept(work / f"smollm2_{name.replace(' ', '_')}.tcm", lambda quantize=quantize: tcompile.compile(path, shapes=shapes, quantize=quantize))
+        model = kept(
+            work / f"smollm2_{name.replace(' ', '_')}.tcm", lambda quantize=quantize: tcompile.compile(path, shapes=shapes, quantize=quantize)
+        )
         loss = []
         for row in ids:
             logits = model(row)[0].astype(np.float64)
@@ -144,7 +149,10 @@ def speed(name: str, models: dict[str, Any], source: Path, feeds: Feeds, peer_in
     ours = times["int8"]
     for label, timing in times.items():
         ratio, least = timing.median / ours.median, timing.min / ours.min
-        print(f"{name} {options.threads} threads  {label:<16} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})", flush=True)
+        print(
+            f"{name} {options.threads} threads  {label:<16} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
+            flush=True,
+        )
 
 
 def network(name: str, work: Path, options: argparse.Namespace) -> None:
@@ -154,7 +162,9 @@ def network(name: str, work: Path, options: argparse.Namespace) -> None:
     path = entry.onnx_path()
     models = {
         "float32": kept(work / f"{name}.tcm", lambda: tcompile.compile(path, shapes=shapes, threads=options.threads)),
-        "int8": kept(work / f"{name}_int8.tcm", lambda: tcompile.compile(path, shapes=shapes, quantize="int8", calibration=samples, threads=options.threads)),
+        "int8": kept(
+            work / f"{name}_int8.tcm", lambda: tcompile.compile(path, shapes=shapes, quantize="int8", calibration=samples, threads=options.threads)
+        ),
     }
     outputs = [model(**samples[0]) for model in models.values()]
     first = [np.ravel(output[0] if isinstance(output, tuple) else output).astype(np.float64) for output in outputs]
