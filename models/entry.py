@@ -46,7 +46,7 @@ class Entry:
 
     dims: every dynamic dim by name. build(**options): the module in eval mode, seeded; takes tensors in the order of `inputs` and returns a tensor or
     a tuple in the order of `outputs`; options make it smaller or choose the attention ("sdpa" | "eager"), see the builder. weights: "pretrained" |
-    "random" | "trained" (here, see `training`). packages: the distributions that the network's values depend on.
+    "random" | "trained" (here, see `mnist`). packages: the distributions that the network's values depend on.
     """
 
     name: str

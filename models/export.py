@@ -31,10 +31,7 @@ def default_cache() -> Path:
 def content_version(entry: Entry) -> str:
     """12 hex digits over everything that the exported file depends on: the builder's source, this exporter and the packages' versions."""
     assert entry.build is not None
-    names = [entry.build.__module__, f"{__package__}.perturb", __name__]
-    if entry.weights == "trained":
-        names += [f"{__package__}.training", f"{__package__}.datasets"]
-    sources = [inspect.getsource(sys.modules[name]) for name in names]
+    sources = [inspect.getsource(sys.modules[name]) for name in (entry.build.__module__, f"{__package__}.perturb", __name__)]
     versions = [f"{package}={version(package)}" for package in (*entry.packages, "onnxscript")]
     return hashlib.sha256("\0".join([entry.name, *versions, *sources]).encode()).hexdigest()[:12]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tcompile.models.datasets import mnist, mnist_grid
-from tcompile.models.training import accuracy, fit, trained
+from tcompile.models.mnist import accuracy, fit, trained
 from tcompile.models.zoo import ZOO
 
 torch = pytest.importorskip("torch")
