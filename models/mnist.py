@@ -113,9 +113,19 @@ def _convolutions(widths: tuple[int, int, int]) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, first, 3, 2, 1), nn.ReLU(), nn.Conv2d(first, second, 3, 2, 1), nn.ReLU(), nn.Conv2d(second, third, 3, 1, 1))
 
 
+def _chain(*layers: nn.Module) -> nn.Sequential:
+    """Layers in a row; the input is called x, as in the zoo's entries."""
+
+    class Chain(require("torch").nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)
+
+    return Chain(*layers)
+
+
 def _cnn(widths: tuple[int, int, int]) -> nn.Sequential:
     nn = require("torch").nn
-    return nn.Sequential(*_convolutions(widths), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9 * widths[2], 10))
+    return _chain(*_convolutions(widths), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9 * widths[2], 10))
 
 
 def _train_cnn(network: nn.Module, epochs: int = 6) -> nn.Module:
@@ -137,7 +147,7 @@ def mnist_mlp() -> nn.Module:
     torch = require("torch")
     torch.manual_seed(0)
     nn = torch.nn
-    layers = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
+    layers = _chain(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
     return trained("mnist-mlp", layers, _train_mlp)
 
 

@@ -1,0 +1,1 @@
+"""Fewer tokens from given blocks on: `prune.TokenPruning`."""
