@@ -89,7 +89,9 @@ def test_against_the_reference(index, target):
             np.testing.assert_allclose(out.numpy(), want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=str(schedule))
 
 
-@pytest.mark.parametrize(("machine", "bits", "instruction"), [("cascadelake", 4, "vpermps"), ("cascadelake", 8, "vpmovsxbd"), ("haswell", 4, "vpslld")])
+@pytest.mark.parametrize(
+    ("machine", "bits", "instruction"), [("cascadelake", 4, "vpermps"), ("cascadelake", 8, "vpmovsxbd"), ("haswell", 4, "vpslld")]
+)
 def test_codes_become_floats_in_registers(machine, bits, instruction):
     target = Target.parse(f"cpu:{machine}")
     template, func = WeightOnly(), fused(1, 256, 256, GroupedInt(bits, 32))

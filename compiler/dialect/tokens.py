@@ -120,7 +120,9 @@ def _compacted(builder: Any, kept: Any, count: Any) -> Any:
 def _kept(builder: Any, scores: Any, count: Any) -> Any:
     """[B, N] int32: 1 for the `count` tokens that stay, and for those with a score of NaN."""
     ranks = builder.emit_te(_ranks, scores, primfunc_name_hint="rank_tokens")
-    return builder.emit_te(lambda x: te.compute(x.shape, lambda b, i: _int(x[b, i] < _int(count)), name="kept"), ranks, primfunc_name_hint="kept_tokens")
+    return builder.emit_te(
+        lambda x: te.compute(x.shape, lambda b, i: _int(x[b, i] < _int(count)), name="kept"), ranks, primfunc_name_hint="kept_tokens"
+    )
 
 
 def _legalize_select(builder: Any, call: Any) -> Any:

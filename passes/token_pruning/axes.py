@@ -112,7 +112,8 @@ def follow(call: Any, tagged: Sequence[dict[int, Axis]], tokens: Any) -> Followe
             if not (same(known.outer, axis.outer) and same(known.inner, axis.inner) and known.lost == axis.lost):
                 raise Unfollowable("it brings different forms of the tokens together")
     wanted = [
-        {place for place, label in enumerate(marks) if label in labels and place not in axes} for axes, marks in zip(tagged, notation.operands, strict=True)
+        {place for place, label in enumerate(marks) if label in labels and place not in axes}
+        for axes, marks in zip(tagged, notation.operands, strict=True)
     ]
     return Followed([{place: labels[label] for place, label in enumerate(marks) if label in labels} for marks in notation.results], wanted)  # pyright: ignore
 
@@ -129,7 +130,8 @@ def _aligned(shapes: Sequence[Sequence[Any]], rank: int, prefix: str = "a") -> l
     """Labels of operands that broadcast to `rank` dims: a dim of one beside a wider one is repeated."""
     wide = [not all(same(shape[place - rank], 1) for shape in shapes if len(shape) >= rank - place) for place in range(rank)]
     return [
-        [None if wide[rank - len(shape) + at] and same(dim, 1) else f"{prefix}{rank - len(shape) + at}" for at, dim in enumerate(shape)] for shape in shapes
+        [None if wide[rank - len(shape) + at] and same(dim, 1) else f"{prefix}{rank - len(shape) + at}" for at, dim in enumerate(shape)]
+        for shape in shapes
     ]
 
 
@@ -200,26 +202,30 @@ def _split(call: Any) -> Notation:
     return Notation([labels], [labels for _ in call.ty.fields])
 
 
+def layouts(call: Any) -> list[str]:
+    """Layouts of an attention's queries, keys, values and result: BHSD or BSHD."""
+    given = attention.attrs_of(call).layout.split(",")
+    return given * 4 if len(given) == 1 else given
+
+
 def _attention(call: Any) -> Notation:
-    attrs = attention.attrs_of(call)
+    def ordered(labels: list[str], layout: str) -> list[str]:
+        return labels if layout == "BHSD" else [labels[0], labels[2], labels[1], labels[3]]
 
-    def ordered(labels: list[str]) -> list[str]:
-        return labels if attrs.layout == "BHSD" else [labels[0], labels[2], labels[1], labels[3]]
-
-    heads = ["!h", "!g"]
-    marks: list[Sequence[Label]] = [ordered(["b", heads[0], "s", "!d"]), ordered(["b", heads[1], "t", "!d"]), ordered(["b", heads[1], "t", "!e"])]
+    kinds = [["b", "!h", "s", "!d"], ["b", "!g", "t", "!d"], ["b", "!g", "t", "!e"], ["b", "!h", "s", "!e"]]
+    q, k, v, out = map(ordered, kinds, layouts(call))
+    marks: list[Sequence[Label]] = [q, k, v]
     if len(call.args) == 4:
         shape = dims(call.args[3])
         full = ["b", "!h", "s", "t"][4 - len(shape) :]
         marks.append([None if same(dim, 1) and not _one(call, label) else label for dim, label in zip(shape, full, strict=True)])
-    out = ordered(["b", heads[0], "s", "!e"])
-    return Notation(marks, [out, ["b", "t"]] if attrs.received else [out])
+    return Notation(marks, [out, ["b", "t"]] if attention.attrs_of(call).received else [out])
 
 
 def _one(call: Any, label: str) -> bool:
     """The batch or token count of an attention is itself one."""
-    s = 2 if attention.attrs_of(call).layout == "BHSD" else 1
-    place = {"b": (0, 0), "s": (0, s), "t": (1, s)}.get(label)
+    queries, keys = (layout.index("S") for layout in layouts(call)[:2])
+    place = {"b": (0, 0), "s": (0, queries), "t": (1, keys)}.get(label)
     return place is not None and same(dims(call.args[place[0]])[place[1]], 1)
 
 

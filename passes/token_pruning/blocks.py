@@ -9,7 +9,7 @@ from typing import Any
 from ...compiler.dialect import attention
 from ...compiler.errors import Blocker
 from ...compiler.tvm import Constant, relax
-from .axes import Axis, Unfollowable, dims, follow, name_of, operands, same
+from .axes import Axis, Unfollowable, dims, follow, layouts, name_of, operands, same
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,12 @@ def _block(steps: Sequence[Any], place: int) -> Block:
     attrs = attention.attrs_of(call)
     if attrs.causal:
         raise Unfollowable("it is causal: every token of a decoder predicts its successor, so none can be dropped")
-    layout = attrs.layout
-    s = layout.index("S")
-    tokens = dims(call.args[0])[s]
-    if not same(tokens, dims(call.args[1])[s]):
-        raise Unfollowable(f"its {tokens} queries look at {dims(call.args[1])[s]} keys: it is no self-attention")
+    places = [layout.index("S") for layout in layouts(call)]
+    tokens, keys = (dims(arg)[s] for arg, s in zip(call.args[:2], places, strict=False))
+    if not same(tokens, keys):
+        raise Unfollowable(f"its {tokens} queries look at {keys} keys: it is no self-attention")
     before = _ancestors(steps, place)
-    trail = Trail({steps[place].var: {s: Axis()}}, tokens)
+    trail = Trail({steps[place].var: {places[3]: Axis()}}, tokens)
     batch = Trail({steps[place].var: {0: Axis()}}, dims(call)[0])
     for binding in steps[place + 1 :]:
         axes = trail.step(binding)
@@ -65,19 +64,21 @@ def _block(steps: Sequence[Any], place: int) -> Block:
         shape = dims(binding.var)
         if len(shape) != 3 or list(axes) != [1] or not axes[1].plain or 0 not in batch.values.get(binding.var, {}):
             raise Unfollowable("its result joins the residual stream in a form other than [batch, tokens, channels]")
-        _feeds(steps[:place], residual, call, s, tokens)
+        _feeds(steps[:place], residual, call, places, tokens)
         return Block(steps[place].var, binding.var, tokens)
     raise Unfollowable(trail.reason or "its result is not added to a residual stream along the tokens")
 
 
-def _feeds(steps: Sequence[Any], residual: Any, call: Any, s: int, tokens: Any) -> None:
+def _feeds(steps: Sequence[Any], residual: Any, call: Any, places: Sequence[int], tokens: Any) -> None:
     """Queries, keys and values are made from the residual stream, token by token."""
     trail = Trail({residual: {1: Axis()}}, tokens)
     for binding in steps:
         trail.step(binding)
-    for name, arg in zip(("queries", "keys", "values"), call.args, strict=False):
+    for name, arg, s in zip(("queries", "keys", "values"), call.args, places, strict=False):
         if s not in trail.values.get(arg, {}):
-            raise Unfollowable(f"its {name} are not made token by token from the residual stream that it joins" + (f": {trail.reason}" if trail.reason else ""))
+            raise Unfollowable(
+                f"its {name} are not made token by token from the residual stream that it joins" + (f": {trail.reason}" if trail.reason else "")
+            )
 
 
 def _ancestors(steps: Sequence[Any], place: int) -> set[Any]:

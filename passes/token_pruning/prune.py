@@ -41,7 +41,9 @@ class TokenPruning(Pass):
         if self.method not in METHODS:
             raise UsageError(f"token-pruning: unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.method == "merge" and self.keep < 0.5:
-            raise UsageError(f"token-pruning: merging pairs can halve the tokens at most, keep {self.keep} is less than 0.5; use more blocks, or method 'drop'")
+            raise UsageError(
+                f"token-pruning: merging pairs can halve the tokens at most, keep {self.keep} is less than 0.5; use more blocks, or method 'drop'"
+            )
         places = self.blocks
         if not isinstance(places, Sequence) or isinstance(places, str) or not all(type(place) is int and place >= 0 for place in places):
             raise UsageError(f"token-pruning: blocks must be numbers of attention blocks from 0, not {places!r}")

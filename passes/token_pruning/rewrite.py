@@ -7,7 +7,7 @@ tokens of them (position biases, masks, anything with an axis that the operator 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +15,7 @@ from ...compiler.dialect import attention
 from ...compiler.dialect.tokens import match_tokens, select_tokens, take_tokens
 from ...compiler.errors import Blocker, UnsupportedModel
 from ...compiler.tvm import is_constant, mutator, relax
-from .axes import Axis, Unfollowable, dims, follow, name_of, operands, same, simplify, sliced
+from .axes import Axis, Unfollowable, dims, follow, layouts, name_of, operands, same, simplify, sliced
 from .blocks import Block
 from .merging import Merging
 
@@ -125,6 +125,7 @@ class Pruner(relax.PyExprMutator):
         if var not in self.attentions and not any(item is not None and item.axes for item in known):
             return None
         return self._call(var, value, known)
+
     # -- operators
 
     def _call(self, var: Any, call: Any, known: list[Value | None]) -> Value | list[Value]:
@@ -179,7 +180,7 @@ class Pruner(relax.PyExprMutator):
         options = {**vars(attrs)}
         if self.merging is not None:
             if block is not None:
-                self.scores[block] = self.merging.watched(new, attrs.layout)
+                self.scores[block] = self.merging.watched(new, layouts(call)[1])
             new = self.merging.proportional(new, attrs, stage)
             return [self._emit(attention.attention(*new, **options))]
         if block is None:
@@ -194,7 +195,9 @@ class Pruner(relax.PyExprMutator):
         known = self.values.get(var) or Value(self.visit_expr(var), {1: Axis()}, 0, {0: Axis()})
         whole = known.axes.get(1) == Axis() and known.stage == len(self.stages) - 1 and known.batch.get(0) == Axis()
         if not whole or block not in self.scores or not isinstance(var, relax.DataflowVar):
-            raise UnsupportedModel([Blocker(self.source(var.name), "Add", "token-pruning: the blocks chosen do not follow one another on one residual stream")])
+            raise UnsupportedModel(
+                [Blocker(self.source(var.name), "Add", "token-pruning: the blocks chosen do not follow one another on one residual stream")]
+            )
         if self.merging is None:
             indices = self._emit(select_tokens(self.scores[block], self.keep))
             shorter = self._emit(take_tokens(known.expr, indices, 1))
