@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tcompile
+import tomli_w
 import torch
 from tcompile import UsageError, VerificationError
-from tcompile.compiler.program import Program
+from tcompile.compiler.api import accuracy_on
+from tcompile.compiler.program import Program, Provenance, TensorSpec
+from tcompile.compiler.recipe import Recipe
+from tcompile.compiler.tvm import relax
 from tcompile.passes.base import PassContext, PassReport
 from tcompile.passes.quantization.formats import Affine, Int8
 from tcompile.passes.quantization.quantize import Quantize
@@ -47,10 +53,6 @@ class Residual(torch.nn.Module):
         y = self.pool(torch.relu(self.stem(x)))
         y = torch.relu(y + self.two(torch.nn.functional.silu(self.one(y))))
         return self.last(y).mean((2, 3))
-
-
-def module_text(program: Program) -> str:
-    return program.module.script(show_meta=False)
 
 
 def data(shape: tuple[int, ...], count: int = 6) -> list[dict[str, np.ndarray]]:
@@ -202,3 +204,82 @@ def test_a_model_without_products_stays(capsys: Any) -> None:
     net: Callable[..., Any] = torch.nn.Softmax(-1)
     model = compiled(net, data((3, 4)), "int8")  # type: ignore[arg-type]
     assert quantize_report(model)["notes"] == ["no product by constant weights was found"]
+
+
+BEFORE = """
+        with R.dataflow():
+            lv: R.Tensor((2, 4), dtype="float32") = R.matmul(x, metadata["ir.GenericConst"][0], out_dtype=None)
+            lv1: R.Tensor((2, 4), dtype="float32") = R.add(lv, metadata["ir.GenericConst"][1])
+            lv2: R.Tensor((2, 4), dtype="float32") = R.nn.relu(lv1)
+            gv: R.Tensor((2, 2), dtype="float32") = R.matmul(lv2, metadata["ir.GenericConst"][2], out_dtype=None)
+"""
+AFTER = """
+        with R.dataflow():
+            lv: R.Tensor((2, 4), dtype="float32") = R.multiply(x, metadata["ir.GenericConst"][0])
+            lv1: R.Tensor((2, 4), dtype="float32") = R.round(lv)
+            lv2: R.Tensor((2, 4), dtype="float32") = R.add(lv1, metadata["ir.GenericConst"][1])
+            lv3: R.Tensor((2, 4), dtype="float32") = R.clip(lv2, 0, 255)
+            lv4: R.Tensor((2, 4), dtype="uint8") = R.astype(lv3, dtype="uint8")
+            lv5: R.Tensor((2, 4), dtype="int32") = R.matmul(lv4, metadata["ir.GenericConst"][2], out_dtype="int32")
+            lv6: R.Tensor((2, 4), dtype="int32") = R.add(lv5, metadata["ir.GenericConst"][3])
+            lv7: R.Tensor((2, 4), dtype="float32") = R.astype(lv6, dtype="float32")
+            lv1_1: R.Tensor((2, 4), dtype="float32") = R.multiply(lv7, metadata["ir.GenericConst"][4])
+            lv2_1: R.Tensor((2, 4), dtype="float32") = R.nn.relu(lv1_1)
+            lv8: R.Tensor((2, 4), dtype="float32") = R.multiply(lv2_1, metadata["ir.GenericConst"][5])
+            lv9: R.Tensor((2, 4), dtype="float32") = R.round(lv8)
+            lv10: R.Tensor((2, 4), dtype="float32") = R.clip(lv9, 0, 255)
+            lv11: R.Tensor((2, 4), dtype="uint8") = R.astype(lv10, dtype="uint8")
+            lv12: R.Tensor((2, 2), dtype="int32") = R.matmul(lv11, metadata["ir.GenericConst"][6], out_dtype="int32")
+            lv13: R.Tensor((2, 2), dtype="float32") = R.astype(lv12, dtype="float32")
+            gv: R.Tensor((2, 2), dtype="float32") = R.multiply(lv13, metadata["ir.GenericConst"][7])
+"""
+
+
+def body(text: str) -> list[str]:
+    """The dataflow block, variables by position."""
+    lines = [line.strip() for line in text.splitlines() if ": R.Tensor" in line and " = R." in line]
+    names: dict[str, str] = {}
+    for line in lines:
+        names.setdefault(line.split(":")[0], f"v{len(names)}")
+    return [re.sub(r"\b(?:lv|gv)[\d_]*\b", lambda found: names.get(found[0], found[0]), line) for line in lines]
+
+
+def test_before_and_after() -> None:
+    x = relax.Var("x", relax.TensorType([2, 4], "float32"))
+    builder, op = relax.BlockBuilder(), relax.op
+    constants = [
+        relax.const(floats) for floats in (RNG.standard_normal((4, 4)).astype("f"), np.ones(4, "f"), RNG.standard_normal((4, 2)).astype("f"))
+    ]
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(op.nn.relu(builder.emit(op.add(builder.emit(op.matmul(x, constants[0])), constants[1]))))
+            out = builder.emit_output(op.matmul(y, constants[2]))
+        builder.emit_func_output(out)
+    specs = TensorSpec("x", (2, 4), "float32"), TensorSpec("y", (2, 2), "float32")
+    before = Program(builder.get(), specs[:1], specs[1:], Provenance("test", "test"))
+    accuracy = accuracy_on(before, [{"x": np.linspace(-1, 1, 8, dtype="f").reshape(2, 4)}])
+    after = Quantize().run(before, PassContext(CPU, accuracy=accuracy))
+    relax.analysis.well_formed(after.module)
+    assert body(before.module.script(show_meta=False)) == body(BEFORE)
+    assert body(after.module.script(show_meta=False)) == body(AFTER)
+
+
+def test_dynamic_rows() -> None:
+    net, samples = Mlp().eval(), data((60, 20), 3)
+    samples[1]["x"] = RNG.standard_normal((9, 20)).astype(np.float32)
+    dims = {"x": "1..8..64x20"}
+    model = tcompile.compile(
+        net, example_inputs=(torch.from_numpy(samples[0]["x"]),), shapes=dims, quantize="int8", calibration=[(s["x"],) for s in samples]
+    )
+    for rows in (1, 5, 13):
+        x = RNG.standard_normal((rows, 20)).astype(np.float32).clip(-2, 2)
+        assert relative(model(x), net(torch.from_numpy(x)).detach().numpy()) < 0.1
+
+
+def test_a_recipe_with_the_pass_reads_back(tmp_path: Path) -> None:
+    step = Quantize("int8", observer="mse", skip=("first",))
+    recipe = Recipe.default().having(step)
+    path = tmp_path / "recipe.toml"
+    entries = [{key: value for key, value in entry.items() if value is not None} for entry in recipe.to_dict()["pass"]]
+    path.write_text(tomli_w.dumps({"pass": entries}))
+    assert Recipe.load(path).passes == recipe.passes
