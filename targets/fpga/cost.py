@@ -118,6 +118,25 @@ def first_output(stage: Stage, folding: Folding) -> int:
     return 3
 
 
+def tail(stage: Stage, folding: Folding) -> int:
+    """Clock cycles from the last input word to the last output word (modelled)."""
+    pe, simd = folding.pe, folding.simd
+    if isinstance(stage, MatVec):
+        return (stage.n // pe - 1) * (stage.slots // simd) + 9
+    if isinstance(stage, MatMul):
+        return (stage.n // pe - 1) * (stage.k // simd) + 9
+    if isinstance(stage, Spatial):
+        rows = 1 + stage.pads[2] // stage.stride[0]
+        return rows * stage.out_hw[1] * stage.kernel[0] * stage.kernel[1] * stage.channels // pe + 3
+    if isinstance(stage, Softmax):
+        return 2 * stage.length // pe + DIVISION
+    if isinstance(stage, LayerNorm):
+        return stage.length // pe + ROOT + DIVISION
+    if isinstance(stage, Reorder):
+        return stage.n_out // pe + 2
+    return 3
+
+
 def memory(width: int, depth: int) -> Resources:
     """A memory of `depth` words of `width` bits."""
     if width <= 0 or depth <= 1:

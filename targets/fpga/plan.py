@@ -167,7 +167,7 @@ def _assemble(network: Network, part: Part, chosen: dict[str, Folding]) -> Dataf
     for edge in build.edges:
         total = total + cost.fifo(edge.lanes * edge.bits, edge.depth)
     interval = max(unit.cycles for unit in build.units)
-    return DataflowPlan(network, part, tuple(build.units), tuple(build.edges), total, interval, build.latency(interval))
+    return DataflowPlan(network, part, tuple(build.units), tuple(build.edges), total, interval, build.latency())
 
 
 class _Assembly:
@@ -243,15 +243,19 @@ class _Assembly:
             return mine < other or (mine == other and port == 0)
         return False
 
-    def latency(self, interval: int) -> int:
-        """First outputs along the longest path, then the rest at the pace of the slowest unit."""
-        time: dict[str, int] = {"input": 0}
+    def latency(self) -> int:
+        """When the last result leaves, from when each unit gets its first and last word; a stream takes one cycle."""
+        first, last = {"input": 0}, {"input": self.edge("input").count // self.edge("input").lanes}
         for unit in self.units:
-            own = 2 if unit.stage is None else cost.first_output(unit.stage, unit.folding)
-            start = max(time[edge.name] for edge in unit.inputs)
+            begin, end = (1 + max(times[edge.name] for edge in unit.inputs) for times in (first, last))
+            head, rest = (1, 1) if unit.stage is None else (cost.first_output(unit.stage, unit.folding), cost.tail(unit.stage, unit.folding))
             for edge in unit.outputs:
-                time[edge.name] = start + own
-        return time["output"] + interval
+                first[edge.name] = begin + head
+                last[edge.name] = max(end + rest, begin + head + unit.cycles - 1)
+        return last["output"]
+
+    def edge(self, name: str) -> Edge:
+        return next(edge for edge in self.edges if edge.name == name)
 
 
 def _row(unit: Unit) -> dict[str, Any]:
