@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class KernelFeatures:
 
 @dataclass(frozen=True)
 class Machine:
-    """The rates a cost model needs. Frequencies in GHz, bandwidths in bytes per cycle of one core (DRAM: GB/s of one core)."""
+    """The rates a cost model needs. Frequencies in GHz, bandwidths in bytes per cycle of one core (DRAM: GB/s of one core), caches in bytes per core."""
 
     frequency_ghz: float
     cores: int
@@ -37,6 +38,30 @@ class Machine:
     l2_bytes_per_cycle: float = 24.0
     l3_bytes_per_cycle: float = 10.0
     launch_us: float = 2.0
+    vector_bits: int = 256
+    vector_registers: int = 16
+    fma_per_cycle: float = 2.0
+    l1_bytes: int = 32 * 1024
+    l2_bytes: int = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute one workload: a template's name, the workload and the schedule (both frozen dataclasses), the closed-form features.
+
+    emit: makes the kernel (an object whose `func` is the PrimFunc); called once, when somebody asks for `kernel`: it costs ten milliseconds.
+    """
+
+    template: str
+    workload: Any
+    schedule: Any
+    features: KernelFeatures
+    emit: Callable[[], Any]
+
+    @cached_property
+    def kernel(self) -> Any:
+        """The emitted kernel."""
+        return self.emit()
 
 
 class CostModel(Protocol):
@@ -44,8 +69,12 @@ class CostModel(Protocol):
 
     name: str
 
-    def predict(self, candidates: Sequence[KernelFeatures], machine: Machine) -> list[float]:
+    def predict(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
         """Predicted latency in microseconds of each candidate."""
+        ...
+
+    def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
+        """The candidate to take, of all that all templates offer for one workload, and its predicted latency in microseconds."""
         ...
 
 
@@ -57,10 +86,16 @@ class AnalyticModel:
     #: share of cache traffic that runs beside arithmetic; from the packed-GEMM measurements in docs/performance.md
     overlap = 0.7
 
-    def predict(self, candidates: Sequence[KernelFeatures], machine: Machine) -> list[float]:
-        return [self._one(features, machine) for features in candidates]
+    def predict(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
+        return [self.latency_us(candidate.features, machine) for candidate in candidates]
 
-    def _one(self, features: KernelFeatures, machine: Machine) -> float:
+    def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
+        predicted = self.predict(candidates, machine)
+        best = min(range(len(candidates)), key=predicted.__getitem__)
+        return candidates[best], predicted[best]
+
+    def latency_us(self, features: KernelFeatures, machine: Machine) -> float:
+        """Latency of a kernel with these features."""
         # loads issue beside FMAs but share the front end: 4x3 tiles (7 loads for 12 FMAs) measure 12 % faster than 6x2 (8 loads)
         compute = max(features.fma_cycles, features.latency_cycles) + 0.3 * features.load_cycles + 4.0 * features.scalar_elements
         memory = features.l2_bytes / machine.l2_bytes_per_cycle + features.l3_bytes / machine.l3_bytes_per_cycle

@@ -1,0 +1,47 @@
+"""Every way that the templates offer to compute one fused PrimFunc, and machine code for trying some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ...autotune.cost_model import Candidate
+from ...compiler.tvm import tvm
+from ..base import Target
+from .fused import Fused, Unfusable
+from .template import Kernel, KernelTemplate
+
+
+@dataclass(frozen=True)
+class Offers:
+    """candidates: all schedules of all templates that take the function; reasons: why the others do not."""
+
+    candidates: list[Candidate]
+    reasons: list[str]
+
+
+def offers(fused: Fused, constants: frozenset[int], templates: Sequence[KernelTemplate], target: Target) -> Offers:
+    """What the templates offer for a fused function; constants: positions of its parameters that are constant at every call site."""
+    found, reasons = [], []
+    for template in templates:
+        try:
+            workload = template.workload(fused, constants)
+        except Unfusable as reason:
+            reasons.append(f"{template.name}: {reason}")
+            continue
+        for schedule in template.space(workload, target):
+            emit = partial(template.build, fused, workload, schedule, target)
+            found.append(Candidate(template.name, workload, schedule, template.features(workload, schedule, target), emit))
+    return Offers(found, reasons)
+
+
+def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
+    """Machine code of several kernels in one module: `compiled[name](*tensors)`; `compiled.export_library(path)` links it."""
+    from .lower import tvm_target
+    from .math import TIR_PIPELINE
+
+    module = tvm.IRModule({name: kernel.func.with_attr("global_symbol", name) for name, kernel in kernels.items()})
+    with tvm.transform.PassContext(opt_level=3):
+        return tvm.compile(module, target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
