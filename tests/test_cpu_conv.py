@@ -123,7 +123,7 @@ def template_for(fused: Fused) -> tuple[KernelTemplate, Any]:
 def schedules(template: KernelTemplate, workload: Any, target: Target, count: int, seed: int) -> list[Any]:
     """The cost model's choice and some at random."""
     space = list(template.space(workload, target))
-    predicted = AnalyticModel().predict([template.features(workload, schedule, target) for schedule in space], machine(target))
+    predicted = [AnalyticModel().latency_us(template.features(workload, schedule, target), machine(target)) for schedule in space]
     chosen = [space[int(np.argmin(predicted))]]
     return chosen + [space[i] for i in np.random.default_rng(seed).integers(0, len(space), count - 1)]
 

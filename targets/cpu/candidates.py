@@ -10,7 +10,7 @@ from typing import Any
 from ...autotune.cost_model import Candidate
 from ...compiler.tvm import tvm
 from ..base import Target
-from .fused import Fused, Unfusable
+from ..common.fused import Fused, Unfusable
 from .template import Kernel, KernelTemplate
 
 
@@ -28,13 +28,15 @@ def offers(fused: Fused, constants: frozenset[int], templates: Sequence[KernelTe
     for template in templates:
         try:
             workload = template.workload(fused, constants)
+            found += [_candidate(template, fused, workload, schedule, target) for schedule in template.space(workload, target)]
         except Unfusable as reason:
             reasons.append(f"{template.name}: {reason}")
-            continue
-        for schedule in template.space(workload, target):
-            emit = partial(template.build, fused, workload, schedule, target)
-            found.append(Candidate(template.name, workload, schedule, template.features(workload, schedule, target), emit))
     return Offers(found, reasons)
+
+
+def _candidate(template: KernelTemplate, fused: Fused, workload: Any, schedule: Any, target: Target) -> Candidate:
+    emit = partial(template.build, fused, workload, schedule, target)
+    return Candidate(template.name, workload, schedule, template.features(workload, schedule, target), emit)
 
 
 def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:

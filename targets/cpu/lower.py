@@ -14,6 +14,7 @@ from ...compiler.tvm import BufferType, mutator, relax, structural_map, tirx, tv
 from ...passes.fusion import NODES
 from ..base import Target
 from ..common.fused import Unfusable, analyze, static
+from .candidates import offers
 from .sparse_sites import constant_arguments, split_sites
 from .sparse_weights import Constants
 from .template import Kernel, KernelTemplate, machine
@@ -46,6 +47,7 @@ class Choice:
     schedule: str
     predicted_us: float | None
     candidates: int = 0
+    cost_model: str = ""
     reason: str = ""
     calls: int = 0
     nodes: tuple[str, ...] = ()
@@ -130,38 +132,15 @@ def _from_template(func: Any, name: str, known: list[KernelTemplate], constants:
     except Unfusable as reason:
         lowering.choices[name] = Choice(name, "generic", "", "", None, reason=str(reason))
         return None
-    reasons, offers = [], []
-    for template in known:
-        try:
-            offers.append(_best(template, template.workload(fused, constants), lowering))
-        except Unfusable as reason:
-            reasons.append(f"{template.name}: {reason}")
-    if not offers:
-        lowering.choices[name] = Choice(name, "generic", "", "", None, reason="; ".join(reasons))
+    offered = offers(fused, constants, known, lowering.target)
+    if not offered.candidates:
+        lowering.choices[name] = Choice(name, "generic", "", "", None, reason="; ".join(offered.reasons))
         return None
-    best = min(offers, key=lambda offer: offer.predicted_us)
-    candidates = sum(offer.candidates for offer in offers)
-    lowering.choices[name] = Choice(name, best.template.name, str(best.workload), str(best.schedule), round(best.predicted_us, 2), candidates)
-    return best.template.build(fused, best.workload, best.schedule, lowering.target)
-
-
-@dataclass(frozen=True)
-class _Offer:
-    """The schedule that one template would take, and its predicted latency."""
-
-    template: KernelTemplate
-    workload: Any
-    schedule: Any
-    predicted_us: float
-    candidates: int
-
-
-def _best(template: KernelTemplate, workload: Any, lowering: Lowering) -> _Offer:
-    space = list(template.space(workload, lowering.target))
-    features = [template.features(workload, schedule, lowering.target) for schedule in space]
-    predicted = lowering.cost_model.predict(features, machine(lowering.target))
-    best = min(range(len(space)), key=lambda index: predicted[index])
-    return _Offer(template, workload, space[best], predicted[best], len(space))
+    best, predicted_us = lowering.cost_model.choose(offered.candidates, machine(lowering.target))
+    lowering.choices[name] = Choice(
+        name, best.template, str(best.workload), str(best.schedule), round(predicted_us, 2), len(offered.candidates), lowering.cost_model.name
+    )
+    return best.kernel
 
 
 @mutator

@@ -55,4 +55,13 @@ class KernelTemplate(Protocol):
 
 def machine(target: Target) -> Machine:
     """The rates of a CPU target in the cost model's terms."""
-    return Machine(frequency_ghz=target.frequency_ghz, cores=target.cores, dram_gbs=target.bandwidth_gbs)
+    return Machine(
+        frequency_ghz=target.frequency_ghz,
+        cores=target.cores,
+        dram_gbs=target.bandwidth_gbs,
+        vector_bits=target.vector_bits,
+        vector_registers=target.vector_registers,
+        fma_per_cycle=target.fma_per_cycle,
+        l1_bytes=target.l1_bytes,
+        l2_bytes=target.l2_bytes,
+    )

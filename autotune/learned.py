@@ -1,0 +1,149 @@
+"""The learned cost model: gradient-boosted trees that correct the analytic prediction, chosen for at every compile.
+
+Two stages, each a set of trees. The first sees features in closed form and orders the whole space; the second sees the emitted TIR of the few that lead and picks one.
+Both predict log2(time / analytic time), so that what the trees have never seen falls back to what the analytic model says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compiler.errors import UsageError
+from . import features
+from .cost_model import AnalyticModel, Candidate, CostModel, Machine
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+#: candidates of one kernel whose TIR is looked at
+LEADERS = 8
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a trained model expects: names of the features in their order, the version of their meaning, the families of kernels it was trained on.
+
+    digest: SHA-256 of the trees by stage, so that model and schema cannot be mixed up.
+    """
+
+    version: int
+    names: tuple[str, ...]
+    families: tuple[str, ...]
+    digest: dict[str, str]
+    trained_on: dict[str, Any]
+
+    @staticmethod
+    def read(path: Path) -> Schema:
+        """Raises UsageError when the file is no schema."""
+        try:
+            data = json.loads(path.read_text())
+            return Schema(data["version"], tuple(data["names"]), tuple(data["families"]), data["digest"], data["trained_on"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is not the schema of a cost model: {error}") from error
+
+    def check(self, path: Path) -> None:
+        """UsageError unless this build computes the very features that the model was trained on."""
+        if self.version != features.VERSION:
+            raise UsageError(f"{path}: features of version {self.version}, this tcompile computes version {features.VERSION}; train the model again")
+        if self.names != features.NAMES:
+            differ = sorted(set(self.names) ^ set(features.NAMES)) or ["their order"]
+            raise UsageError(f"{path}: other features than this tcompile computes ({', '.join(differ[:5])}); train the model again")
+
+
+def family(candidate: Candidate) -> str:
+    """Template and kind of arithmetic: what a model must have been trained on to be asked."""
+    kind = getattr(candidate.workload, "kind", "f32")
+    return candidate.template if kind == "f32" else f"{candidate.template}:{kind}"
+
+
+class LearnedModel:
+    """See the module. Candidates of families that it was not trained on are judged by the analytic model."""
+
+    name = "learned"
+
+    def __init__(self, closed: Any, full: Any, schema: Schema):
+        """closed, full: xgboost boosters over CLOSED_NAMES and NAMES."""
+        self.closed, self.full, self.schema = closed, full, schema
+        self._analytic = AnalyticModel()
+
+    @staticmethod
+    def load(folder: Path, target: str = "cpu") -> LearnedModel:
+        """The model for a kind of target. Raises UsageError when it is missing, damaged or of another schema."""
+        path = folder / f"{target}.json"
+        schema = Schema.read(path)
+        schema.check(path)
+        boosters = []
+        for stage in ("closed", "full"):
+            file = folder / f"{target}-{stage}.ubj"
+            boosters.append(read_booster(file, schema.digest.get(stage, "")))
+        return LearnedModel(boosters[0], boosters[1], schema)
+
+    def predict(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
+        """Latency in microseconds from all features; emits every candidate, where `choose` emits the leaders only."""
+        rows = features.matrix([features.row(candidate, machine) for candidate in candidates])
+        return self._latency(self.full, rows, candidates, machine)
+
+    def shortlist(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
+        """Latency in microseconds from the closed-form features."""
+        rows = features.matrix([features.closed_row(candidate, machine) for candidate in candidates])
+        return self._latency(self.closed, rows, candidates, machine)
+
+    def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
+        known = [candidate for candidate in candidates if family(candidate) in self.schema.families]
+        others = [candidate for candidate in candidates if family(candidate) not in self.schema.families]
+        if not known:
+            return self._analytic.choose(others, machine)
+        leaders = self.leaders(known, machine, LEADERS)
+        predicted = self.predict(leaders, machine)
+        index = min(range(len(leaders)), key=predicted.__getitem__)
+        best, latency = leaders[index], predicted[index]
+        if others:  # one yardstick for both sides
+            rival, rival_us = self._analytic.choose(others, machine)
+            if rival_us < self._analytic.latency_us(best.features, machine):
+                return rival, rival_us
+        return best, latency
+
+    def leaders(self, candidates: Sequence[Candidate], machine: Machine, count: int) -> list[Candidate]:
+        """The `count` candidates that the first stage puts in front, the analytic model's favourite among them."""
+        first = self.shortlist(candidates, machine)
+        order = sorted(range(len(candidates)), key=first.__getitem__)[:count]
+        favourite, _ = self._analytic.choose(candidates, machine)
+        chosen = [candidates[index] for index in order]
+        return chosen if any(candidate is favourite for candidate in chosen) else [*chosen[: count - 1], favourite]
+
+    def _latency(self, booster: Any, rows: np.ndarray, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
+        analytic = np.asarray(self._analytic.predict(candidates, machine))
+        return [float(value) for value in analytic * np.exp2(trees(booster, rows).astype(np.float64))]
+
+
+def trees(booster: Any, rows: np.ndarray) -> np.ndarray:
+    """What the trees say to each row, independent of the others."""
+    return booster.inplace_predict(rows, validate_features=False)
+
+
+def read_booster(file: Path, digest: str) -> Any:
+    """The trees in a UBJ file. Raises UsageError when it is missing or has another digest."""
+    import xgboost
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}; the cost model is part of the package, install it again or train it") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UsageError(f"{file} does not belong to its schema: its SHA-256 is another one; train the model again")
+    booster = xgboost.Booster()
+    booster.load_model(bytearray(data))
+    booster.set_param({"nthread": 1})
+    return booster
+
+
+@cache
+def default_model(target: str = "cpu") -> CostModel:
+    """The model that compilations use: the one shipped with the package."""
+    return LearnedModel.load(PRETRAINED, target)

@@ -1,0 +1,157 @@
+"""Training and evaluation of the learned cost model on a corpus of measured kernels; deterministic: the same corpus gives the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import features
+from .learned import LEADERS, trees
+
+FOLDS = 8
+SEED = 0
+#: few and shallow trees on all columns: on held-out workloads deeper ones remember sizes
+PARAMETERS = {
+    "objective": "reg:squarederror",
+    "max_depth": 6,
+    "eta": 0.05,
+    "min_child_weight": 4,
+    "subsample": 0.7,
+    "colsample_bytree": 0.5,
+    "lambda": 2.0,
+    "tree_method": "hist",
+    "max_bin": 128,
+    "nthread": 1,
+    "seed": SEED,
+}
+ROUNDS = 400
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The schedules measured for one workload on one machine with one number of threads.
+
+    rows: [n, features]; analytic_us, measured_us: [n]; templates: name of each schedule's family.
+    """
+
+    workload: str
+    network: str
+    machine: str
+    threads: int
+    templates: tuple[str, ...]
+    schedules: tuple[str, ...]
+    rows: np.ndarray
+    analytic_us: np.ndarray
+    measured_us: np.ndarray
+
+    @property
+    def target(self) -> np.ndarray:
+        """What the trees learn: log2(measured / analytic)."""
+        return np.log2(self.measured_us / self.analytic_us)
+
+
+def read_corpus(path: Path) -> list[Sample]:
+    """The samples of a corpus file; each measurement scaled by what the reference kernel took beside it, relative to its median over the corpus."""
+    with gzip.open(path, "rt") as file:
+        header, *records = [json.loads(line) for line in file]
+    if header["version"] != features.VERSION or tuple(header["names"]) != features.NAMES:
+        raise ValueError(f"{path}: recorded with other features than this tcompile computes")
+    usual = {threads: float(np.median([record["reference_us"][threads] for record in records])) for threads in ("1", "2")}
+    samples = []
+    for record in records:
+        for threads, reference in record["reference_us"].items():
+            kernels = [kernel for kernel in record["kernels"] if threads in kernel["us"]]
+            drift = usual[threads] / reference
+            samples.append(
+                Sample(
+                    record["workload"],
+                    record["network"],
+                    record["machine"],
+                    int(threads),
+                    tuple(kernel["family"] for kernel in kernels),
+                    tuple(kernel["schedule"] for kernel in kernels),
+                    features.matrix([[math.nan if x is None else x for x in kernel["rows"][threads]] for kernel in kernels]),
+                    np.array([kernel["analytic_us"][threads] for kernel in kernels]),
+                    np.array([kernel["us"][threads][0] for kernel in kernels]) * drift,
+                )
+            )
+    return samples
+
+
+def train(samples: Sequence[Sample], columns: int, *, rounds: int = ROUNDS, parameters: dict[str, Any] | None = None) -> Any:
+    """Trees over the first `columns` features. Every workload weighs the same, however many schedules it was measured with."""
+    import xgboost
+
+    rows = np.concatenate([sample.rows[:, :columns] for sample in samples])
+    weights = np.concatenate([np.full(len(sample.rows), 16.0 / len(sample.rows)) for sample in samples])
+    data = xgboost.DMatrix(rows, np.concatenate([sample.target for sample in samples]), weight=weights)
+    return xgboost.train({**PARAMETERS, **(parameters or {})}, data, num_boost_round=rounds)
+
+
+def folds(samples: Sequence[Sample], count: int = FOLDS) -> list[tuple[list[Sample], list[Sample]]]:
+    """(train, held out) by workload: all samples of a workload are on the same side. Which fold a workload falls into is a matter of its name."""
+
+    def fold(sample: Sample) -> int:
+        return int.from_bytes(hashlib.sha256(sample.workload.encode()).digest()[:4], "big") % count
+
+    return [([s for s in samples if fold(s) != index], [s for s in samples if fold(s) == index]) for index in range(count)]
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The share of the best measured speed that each way to choose reaches on one sample."""
+
+    sample: Sample
+    reached: dict[str, float]
+    error: dict[str, float]
+
+
+def evaluate(samples: Sequence[Sample]) -> list[Picks]:
+    """Cross-validation by workload of the analytic model, of each stage, and of the two stages together as compilations use them."""
+    found = []
+    closed_count = len(features.CLOSED_NAMES)
+    for training, held in folds(samples):
+        if not held:
+            continue
+        closed, full = train(training, closed_count), train(training, len(features.NAMES))
+        for sample in held:
+            analytic = np.log2(sample.analytic_us)
+            first = analytic + trees(closed, sample.rows[:, :closed_count])
+            second = analytic + trees(full, sample.rows)
+            leaders = np.argsort(first, kind="stable")[:LEADERS]
+            if int(np.argmin(analytic)) not in leaders:
+                leaders = np.append(leaders[:-1], np.argmin(analytic))
+            picks = {"analytic": int(np.argmin(analytic)), "closed form": int(np.argmin(first)), "TIR": int(np.argmin(second))}
+            picks["learned"] = int(leaders[np.argmin(second[leaders])])
+            best = sample.measured_us.min()
+            truth = np.log2(sample.measured_us)
+            errors = {"analytic": analytic - truth, "closed form": first - truth, "TIR": second - truth}
+            found.append(
+                Picks(
+                    sample,
+                    {name: float(best / sample.measured_us[index]) for name, index in picks.items()},
+                    {name: float(np.median(np.abs(np.exp2(error) - 1.0))) for name, error in errors.items()},
+                )
+            )
+    return found
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(float(np.mean([math.log(value) for value in values])))
+
+
+def table(picks: Sequence[Picks], key: Callable[[Picks], str]) -> list[tuple[str, int, dict[str, float]]]:
+    """Per group: how many samples, and the geometric mean of what each way reaches."""
+    groups: dict[str, list[Picks]] = {}
+    for pick in picks:
+        groups.setdefault(key(pick), []).append(pick)
+    names = picks[0].reached
+    return [(group, len(members), {name: geometric_mean(m.reached[name] for m in members) for name in names}) for group, members in sorted(groups.items())]
