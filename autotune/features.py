@@ -30,7 +30,18 @@ _SCHEDULE = ("mr", "nv", "lanes", "mc", "pixels", "rows", "channels_outer", "m",
 _WORKLOAD = ("rows", "columns", "depth", "batch", "taps", "stride", "padded", "groups", "packed", "epilogue")
 _MACHINE = ("cores", "vector_bits", "vector_registers", "fma_per_cycle", "frequency_ghz", "dram_gbs", "l1_bytes", "l2_bytes")
 #: counts are compared per multiply-add and in absolute terms
-_PER_WORK = ("arithmetic", "selects", "transcendentals", "vector_loads", "scalar_loads", "vector_stores", "scalar_stores", "loop_steps", "loop_entries", "branches")
+_PER_WORK = (
+    "arithmetic",
+    "selects",
+    "transcendentals",
+    "vector_loads",
+    "scalar_loads",
+    "vector_stores",
+    "scalar_stores",
+    "loop_steps",
+    "loop_entries",
+    "branches",
+)
 
 CLOSED_NAMES = (
     *(f"analytic.{name}" for name in (*_CLOSED, *_RATIOS)),

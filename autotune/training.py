@@ -21,7 +21,7 @@ SEED = 0
 #: few and shallow trees on all columns: on held-out workloads deeper ones remember sizes
 PARAMETERS = {
     "objective": "reg:squarederror",
-    "max_depth": 6,
+    "max_depth": 5,
     "eta": 0.05,
     "min_child_weight": 4,
     "subsample": 0.7,
@@ -32,7 +32,7 @@ PARAMETERS = {
     "nthread": 1,
     "seed": SEED,
 }
-ROUNDS = 400
+ROUNDS = 300
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def read_corpus(path: Path) -> list[Sample]:
 
 
 def train(samples: Sequence[Sample], columns: int, *, rounds: int = ROUNDS, parameters: dict[str, Any] | None = None) -> Any:
-    """Trees over the first `columns` features. Every workload weighs the same, however many schedules it was measured with."""
+    """Trees over the first `columns` features. Every workload weighs the same, however many schedules it was measured with; among its schedules the fast ones weigh more."""
     import xgboost
 
     rows = np.concatenate([sample.rows[:, :columns] for sample in samples])
-    weights = np.concatenate([np.full(len(sample.rows), 16.0 / len(sample.rows)) for sample in samples])
+    weights = np.concatenate([16.0 / len(sample.rows) * sample.measured_us.min() / sample.measured_us for sample in samples])
     data = xgboost.DMatrix(rows, np.concatenate([sample.target for sample in samples]), weight=weights)
     return xgboost.train({**PARAMETERS, **(parameters or {})}, data, num_boost_round=rounds)
 
@@ -154,4 +154,66 @@ def table(picks: Sequence[Picks], key: Callable[[Picks], str]) -> list[tuple[str
     for pick in picks:
         groups.setdefault(key(pick), []).append(pick)
     names = picks[0].reached
-    return [(group, len(members), {name: geometric_mean(m.reached[name] for m in members) for name in names}) for group, members in sorted(groups.items())]
+    return [
+        (group, len(members), {name: geometric_mean(m.reached[name] for m in members) for name in names}) for group, members in sorted(groups.items())
+    ]
+
+
+MARKERS = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+
+
+def publish(samples: Sequence[Sample], output: Path, docs: Path | None = None) -> str:
+    """Train on everything, write the trees and their schema into `output`, the evaluation into `docs`; returns the evaluation as Markdown."""
+    text = report(samples, evaluate(samples))
+    output.mkdir(parents=True, exist_ok=True)
+    digest = {}
+    for stage, columns in (("closed", len(features.CLOSED_NAMES)), ("full", len(features.NAMES))):
+        data = bytes(train(samples, columns).save_raw("ubj"))
+        digest[stage] = hashlib.sha256(data).hexdigest()
+        (output / f"cpu-{stage}.ubj").write_bytes(data)
+    schema = {
+        "version": features.VERSION,
+        "names": features.NAMES,
+        "families": sorted({family for sample in samples for family in sample.templates}),
+        "digest": digest,
+        "trained_on": {
+            "points": sum(len(sample.rows) for sample in samples),
+            "kernels": len({(s.workload, s.machine, schedule) for s in samples for schedule in s.schedules}),
+            "workloads": len({sample.workload for sample in samples}),
+            "parameters": PARAMETERS | {"rounds": ROUNDS},
+        },
+    }
+    (output / "cpu.json").write_text(json.dumps(schema, indent=1) + "\n")
+    if docs is not None:
+        page = docs.read_text()
+        before, _, rest = page.partition(MARKERS[0])
+        _, _, after = rest.partition(MARKERS[1])
+        docs.write_text(f"{before}{MARKERS[0]}\n{text}{MARKERS[1]}{after}")
+    return text
+
+
+def report(samples: Sequence[Sample], picks: Sequence[Picks]) -> str:
+    """The evaluation as a Markdown table."""
+    points = sum(len(sample.rows) for sample in samples)
+    names = {"analytic": "analytic", "closed form": "closed form only", "TIR": "TIR features, all candidates", "learned": "learned, as used"}
+    lines = [
+        f"{points} points: {len({s.workload for s in samples})} workloads, {len(samples)} combinations of workload, machine and threads; "
+        f"{FOLDS}-fold cross-validation by workload.",
+        "",
+        f"| held-out workloads | samples | {' | '.join(names.values())} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    groups: list[tuple[str, Callable[[Picks], str]]] = [
+        ("all", lambda _: "**all**"),
+        ("threads", lambda p: f"{p.sample.threads} thread{'s' * (p.sample.threads > 1)}, {'AVX2' if 'avx2' in p.sample.machine else 'AVX-512'}"),
+        ("templates", lambda p: " or ".join(sorted(set(p.sample.templates)))),
+    ]
+    for _, key in groups:
+        for group, count, reached in table(picks, key):
+            lines.append(f"| {group} | {count} | " + " | ".join(f"{reached[name]:.3f}" for name in names) + " |")
+    errors = {name: float(np.median([pick.error[name] for pick in picks])) for name in picks[0].error}
+    lines += ["", "Median error of the predicted time: " + ", ".join(f"{names[name]} {value:.0%}" for name, value in errors.items()) + "."]
+    worst = sorted(picks, key=lambda pick: pick.reached["learned"])[:3]
+    listed = (f"{p.sample.workload}, {p.sample.threads} thread{'s' * (p.sample.threads > 1)}: {p.reached['learned']:.2f}" for p in worst)
+    lines += ["", "Worst: " + "; ".join(listed) + ".", ""]
+    return "\n".join(lines)

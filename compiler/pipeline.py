@@ -22,16 +22,20 @@ def lower(program: Program, target: Target, options: CompileOptions, accuracy: A
 
     Raises UnsupportedModel when an operator has no lowering, VerificationError when the loss exceeds the limit, and whatever a pass raises.
     """
+    return BACKENDS[target.kind].lower(graph_passes(program, target, options, accuracy))
+
+
+def graph_passes(program: Program, target: Target, options: CompileOptions, accuracy: Accuracy | None = None) -> Steps:
+    """The program after the recipe's passes, ready for the target's lowering; errors as in `lower`."""
     recipe = Recipe.of(options)
-    backend = BACKENDS[target.kind]
-    steps = Steps(program, target, options, backend.scope, accuracy, recipe.to_dict())
+    steps = Steps(program, target, options, BACKENDS[target.kind].scope, accuracy, recipe.to_dict())
     for graph_pass in recipe.passes:
         before = steps.program
         report = steps.step(graph_pass.name, graph_pass.run)
         report.lossy = graph_pass.lossy and steps.program is not before
         if report.lossy and accuracy is not None:
             _measure(steps.program, accuracy, report)
-    return backend.lower(steps)
+    return steps
 
 
 def _measure(program: Program, accuracy: Accuracy, report: PassReport) -> None:

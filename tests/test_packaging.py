@@ -56,6 +56,8 @@ LAYERS = {
     "compiler.recipe": "pipeline",
     "compiler.steps": "pipeline",
     "compiler.importers": "importers",
+    "autotune.corpus": "corpus",
+    "autotune.corpus_workloads": "corpus",
     "targets.base": "target manifest",
     "targets.registry": "target registry",
     "targets.common": "definitions",
@@ -76,6 +78,8 @@ ALLOWED = {
     "importers": {"base"},
     "passes": {"base", "target manifest"},
     "autotune": {"base"},
+    # the command that makes the cost model's corpus is a program of its own: it hands autotune the networks, the CPU's spaces and its builder
+    "corpus": {"base", "api", "pipeline", "models", "autotune", "definitions", "cpu", "target manifest"},
     "pipeline": {"base", "importers", "passes", "autotune", "target manifest", "target registry", *BACKENDS},
     "artifact": {"base", "target manifest", "target registry", "cpu"},  # cpu: which features this host has
     "api": {"base", "artifact", "pipeline", "importers", "target manifest"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ...autotune.cost_model import AnalyticModel
+from ...autotune.learned import default_model
 from ...compiler.feeds import random_feeds
 from ...compiler.progress import stage
 from ...compiler.tvm import relax, tirx
@@ -28,13 +28,11 @@ if TYPE_CHECKING:
 
 def lower(steps: Steps) -> Lowered:
     """From a graph of Relax operators to an executable. Raises UnsupportedModel when an operator has no lowering."""
-    steps.step("guard", cpu_guards.guard)
-    steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
-    steps.step("fuse_epilogues", FuseEpilogues().run)
+    fuse(steps)
     choices: list[cpu_lower.Choice] = []
 
     def kernels(current: Program, context: PassContext) -> Program:
-        module, found = cpu_lower.schedule_kernels(current.module, steps.target, AnalyticModel())
+        module, found = cpu_lower.schedule_kernels(current.module, steps.target, default_model(steps.target.kind))
         choices.extend(found)
         for choice in found:
             context.matched(**{choice.template: 1})
@@ -62,6 +60,13 @@ def lower(steps: Steps) -> Lowered:
         "code_generation": {"seconds": round(generation.seconds, 3)},
     }
     return steps.lowered(report=report, weights=weights, sources=sources, executable=executable)
+
+
+def fuse(steps: Steps) -> None:
+    """Up to the module in which every kernel is one function that still has its choice of templates and schedules."""
+    steps.step("guard", cpu_guards.guard)
+    steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
+    steps.step("fuse_epilogues", FuseEpilogues().run)
 
 
 def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]]) -> None:
