@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention.fuse import FuseAttention
 from .base import Pass
 from .canonicalize import Canonicalize
 from .layout import ChannelsLast
@@ -10,4 +11,6 @@ from .quantization.qdq import RecognizeQdq
 from .quantization.quantize import Quantize
 from .sparsity.sparsify import Sparsify
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, Sparsify, Quantize, ChannelsLast)}
+PASSES: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, FuseAttention, Sparsify, Quantize, ChannelsLast)
+}

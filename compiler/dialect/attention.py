@@ -12,6 +12,8 @@ import numpy as np
 from ..tvm import operator_attrs, register_operator, relax, tirx, tvm
 
 NAME = "tcompile.attention"
+#: from one layout to the other
+SWAPPED = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class AttentionAttrs:
     """scale: factor of the scores. causal: query s sees keys 0..s only, whatever S and T are (torch's is_causal).
 
     fill: the score of a position that a boolean mask or `causal` hides, before the softmax. safe: a query whose scores are all -inf gives zeros, as in torch's
-    scaled_dot_product_attention, instead of NaN. received: the second output. layout: order of the dims of q, k, v and the result, "BHSD" or "BSHD".
+    scaled_dot_product_attention, instead of NaN. received: the second output. layout: order of the dims of q, k, v and the result, "BHSD" or "BSHD", or one for each
+    of the four, joined by commas.
     """
 
     scale: float = 1.0
@@ -28,6 +31,12 @@ class AttentionAttrs:
     safe: bool = True
     received: bool = False
     layout: str = "BHSD"
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Layouts of q, k, v and the result."""
+        parts = tuple(self.layout.split(","))
+        return parts * 4 if len(parts) == 1 else parts
 
 
 def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | None = None, **attrs: Any) -> relax.Call:
@@ -39,10 +48,11 @@ def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | No
     """
     if "scale" not in attrs:
         attrs["scale"] = 1.0 / math.sqrt(int(q.ty.shape[3]))
-    values = asdict(AttentionAttrs(**attrs))
-    if values["layout"] not in ("BHSD", "BSHD"):
-        raise ValueError(f"attention: layout '{values['layout']}' is neither BHSD nor BSHD")
-    return relax.Call(OPERATOR, [q, k, v] if mask is None else [q, k, v, mask], operator_attrs(**values))
+    attrs["fill"] = float(np.float32(attrs.get("fill", -math.inf)))
+    options = AttentionAttrs(**attrs)
+    if len(options.layouts) != 4 or not set(options.layouts) <= {"BHSD", "BSHD"}:
+        raise ValueError(f"attention: layout '{options.layout}' is neither BHSD nor BSHD, nor four of them")
+    return relax.Call(OPERATOR, [q, k, v] if mask is None else [q, k, v, mask], operator_attrs(**asdict(options)))
 
 
 def attrs_of(call: relax.Call) -> AttentionAttrs:
@@ -63,10 +73,10 @@ class AttentionDims:
     width: Any
 
 
-def dims_of(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any], layout: str) -> AttentionDims:
-    """Sizes from the shapes of q, k and v."""
-    h, s = (1, 2) if layout == "BHSD" else (2, 1)
-    return AttentionDims(q[0], q[h], k[h], q[s], k[s], q[3], v[3])
+def dims_of(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any], layouts: Sequence[str]) -> AttentionDims:
+    """Sizes from the shapes of q, k and v and their layouts."""
+    q, k, v = (dims if layout == "BHSD" else [dims[axis] for axis in SWAPPED] for dims, layout in zip((q, k, v), layouts, strict=False))
+    return AttentionDims(q[0], q[1], k[1], q[2], k[2], q[3], v[3])
 
 
 def _infer(builder: Any, call: Any) -> Any:
@@ -76,24 +86,28 @@ def _infer(builder: Any, call: Any) -> Any:
         if not isinstance(arg.ty, relax.TensorType) or arg.ty.ndim != 4 or arg.ty.shape is None:
             raise ValueError(f"{NAME}: {name} has to be a tensor of four known dims, is {arg.ty}")
     attrs = attrs_of(call)
-    q, k, v = (list(arg.ty.shape) for arg in call.args[:3])
-    dims = dims_of(q, k, v, attrs.layout)
+    q, k, v = (_plain(list(arg.ty.shape), layout) for arg, layout in zip(call.args[:3], attrs.layouts, strict=False))
     analyzer = tvm.sym.Analyzer()
 
     def agree(what: str, one: Any, other: Any) -> None:
         if isinstance(one, tirx.IntImm) and isinstance(other, tirx.IntImm) and not analyzer.can_prove_equal(one, other):
-            raise ValueError(f"{NAME}: {what} differ: {one} and {other}")
+            raise ValueError(f"{NAME}: {what} differ: {int(one)} and {int(other)}")
 
     agree("batch sizes of q and k", q[0], k[0])
     agree("depths of q and k", q[3], k[3])
-    for position, what in ((0, "batch sizes"), (1, "second dims"), (2, "third dims")):
+    for position, what in enumerate(("batch sizes", "heads", "lengths")):
         agree(f"{what} of k and v", k[position], v[position])
-    if isinstance(dims.heads, tirx.IntImm) and isinstance(dims.kv_heads, tirx.IntImm) and int(dims.heads) % int(dims.kv_heads):
-        raise ValueError(f"{NAME}: {int(dims.heads)} heads of q cannot share {int(dims.kv_heads)} heads of k")
-    out = relax.TensorType([*q[:3], v[3]], call.args[0].ty.dtype)
+    if isinstance(q[1], tirx.IntImm) and isinstance(k[1], tirx.IntImm) and int(q[1]) % int(k[1]):
+        raise ValueError(f"{NAME}: {int(q[1])} heads of q cannot share {int(k[1])} heads of k")
+    out = relax.TensorType(_plain([*q[:3], v[3]], attrs.layouts[3]), call.args[0].ty.dtype)
     if not attrs.received:
         return out
-    return relax.TupleType([out, relax.TensorType([dims.batch, dims.keys], call.args[0].ty.dtype)])
+    return relax.TupleType([out, relax.TensorType([q[0], k[2]], call.args[0].ty.dtype)])
+
+
+def _plain(dims: list[Any], layout: str) -> list[Any]:
+    """Dims in the other order if the layout is not BHSD; its own inverse."""
+    return dims if layout == "BHSD" else [dims[axis] for axis in SWAPPED]
 
 
 def decompose(builder: Any, call: Any) -> relax.Expr:
@@ -101,10 +115,9 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
     attrs, emit, op = attrs_of(call), builder.emit, relax.op
     q, k, v = call.args[:3]
     mask = call.args[3] if len(call.args) == 4 else None
-    if attrs.layout == "BSHD":
-        q, k, v = (emit(op.permute_dims(x, [0, 2, 1, 3])) for x in (q, k, v))
+    q, k, v = (x if layout == "BHSD" else emit(op.permute_dims(x, SWAPPED)) for x, layout in zip((q, k, v), attrs.layouts, strict=False))
     dtype = str(q.ty.dtype)
-    dims = dims_of(list(q.ty.shape), list(k.ty.shape), list(v.ty.shape), "BHSD")
+    dims = dims_of(*(list(x.ty.shape) for x in (q, k, v)), ("BHSD",) * 3)
     k, v = (_repeat(emit, x, dims.heads) for x in (k, v))
     scores = emit(op.multiply(emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2])))), relax.const(attrs.scale, dtype)))
     fill = relax.const(attrs.fill, dtype)
@@ -126,8 +139,8 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
     else:
         weights = emit(op.nn.softmax(scores, axis=-1))
     out = emit(op.matmul(weights, v))
-    if attrs.layout == "BSHD":
-        out = emit(op.permute_dims(out, [0, 2, 1, 3]))
+    if attrs.layouts[3] == "BSHD":
+        out = emit(op.permute_dims(out, SWAPPED))
     return relax.Tuple([out, emit(op.mean(weights, axis=[1, 2]))]) if attrs.received else out
 
 
@@ -146,8 +159,7 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | No
     attrs.setdefault("scale", 1.0 / math.sqrt(q.shape[3]))
     options = AttentionAttrs(**attrs)
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    if options.layout == "BSHD":
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    q, k, v = (x if layout == "BHSD" else x.transpose(SWAPPED) for x, layout in zip((q, k, v), options.layouts, strict=False))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = q @ k.transpose(0, 1, 3, 2) * options.scale
     if options.causal:
@@ -162,7 +174,7 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | No
     if options.safe:
         weights = np.where(empty, 0.0, weights)
     out = weights @ v
-    out = out.transpose(0, 2, 1, 3) if options.layout == "BSHD" else out
+    out = out.transpose(SWAPPED) if options.layouts[3] == "BSHD" else out
     return (out, weights.mean((1, 2))) if options.received else out
 
 

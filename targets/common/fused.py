@@ -15,6 +15,8 @@ from ...compiler.tvm import T, TensorLoad, s_tir, structural_map, structural_wal
 
 #: block annotation that marks the core block; its value is a JSON object {"op": ..., attributes}
 CORE = "tcompile.core"
+#: attribute of a function that is one core operator as a whole, with no block that is its core: the same object, and "outputs", how many there are
+WHOLE = "tcompile.whole"
 #: nodes that cost nothing to recompute
 _FREE = (tirx.IntImm, tirx.FloatImm, tirx.Var, tirx.Cast, TensorLoad)
 
@@ -139,6 +141,11 @@ class Fused:
 
 def analyze(func: tirx.PrimFunc) -> Fused:
     """Split a PrimFunc into core and epilogue; raises Unfusable with the reason."""
+    if WHOLE in (func.attrs or {}):
+        about = json.loads(str(func.attrs[WHOLE]))
+        buffers = [param for param in func.params if hasattr(param, "shape")]
+        inputs, outputs = buffers[: -about["outputs"]], buffers[-about["outputs"] :]
+        return Fused(func, about, tuple(inputs), outputs[0], outputs[0], ())
     blocks = sblocks(func)
     cores = [block for block in blocks if CORE in block.annotations]
     if len(cores) != 1:

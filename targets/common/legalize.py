@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...compiler.tvm import relax
@@ -30,8 +30,8 @@ def default_legalization(builder: Any, call: Any) -> Any:
     return call.op.get_attr("FLegalize")(builder, call)
 
 
-def legalize(module: Any) -> Any:
-    """Lower every Relax operator to `call_tir`."""
+def legalize(module: Any, own: Mapping[str, Legalizer] | None = None) -> Any:
+    """Lower every Relax operator to `call_tir`. own: what a target defines in its own way."""
     from . import ops_conv, ops_index, ops_linear, ops_norm  # noqa: F401
 
-    return relax.transform.LegalizeOps(LEGALIZERS, skip_ops=["relax.reshape"])(module)
+    return relax.transform.LegalizeOps({**LEGALIZERS, **(own or {})}, skip_ops=["relax.reshape"])(module)

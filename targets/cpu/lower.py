@@ -25,6 +25,7 @@ PACKED = "_packed"
 
 def templates() -> list[KernelTemplate]:
     """All kernel templates; the one with the lowest predicted latency gets the workload. A new one is one line here."""
+    from .attention import Attention
     from .conv_depthwise import ConvDepthwise
     from .conv_direct import ConvDirect
     from .conv_pointwise import ConvPointwise
@@ -34,7 +35,7 @@ def templates() -> list[KernelTemplate]:
     from .sparse_columns import GemmColumns
     from .weight_only import WeightOnly
 
-    return [Gemm(), WeightOnly(), GemmBlocks(), GemmColumns(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect()]
+    return [Gemm(), WeightOnly(), GemmBlocks(), GemmColumns(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect(), Attention()]
 
 
 @dataclass

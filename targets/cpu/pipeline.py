@@ -17,6 +17,7 @@ from . import guards as cpu_guards
 from . import lower as cpu_lower
 from .host import host_features
 from .lower import PACKED
+from .ops_attention import OWN
 from .profile import profile
 
 if TYPE_CHECKING:
@@ -89,5 +90,5 @@ def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]]) 
 
 def _legalize(program: Program) -> Any:
     module = relax.backend.DispatchSortScan()(relax.transform.DecomposeOpsForInference()(program.module))
-    module = definitions.legalize(module)
+    module = definitions.legalize(module, OWN)
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))

@@ -1,72 +1,76 @@
-"""scaled_dot_product_attention as matmul, scale, mask, softmax, matmul: the one form in which later passes look for attention."""
+"""scaled_dot_product_attention: one `tcompile.attention`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from ....tvm import relax, tvm
+from ....dialect.attention import attention as make_attention
+from ....tvm import relax, tirx, tvm
 from .shape import argument
 
 
 def attention(translator: Any, node: fx.Node) -> relax.Expr:
     """query: [..., H, S, D], key: [..., Hk, T, D], value: [..., Hk, T, E] -> [..., H, S, E]; mask: bool or float, broadcast to [..., H, S, T].
 
-    A row whose boolean mask is all False gives zeros, as in torch.
+    A row without a visible column gives zeros, as in torch.
     """
-    emit = translator.emit
     query, key, value = translator.value(node.args[:3])
     mask = translator.value(argument(node, 3, "attn_mask"))
     if argument(node, 4, "dropout_p", 0.0):
         raise NotImplementedError("attention with dropout: call .eval() before the export")
-    if argument(node, 6, "enable_gqa", False):
-        key, value = (_repeat_heads(translator, tensor, query.ty.shape[-3]) for tensor in (key, value))
-    dtype, ndim = str(query.ty.dtype.dtype), len(query.ty.shape)
-    axes = [*range(ndim - 2), ndim - 1, ndim - 2]
-    scores = emit(relax.op.matmul(query, emit(relax.op.permute_dims(key, axes))))
-    scale = argument(node, 6, "scale") if len(node.args) > 7 else node.kwargs.get("scale")
+    scale, shared = node.kwargs.get("scale"), bool(node.kwargs.get("enable_gqa", False))
     if scale is None:
         scale = 1 / math.sqrt(int(query.ty.shape[-1]))
-    scores = emit(relax.op.multiply(scores, relax.const(scale, dtype)))
-    if argument(node, 5, "is_causal", False):
-        # every row keeps its first column, so none is empty
-        visible = _causal(translator, query.ty.shape[-2], key.ty.shape[-2])
-        scores = emit(relax.op.where(visible, scores, relax.const(-math.inf, dtype)))
-    if mask is None:
-        return emit(relax.op.matmul(emit(relax.op.nn.softmax(scores, axis=-1)), value))
-    if str(mask.ty.dtype.dtype) != "bool":
-        scores = emit(relax.op.add(scores, mask))
-        return emit(relax.op.matmul(emit(relax.op.nn.softmax(scores, axis=-1)), value))
-    # a finite fill: a row without a visible column must not become NaN before it is set to zero
-    scores = emit(relax.op.where(mask, scores, relax.const(_LOWEST[dtype], dtype)))
-    result = emit(relax.op.matmul(emit(relax.op.nn.softmax(scores, axis=-1)), value))
-    seen = emit(relax.op.max(emit(relax.op.astype(mask, dtype)), axis=-1, keepdims=True))
-    return emit(relax.op.multiply(result, seen))
+    lead, rows, columns = list(query.ty.shape)[:-2], query.ty.shape[-2], key.ty.shape[-2]
+    four = _four(lead)
+    query = _reshaped(translator, query, [*four, *list(query.ty.shape)[-2:]])
+    key, value = (
+        _reshaped(translator, _spread(translator, x, lead[:-1] if shared else lead, 3 if shared else 2), _kv_shape(x, four, shared))
+        for x in (key, value)
+    )
+    if mask is not None and len(mask.ty.shape) != 4:
+        mask = _four_mask(translator, mask, lead, four, rows, columns)
+    call = make_attention(query, key, value, mask, scale=float(scale), causal=bool(argument(node, 5, "is_causal", False)), safe=True)
+    return _reshaped(translator, translator.emit(call), [*lead, rows, list(value.ty.shape)[-1]])
 
 
-#: smallest finite value of each dtype that attention runs in
-_LOWEST = {"float16": -65504.0, "bfloat16": -3.3895313892515355e38, "float32": -3.4028234663852886e38, "float64": -1.7976931348623157e308}
+def _four(lead: Sequence[Any]) -> list[Any]:
+    """(batch, heads) of any number of leading dims."""
+    one = tirx.const(1, "int64")
+    return [math.prod(lead[:-1], start=one), lead[-1]] if lead else [one, one]
 
 
-def _causal(translator: Any, rows: Any, columns: Any) -> relax.Expr:
-    """[rows, columns] bool: column <= row."""
-    positions = [translator.emit(relax.op.arange(0, size, 1, "int64")) for size in (rows, columns)]
-    row = translator.emit(relax.op.reshape(positions[0], [rows, 1]))
-    column = translator.emit(relax.op.reshape(positions[1], [1, columns]))
-    return translator.emit(relax.op.less_equal(column, row))
+def _kv_shape(x: relax.Expr, four: Sequence[Any], shared: bool) -> list[Any]:
+    dims = list(x.ty.shape)
+    return [four[0], dims[-3] if shared else four[1], *dims[-2:]]
 
 
-def _repeat_heads(translator: Any, x: relax.Expr, heads: tvm.ir.Expr) -> relax.Expr:
-    """[..., Hk, T, D] -> [..., H, T, D], each head repeated H / Hk times in place."""
-    *lead, own, length, width = x.ty.shape
-    groups = int(heads) // int(own)
-    if groups == 1:
-        return x
-    apart = translator.emit(relax.op.reshape(x, [*lead, own, 1, length, width]))
-    spread = translator.emit(relax.op.broadcast_to(apart, [*lead, own, groups, length, width]))
-    return translator.emit(relax.op.reshape(spread, [*lead, heads, length, width]))
+def _spread(translator: Any, x: relax.Expr, lead: Sequence[Any], kept: int) -> relax.Expr:
+    """x broadcast to the leading dims of the query; its last `kept` dims stay."""
+    wanted = [*lead, *list(x.ty.shape)[-kept:]]
+    return x if _same(x.ty.shape, wanted) else translator.emit(relax.op.broadcast_to(x, wanted))
+
+
+def _four_mask(translator: Any, mask: relax.Expr, lead: Sequence[Any], four: Sequence[Any], rows: Any, columns: Any) -> relax.Expr:
+    """A mask over any number of leading dims as one of four dims; up to three of its own need no copy."""
+    dims = list(mask.ty.shape)
+    if len(dims) <= 2 or (len(lead) <= 2 and len(dims) <= 4):
+        return _reshaped(translator, mask, [tirx.const(1, "int64")] * (4 - len(dims)) + dims)
+    wide = translator.emit(relax.op.broadcast_to(mask, [*lead, rows, columns]))
+    return _reshaped(translator, wide, [*four, rows, columns])
+
+
+def _reshaped(translator: Any, x: relax.Expr, dims: Sequence[Any]) -> relax.Expr:
+    return x if _same(x.ty.shape, dims) else translator.emit(relax.op.reshape(x, list(dims)))
+
+
+def _same(a: Any, b: Sequence[Any]) -> bool:
+    analyzer = tvm.sym.Analyzer()
+    return len(a) == len(b) and all(analyzer.can_prove_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 CONVERTERS = {"scaled_dot_product_attention.default": attention}

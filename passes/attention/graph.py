@@ -1,0 +1,103 @@
+"""A program as the matcher sees it: what defines a value, and who uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...compiler.tvm import is_constant, relax, tirx, tvm
+
+
+class Graph:
+    """Definitions and uses of the variables of one function; calls are seen through variables that only rename."""
+
+    def __init__(self, function: relax.Function):
+        self.bindings: list[relax.VarBinding] = []
+        self.defined: dict[Any, Any] = {}
+        self.users: dict[Any, list[relax.VarBinding]] = {}
+        self.returned: set[Any] = set()
+        for block in function.body.blocks:
+            for binding in block.bindings:
+                self.bindings.append(binding)
+                if isinstance(binding, relax.VarBinding):
+                    self.defined[binding.var] = binding.value
+                    for var in _variables(binding.value):
+                        self.users.setdefault(var, []).append(binding)
+        self.returned.update(_variables(function.body.body))
+
+    def root(self, expr: Any) -> Any:
+        """The variable or constant behind renamings."""
+        while isinstance(expr, relax.Var) and isinstance(self.defined.get(expr), relax.Var):
+            expr = self.defined[expr]
+        value = self.defined.get(expr) if isinstance(expr, relax.Var) else None
+        return value if is_constant(value) else expr
+
+    def call(self, expr: Any, *names: str) -> relax.Call | None:
+        """The call that computes `expr`, if it is one of the named Relax operators (any, without names)."""
+        expr = self.root(expr)
+        value = self.defined.get(expr) if isinstance(expr, relax.Var) else None
+        if isinstance(value, relax.Call) and (not names or self.name(value) in names):
+            return value
+        return None
+
+    @staticmethod
+    def name(call: relax.Call) -> str:
+        return getattr(call.op, "name", "").removeprefix("relax.")
+
+    def uses(self, var: Any) -> list[relax.VarBinding]:
+        """Bindings that read a variable, those that only rename it replaced by the uses of the new name."""
+        found: list[relax.VarBinding] = []
+        for binding in self.users.get(var, []):
+            found += self.uses(binding.var) if isinstance(binding.value, relax.Var) else [binding]
+        return found
+
+    def escapes(self, var: Any) -> bool:
+        """The function returns it."""
+        return var in self.returned or any(isinstance(binding.value, relax.Var) and self.escapes(binding.var) for binding in self.users.get(var, []))
+
+    def equal(self, a: Any, b: Any) -> bool:
+        return equal(a, b)
+
+    def same_dims(self, a: Sequence[Any], b: Sequence[Any]) -> bool:
+        return len(a) == len(b) and all(self.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _variables(expr: Any) -> list[Any]:
+    """Variables that an expression reads, each as often as it does."""
+    if isinstance(expr, relax.Var):
+        return [expr]
+    if isinstance(expr, relax.Call):
+        return [var for arg in expr.args for var in _variables(arg)]
+    if isinstance(expr, relax.Tuple):
+        return [var for field in expr.fields for var in _variables(field)]
+    return _variables(expr.tuple_value) if isinstance(expr, relax.TupleGetItem) else []
+
+
+def shape(expr: Any) -> list[Any] | None:
+    """The dims of a tensor, None where they are not known."""
+    known = getattr(expr.ty, "shape", None)
+    return list(known) if isinstance(known, relax.ShapeExpr) else None
+
+
+def scalar(expr: Any) -> float | None:
+    """The value of a constant all of whose elements are one number."""
+    if not is_constant(expr):
+        return None
+    values = expr.value.numpy().reshape(-1)
+    return float(values[0]) if values.size and (values == values[0]).all() else None
+
+
+def is_unit(dim: Any) -> bool:
+    return isinstance(dim, tirx.IntImm) and int(dim) == 1
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Two dims are provably the same."""
+    return _ANALYZER.can_prove_equal(a, b)
+
+
+def less(a: Any, b: Any) -> bool:
+    return _ANALYZER.can_prove(a < b)
+
+
+_ANALYZER = tvm.sym.Analyzer()

@@ -1,0 +1,146 @@
+"""Attention template: out = softmax(scale q k^T, masked) v in one pass over k and v, with a running maximum and sum and no tensor of scores.
+
+    for (b, h, queries) in parallel:                       # nv vectors of queries
+        panel[D][queries] = scale * q^T
+        for keys in T / block:                             # blocks that `causal` hides wholly are left out
+            for j in block / mr:                           # mr x nv accumulators: keys down, queries across
+                for d in D: acc[j][queries] += k[j, d] * panel[d][queries]
+                p[j][queries] = masked acc;  top = max(top, acc)
+            shrink = exp(old top - top);  total *= shrink
+            p = exp(p - top);  total += p                  # element-wise: a query stays in its lane
+            for (i, e) in tiles: acc[i][e] = out[i][e] * shrink[i];  for j: acc[i][e] += p[j][i] * v[j, e]
+        out /= total
+
+With the queries in the lanes neither k nor v is transposed, and the softmax needs no sum across lanes. Running maximum and sum: Milakov and Gimelshein, "Online
+normalizer calculation for softmax" (2018); the order of the loops: Dao, "FlashAttention-2" (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...autotune.cost_model import KernelFeatures
+from ...compiler.dialect.attention import dims_of
+from ..base import Target
+from ..common.fused import Fused, Unfusable, static
+from .attention_emit import AttentionEmitter
+from .emit import balanced, kernel
+from .template import Kernel
+
+#: sizes assumed for what is known at run time only
+_GUESS = {"batch": 1, "queries": 128, "keys": 128}
+
+
+@dataclass(frozen=True)
+class AttentionWorkload:
+    """Sizes (None: known at run time only) and what happens to the scores."""
+
+    batch: int | None
+    heads: int
+    kv_heads: int
+    queries: int | None
+    keys: int | None
+    depth: int
+    width: int
+    mask: str
+    causal: bool
+    received: bool
+
+    def __str__(self) -> str:
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        extra = f"{' causal' if self.causal else ''}{f' mask {self.mask}' if self.mask != 'none' else ''}{' received' if self.received else ''}"
+        return f"attention {self.batch}x{heads}x{self.queries}x{self.keys}x{self.depth}x{self.width}{extra}"
+
+
+@dataclass(frozen=True)
+class AttentionSchedule:
+    """nv vectors of `lanes` queries at a time; tiles of mr keys for the scores, of rows queries x columns vectors for the output; `block` keys between two rescalings."""
+
+    nv: int
+    lanes: int
+    mr: int
+    rows: int
+    columns: int
+    block: int
+
+
+class Attention:
+    """See the module."""
+
+    name = "attention"
+
+    def workload(self, fused: Fused, constants: frozenset[int]) -> AttentionWorkload:
+        if fused.core["op"] != "attention":
+            raise Unfusable("not an attention")
+        dims = dims_of(*(buffer.shape for buffer in fused.inputs[:3]), fused.core["layouts"])
+        heads, kv_heads, depth, width = (static(dim) for dim in (dims.heads, dims.kv_heads, dims.depth, dims.width))
+        if heads is None or kv_heads is None or depth is None or width is None:
+            raise Unfusable("heads or widths known at run time only")
+        return AttentionWorkload(
+            static(dims.batch),
+            heads,
+            kv_heads,
+            static(dims.queries),
+            static(dims.keys),
+            depth,
+            width,
+            fused.core["mask"],
+            fused.core["causal"],
+            fused.core["received"],
+        )
+
+    def space(self, workload: AttentionWorkload, target: Target) -> Sequence[AttentionSchedule]:
+        lanes, registers = target.lanes(), target.vector_registers
+        vectors = None if workload.queries is None else -(-workload.queries // lanes)
+        wide = -(-workload.width // lanes)
+        found = []
+        for nv in (1, 2, 3, 4):
+            if vectors is not None and nv > vectors:
+                continue
+            mr = min((registers - nv - 1) // nv, 8)
+            for columns in sorted({min(wide, size) for size in (1, 2, 3, 4)}):
+                if columns == 1 < wide:
+                    continue
+                rows = min((registers - columns - 1) // columns, 8, nv * lanes)
+                for block in (64, 128, 256):
+                    if block == 64 or workload.keys is None or block < 2 * workload.keys:
+                        found.append(AttentionSchedule(nv, lanes, mr, rows, columns, block))
+        return found
+
+    def features(self, workload: AttentionWorkload, schedule: AttentionSchedule, target: Target) -> KernelFeatures:
+        batch, queries, keys = (getattr(workload, name) or guess for name, guess in _GUESS.items())
+        heads, depth, width, lanes, nv = batch * workload.heads, workload.depth, workload.width, schedule.lanes, schedule.nv
+        tiles = [size for _, size in balanced(-(-queries // lanes), nv)]
+        wide = -(-width // lanes)
+        seen = keys / 2 if workload.causal and queries > nv * lanes else keys
+        rate, broadcast = target.fma_per_cycle, 0.5 if target.vector_bits == 512 else 1.0
+        fma = load = latency = 0.0
+        for size in tiles:
+            scores = seen * depth * (2 if workload.received else 1)
+            fma += scores * size / rate
+            load += scores * (broadcast + size / schedule.mr) / 2.0
+            latency += scores / schedule.mr * max(4.0, schedule.mr * size / rate)
+            products = seen * size * lanes
+            fma += products * wide / rate
+            load += products * (broadcast * -(-wide // schedule.columns) + wide / schedule.rows) / 2.0
+            latency += products * -(-wide // schedule.columns) / schedule.rows * max(4.0, schedule.rows * schedule.columns / rate)
+            # the exponential, and the rescaling of the output between blocks
+            fma += seen * size * 24.0 + -(-seen // schedule.block) * size * lanes * wide * 4.0
+            load += seen * size * 4.0 + depth * size * lanes * 2.0
+        block_bytes = 4.0 * schedule.block * (nv * lanes + wide * lanes)
+        l2 = len(tiles) * seen * 4.0 * (depth + width) + (0 if block_bytes < 0.75 * target.l1_bytes else len(tiles) * seen * 8.0 * nv * lanes)
+        return KernelFeatures(
+            flops=2.0 * heads * queries * seen * (depth + width),
+            fma_cycles=heads * fma,
+            load_cycles=heads * load,
+            latency_cycles=heads * latency,
+            l2_bytes=heads * l2,
+            l3_bytes=4.0 * heads * (queries + keys) * (depth + width),
+            tasks=heads * len(tiles),
+        )
+
+    def build(self, fused: Fused, workload: AttentionWorkload, schedule: AttentionSchedule, target: Target) -> Kernel:
+        with kernel(fused, {}) as (builder, buffers):
+            AttentionEmitter(fused, buffers, schedule).emit()
+        return Kernel(builder.get())  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,336 @@
+"""Emits the loop nest of the attention template; see `attention`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ...compiler.dialect.attention import dims_of
+from ...compiler.tvm import T, tirx
+from ..common.fused import Fused, static
+from .dot import splat, vector
+from .emit import Accumulators, balanced, tasks
+
+if TYPE_CHECKING:
+    from .attention import AttentionSchedule
+
+
+class AttentionEmitter:
+    """State of one kernel; all sizes and positions are int64 expressions, `lane` counts queries within a tile."""
+
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AttentionSchedule):
+        self.schedule, self.lanes, self.core = schedule, schedule.lanes, fused.core
+        self.q, self.k, self.v, *rest = (buffers[buffer] for buffer in fused.inputs)
+        self.mask = rest[0] if rest else None
+        outputs = [buffers[param] for param in fused.params if hasattr(param, "shape")][-fused.core["outputs"] :]
+        self.out, self.received = outputs[0], outputs[1] if len(outputs) == 2 else None
+        dims = dims_of(*(buffer.shape for buffer in fused.inputs[:3]), fused.core["layouts"])
+        self.batch, self.queries, self.keys = dims.batch, dims.queries, dims.keys
+        self.heads, self.depth, self.width = (int(dim) for dim in (dims.heads, dims.depth, dims.width))
+        self.groups = self.heads // int(dims.kv_heads)
+        self.wide = -(-self.width // self.lanes)
+        self.causal, self.fill = bool(fused.core["causal"]), float(fused.core["fill"])
+
+    # ---- the parallel loops
+
+    def emit(self) -> None:
+        """out, and when it is asked for, received, from the statistics that the first pass leaves of every query."""
+        lanes, nv, queries = self.lanes, self.schedule.nv, static(self.queries)
+        # tiles of nv or nv - 1 vectors where the number of queries is known; where it is not, the last tile computes rows twice
+        sizes = [size for _, size in balanced(-(-queries // lanes), nv)] if queries is not None else [nv]
+        large = sizes.count(sizes[0])
+        count = T.int64(len(sizes)) if queries is not None else T.ceildiv(self.queries, T.int64(nv * lanes))
+        statistics = None
+        if self.received is not None:
+            shape = (self.batch * T.int64(self.heads), count * T.int64(sizes[0] * lanes))
+            statistics = [T.alloc_buffer(shape, "float32") for _ in range(2)]
+        known = [static(dim) for dim in (self.batch, self.queries, self.keys)]
+        work = math.prod(dim or 0 for dim in known) * self.heads * (self.depth + self.width) if None not in known else None
+        with tasks(self.batch * T.int64(self.heads) * count, work) as task:
+            head, tile = (T.bind(T.floordiv(task, count)), T.bind(T.floormod(task, count))) if static(count) != 1 else (task, T.int64(0))
+            b, h = self._place(head)
+            if large == len(sizes):
+                self._tile(b, h, T.bind(tile * T.int64(sizes[0] * lanes)), sizes[0], statistics)
+            else:
+                first = T.bind(tile * T.int64(sizes[-1] * lanes) + T.min(tile, T.int64(large)) * T.int64(lanes))
+                with T.If(tile < T.int64(large)):
+                    with T.Then():
+                        self._tile(b, h, first, sizes[0], statistics)
+                    with T.Else():
+                        self._tile(b, h, first, sizes[-1], statistics)
+        if statistics is not None:
+            if queries is not None:
+                # tiles that are shorter by a vector leave the end untouched
+                with (
+                    T.serial(self.batch * T.int64(self.heads)) as head,
+                    T.serial(T.int64(sum(sizes) * lanes), T.int64(len(sizes) * sizes[0] * lanes)) as i,
+                ):
+                    for buffer in statistics:
+                        T.buffer_store(buffer, T.float32(0), [head, i])
+            self._receive(statistics, sizes[0], count, work)
+
+    def _place(self, head: Any) -> tuple[Any, Any]:
+        """(batch, head) of a number that counts both."""
+        if static(self.batch) == 1:
+            return T.int64(0), head
+        return T.bind(T.floordiv(head, T.int64(self.heads))), T.bind(T.floormod(head, T.int64(self.heads)))
+
+    # ---- operands
+
+    def _index(self, operand: int, b: Any, h: Any, s: Any, d: Any) -> tuple[Any, ...]:
+        """Indices of q (operand 0), k, v or the output (3)."""
+        return (b, h, s, d) if self.core["layouts"][operand] == "BHSD" else (b, s, h, d)
+
+    def _kv_head(self, h: Any) -> Any:
+        return h if self.groups == 1 else T.bind(T.floordiv(h, T.int64(self.groups)))
+
+    def _panel(self, b: Any, h: Any, first: Any, nv: int) -> Any:
+        """[D, queries]: scaled q^T of one tile; beyond the last query it repeats that."""
+        panel = T.alloc_buffer((self.depth, nv * self.lanes), "float32")
+        scale = float(self.core["scale"])
+        with T.serial(T.int64(nv * self.lanes)) as lane:
+            row = T.bind(T.min(first + lane, self.queries - T.int64(1)))
+            with T.serial(T.int64(self.depth)) as d:
+                T.buffer_store(panel, self.q[self._index(0, b, h, row, d)] * T.float32(scale), [d, lane])
+        return panel
+
+    def _masked(self, score: Any, b: Any, h: Any, t: Any, first: Any, v: int) -> Any:
+        """The score of key t for vector v of a tile's queries with the mask operand applied."""
+        if self.mask is None:
+            return score
+        rows = static(self.mask.shape[3])
+        start = [T.int64(0) if static(dim) == 1 else index for dim, index in zip(self.mask.shape, (b, h, t), strict=False)]
+        if rows == 1:
+            extra = splat(self.mask[(*start, T.int64(0))], self.lanes)
+        else:
+            # padded to whole vectors; those that are beyond its end wholly are nobody's, so any other will do
+            place = T.min(first + T.int64(v * self.lanes), self.mask.shape[3] - T.int64(self.lanes))
+            extra = self.mask[(*start, vector(place, self.lanes))]
+        if self.core["mask"] == "add":
+            return score + extra
+        return tirx.Select(extra == splat(T.float32(0), self.lanes), score, extra)
+
+    def _hidden(self, score: Any, t: Any, first: Any, v: int) -> Any:
+        """The score of key t with what `causal` hides filled."""
+        lanes = T.int32(v * self.lanes) if self.lanes == 1 else T.ramp(T.int32(v * self.lanes), T.int32(1), self.lanes)
+        seen = splat(T.Cast("int32", t - first), self.lanes) <= lanes
+        return tirx.Select(seen, score, splat(T.float32(self.fill), self.lanes))
+
+    # ---- scores
+
+    def _scores(
+        self, b: Any, h: Any, first: Any, panel: Any, start: Any, count: Any, nv: int, use: Callable[[Accumulators, Any, int, int], None]
+    ) -> None:
+        """Hand the masked scores of keys start..start+count to `use(registers, key within the block, row, vector)`, a tile of mr keys at a time.
+
+        Keys past the last whole tile: a tile moved back to end there, which may see keys twice, so `use` has to be idempotent; or single keys when there are fewer.
+        """
+        mr, known = self.schedule.mr, static(count)
+        kv = self._kv_head(h)
+
+        def tile(offset: Any, size: int) -> None:
+            acc = Accumulators(size, nv, self.lanes)
+            acc.fill()
+            key = T.bind(start + offset)
+            with T.serial(T.int64(self.depth)) as d:
+                queries = [T.bind(panel[d, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(nv)]
+                acc.multiply(range(size), lambda i: self.k[self._index(1, b, kv, key + i, d)], queries)
+
+            def finish(hide: bool) -> None:
+                for i in range(size):
+                    for v in range(nv):
+                        if self.mask is not None or hide:
+                            score = self._masked(acc.load(i, v), b, h, key + i, first, v)
+                            acc.store(i, v, self._hidden(score, key + i, first, v) if hide else score)
+                        use(acc, offset + i, i, v)
+
+            if not self.causal:
+                finish(False)
+                return
+            with T.If(key + T.int64(size - 1) <= first):
+                with T.Then():
+                    finish(False)
+                with T.Else():
+                    finish(True)
+
+        if known is not None and known < mr:
+            tile(T.int64(0), known)
+            return
+        with T.serial(T.int64(known // mr) if known is not None else T.floordiv(count, T.int64(mr))) as j:
+            tile(T.bind(j * T.int64(mr)), mr)
+        if known is not None:
+            if known % mr:
+                tile(T.int64(known - mr), mr)
+            return
+        rest = T.bind(T.floormod(count, T.int64(mr)))
+        with T.If(tirx.And(rest > T.int64(0), count >= T.int64(mr))), T.Then():
+            tile(T.bind(count - T.int64(mr)), mr)
+        with T.If(count < T.int64(mr)), T.Then(), T.serial(rest) as j:
+            tile(j, 1)
+
+    @contextmanager
+    def _blocks(self, limit: Any) -> Iterator[tuple[Any, Any]]:
+        """Loop over blocks of keys below `limit`: (first key, how many)."""
+        mr, known = self.schedule.mr, static(limit)
+        block = self.schedule.block // mr * mr
+        if known is not None:
+            # as equal as whole tiles allow, so that the last is not a stub
+            share = -(-known // -(-known // block))
+            block = min((share + mr - 1) // mr * mr, known)
+        with T.serial(T.ceildiv(limit, T.int64(block))) as index:
+            start = T.bind(index * T.int64(block))
+            whole = known is not None and known % block == 0
+            yield start, T.int64(block) if whole else T.bind(T.min(T.int64(block), limit - start))
+
+    # ---- one tile of queries
+
+    def _tile(self, b: Any, h: Any, first: Any, nv: int, statistics: Any) -> None:
+        lanes, queries, padded = self.lanes, nv * self.lanes, self.wide * self.lanes
+        panel = self._panel(b, h, first, nv)
+        scores = T.alloc_buffer((self.schedule.block, queries), "float32")
+        values = T.alloc_buffer((self.schedule.block, padded), "float32")
+        out = T.alloc_buffer((queries, padded), "float32")
+        top, total, shrink = (T.alloc_buffer((queries,), "float32") for _ in range(3))
+        places = [vector(T.int64(v * lanes), lanes) for v in range(nv)]
+        zero, low = splat(T.float32(0), lanes), splat(T.float32(-math.inf), lanes)
+        for place in places:
+            T.buffer_store(top, low, [place])
+            T.buffer_store(total, zero, [place])
+        with T.serial(T.int64(queries)) as i:
+            for e in range(self.wide):
+                T.buffer_store(out, zero, [i, vector(T.int64(e * lanes), lanes)])
+        limit = T.bind(T.min(self.keys, first + T.int64(queries))) if self.causal else self.keys
+        with self._blocks(limit) as (start, count):
+            # the running maximum before this block waits in `shrink`
+            for place in places:
+                T.buffer_store(shrink, top[place], [place])
+
+            def keep(acc: Accumulators, key: Any, i: int, v: int) -> None:
+                T.buffer_store(scores, acc.load(i, v), [key, places[v]])
+                T.buffer_store(top, tirx.Select(acc.load(i, v) > top[places[v]], acc.load(i, v), top[places[v]]), [places[v]])
+
+            self._scores(b, h, first, panel, start, count, nv, keep)
+            base = [T.alloc_buffer((lanes,), "float32") for _ in range(nv)]
+            sums = [T.alloc_buffer((lanes,), "float32") for _ in range(nv)]
+            everything = vector(T.int64(0), lanes)
+            for v, place in enumerate(places):
+                # a query that has seen no key yet: 0 in place of -inf, whose difference to itself is no number
+                T.buffer_store(base[v], tirx.Select(top[place] == low, zero, top[place]), [everything])
+                T.buffer_store(shrink, T.exp(shrink[place] - base[v][everything]), [place])
+                T.buffer_store(sums[v], zero, [everything])
+            with T.serial(count) as j:
+                for v, place in enumerate(places):
+                    T.buffer_store(scores, T.exp(scores[j, place] - base[v][everything]), [j, place])
+                    T.buffer_store(sums[v], sums[v][everything] + scores[j, place], [everything])
+            for v, place in enumerate(places):
+                T.buffer_store(total, total[place] * shrink[place] + sums[v][everything], [place])
+            self._copy_values(values, b, h, start, count)
+            self._accumulate(out, scores, values, shrink, count, queries)
+        self._finish(b, h, first, nv, out, top, total, statistics)
+
+    def _copy_values(self, values: Any, b: Any, h: Any, start: Any, count: Any) -> None:
+        """v of one block, its rows side by side and filled up to whole vectors."""
+        kv, lanes = self._kv_head(h), self.lanes
+        with T.serial(count) as j:
+            row = T.bind(start + j)
+            for e in range(self.width // lanes):
+                T.buffer_store(values, self.v[self._index(2, b, kv, row, vector(T.int64(e * lanes), lanes))], [j, vector(T.int64(e * lanes), lanes)])
+            if rest := self.width % lanes:
+                edge = self.width - rest
+                with T.serial(T.int64(rest)) as e:
+                    T.buffer_store(values, self.v[self._index(2, b, kv, row, e + T.int64(edge))], [j, e + T.int64(edge)])
+                with T.serial(T.int64(lanes - rest)) as e:
+                    T.buffer_store(values, T.float32(0), [j, e + T.int64(self.width)])
+
+    def _accumulate(self, out: Any, scores: Any, values: Any, shrink: Any, count: Any, queries: int) -> None:
+        """out[i, e] = out[i, e] * shrink[i] + sum over keys of p[key, i] * v[key, e]."""
+        lanes, tiles = self.lanes, balanced(queries, self.schedule.rows)
+        # groups of equally many vectors share one loop: one of three or four iterations LLVM would unroll, and keep the accumulators in memory
+        groups = balanced(self.wide, self.schedule.columns)
+        for columns in sorted({columns for _, columns in groups}, reverse=True):
+            edges = [first for first, width in groups if width == columns]
+            for size in sorted({size for _, size in tiles}, reverse=True):
+                starts = [start for start, length in tiles if length == size]
+                with T.serial(T.int64(len(edges) * len(starts))) as index:
+                    edge = T.bind(T.floordiv(index, T.int64(len(starts))) * T.int64(columns * lanes) + T.int64(edges[0] * lanes))
+                    row = T.bind(T.floormod(index, T.int64(len(starts))) * T.int64(size) + T.int64(starts[0]))
+                    places = [vector(edge + T.int64(e * lanes), lanes) for e in range(columns)]
+                    acc = Accumulators(size, columns, lanes)
+                    acc.fill(lambda i, e: out[row + T.int64(i), places[e]] * splat(shrink[row + T.int64(i)], lanes))  # noqa: B023
+                    with T.serial(count) as j:
+                        acc.multiply(range(size), lambda i: scores[j, row + T.int64(i)], [T.bind(values[j, place]) for place in places])  # noqa: B023
+                    for i in range(size):
+                        for e in range(columns):
+                            T.buffer_store(out, acc.load(i, e), [row + T.int64(i), places[e]])
+
+    def _finish(self, b: Any, h: Any, first: Any, nv: int, out: Any, top: Any, total: Any, statistics: Any) -> None:
+        """Divide by the sums and store; keep what the second pass needs of every query: its maximum, and 1 / its sum, 0 for those past the end."""
+        lanes, queries = self.lanes, nv * self.lanes
+        zero, one, low = (splat(T.float32(value), lanes) for value in (0.0, 1.0, -math.inf))
+        for v in range(nv):
+            place = vector(T.int64(v * lanes), lanes)
+            inverse = one / total[place]
+            T.buffer_store(total, tirx.Select(total[place] == zero, zero, inverse) if self.core["safe"] else inverse, [place])
+            if statistics is not None:
+                T.buffer_store(top, tirx.Select(top[place] == low, zero, top[place]), [place])
+        if statistics is not None:
+            head = b * T.int64(self.heads) + h
+            with T.serial(T.int64(queries)) as lane:
+                T.buffer_store(statistics[0], top[lane], [head, first + lane])
+                T.buffer_store(statistics[1], T.if_then_else(first + lane < self.queries, total[lane], T.float32(0)), [head, first + lane])
+        whole, rest = divmod(self.width, lanes)
+        with T.serial(T.bind(T.min(T.int64(queries), self.queries - first))) as i:
+            row = T.bind(first + i)
+            for e in range(whole):
+                place = vector(T.int64(e * lanes), lanes)
+                T.buffer_store(self.out, out[i, place] * splat(total[i], lanes), list(self._index(3, b, h, row, place)))
+            if rest:
+                with T.serial(T.int64(rest)) as e:
+                    T.buffer_store(
+                        self.out, out[i, e + T.int64(whole * lanes)] * total[i], list(self._index(3, b, h, row, e + T.int64(whole * lanes)))
+                    )
+
+    # ---- the second pass
+
+    def _receive(self, statistics: Any, nv: int, tiles: Any, work: int | None) -> None:
+        """received[b, key] = mean over heads and queries of exp(score - maximum) / sum; scores are computed again, a block of keys per task, one vector of sums per key."""
+        lanes, block, queries = self.lanes, self.schedule.block, nv * self.lanes
+        count = T.ceildiv(self.keys, T.int64(block))
+        everything = vector(T.int64(0), lanes)
+        zero = splat(T.float32(0), lanes)
+        with tasks(self.batch * count, work) as task:
+            b, index = T.bind(T.floordiv(task, count)), T.bind(T.floormod(task, count))
+            start = T.bind(index * T.int64(block))
+            here = T.bind(T.min(T.int64(block), self.keys - start))
+            sums = T.alloc_buffer((block, lanes), "float32")
+            part = T.alloc_buffer((block, lanes), "float32")
+            with T.serial(here) as j:
+                T.buffer_store(sums, zero, [j, everything])
+            # queries before the block's first key see none of it
+            hidden = T.floordiv(start, T.int64(queries)) if self.causal else T.int64(0)
+            with T.serial(T.int64(self.heads)) as h, T.serial(hidden, tiles) as tile:
+                first = T.bind(tile * T.int64(queries))
+                head = b * T.int64(self.heads) + h
+                panel = self._panel(b, h, first, nv)
+
+                def share(v: int, score: Any) -> Any:
+                    place = vector(first + T.int64(v * lanes), lanes)
+                    return T.exp(score - statistics[0][head, place]) * statistics[1][head, place]
+
+                def keep(acc: Accumulators, key: Any, i: int, v: int) -> None:
+                    # a key may come twice: its share is put, not added, and added afterwards
+                    previous = zero if v == 0 else part[key, everything]
+                    T.buffer_store(part, previous + share(v, acc.load(i, v)), [key, everything])
+
+                self._scores(b, h, first, panel, start, here, nv, keep)
+                with T.serial(here) as j:
+                    T.buffer_store(sums, sums[j, everything] + part[j, everything], [j, everything])
+            scale = T.float32(1.0) / T.Cast("float32", self.queries * T.int64(self.heads))
+            with T.serial(here) as j:
+                total = T.alloc_buffer((1,), "float32")
+                T.buffer_store(total, T.float32(0), [0])
+                with T.serial(T.int64(lanes)) as lane:
+                    T.buffer_store(total, total[0] + sums[j, lane], [0])
+                T.buffer_store(self.received, total[0] * scale, [b, start + j])
