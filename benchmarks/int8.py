@@ -111,9 +111,7 @@ def gemm(m: int, k: int, n: int) -> Contest:
     )
     nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])]
     float_peer = peer(nodes, (m, k), TensorProto.FLOAT, TensorProto.FLOAT, {"w": real, "b": bias})
-    ours = {"int8": ("uint8", integer), "fp32": ("float32", floats)}
-    if m == 1:
-        ours |= {"w8": ("float32", weight_only(8)), "w4": ("float32", weight_only(4))}
+    ours = {"int8": ("uint8", integer), "fp32": ("float32", floats), "w8": ("float32", weight_only(8)), "w4": ("float32", weight_only(4))}
     return Contest((m, k), ours, {"ort int8": integers, "ort fp32": float_peer})
 
 

@@ -155,7 +155,12 @@ def test_any_size(m, k, n, pick):
 
 @pytest.mark.parametrize(
     ("machine", "schedule", "instruction", "register"),
-    [("haswell", (4, 2, 8), "vpmaddwd", "ymm"), ("skylake-avx512", (8, 3, 16), "vpmaddwd", "zmm"), ("cascadelake", (8, 3, 16), "vpdpbusd", "zmm")],
+    [
+        ("haswell", (4, 2, 8), "vpmaddwd", "ymm"),
+        ("alderlake", (4, 3, 8), "vpdpbusd", "ymm"),
+        ("skylake-avx512", (8, 3, 16), "vpmaddwd", "zmm"),
+        ("cascadelake", (8, 3, 16), "vpdpbusd", "zmm"),
+    ],
 )
 def test_inner_loop_without_spills(machine, schedule, instruction, register):
     target = Target.parse(f"cpu:{machine}")
