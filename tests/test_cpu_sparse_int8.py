@@ -17,8 +17,9 @@ from tcompile.targets.cpu.sparse_blocks import BlockSchedule, GemmBlocks
 from tcompile.targets.cpu.sparse_columns import ColumnSchedule, GemmColumns
 from tcompile.targets.cpu.sparse_weights import Constants, compress
 from test_cpu_int8_gemm import compiled, fused, operands, reference
+from test_cpu_sparse import schedules
 
-SIZES = [((), 13, 20, 31), ((), 1, 24, 40), ((2, 3), 7, 64, 100), ((), 129, 8, 130)]
+SIZES = [((), 1, 24, 40), ((2, 3), 7, 64, 100), ((), 129, 8, 50)]
 
 
 def holes(w, keep, r, c, rng):
@@ -36,7 +37,7 @@ def check(template, func, epilogue, target, m, keep, r, c, pick, seed=0):
         with pytest.raises(Unfusable, match="two codes"):
             template.space(workload, target)
         return
-    space = list(template.space(workload, target))
+    space = schedules(template, workload, target)
     kernel = template.build(func, workload, space[int(pick * (len(space) - 1))], target)
     want = reference(epilogue, *arrays)
     stream = kernel.packings[0].pack(arrays[1])
@@ -57,15 +58,14 @@ def test_awkward_sizes(lead, m, k, n, template, target):
         check(template, func, "none", target, m, keep, r, c, pick)
 
 
-@pytest.mark.parametrize("epilogue", ["dequantize", "residual", "requantize", "residual8"])
-@pytest.mark.parametrize("m", [7, "rows"])
+@pytest.mark.parametrize(("epilogue", "m"), [("dequantize", 7), ("residual", "rows"), ("requantize", "rows"), ("residual8", 7)])
 @pytest.mark.parametrize("template", [GemmBlocks(), GemmColumns()], ids=lambda template: template.name)
 @pytest.mark.parametrize("target", runnable())
 def test_epilogues(epilogue, m, template, target):
     check(template, fused((2,) if m == 7 else (), m, 32, 50, epilogue), epilogue, target, 11, 0.3, 4, 16, 0.5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(1, 70), st.floats(0, 0.5), st.floats(0, 1), st.booleans(), st.integers(0, 99))
 def test_any_size(m, quads, n, keep, pick, blocks, seed):
     if quads * n < 64:

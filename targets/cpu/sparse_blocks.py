@@ -21,11 +21,12 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
-from ..common.fused import Fused, product
+from ..common.fused import Fused, Unfusable, product
 from .dot import dot_for, vector
 from .emit import SUM_BLOCK, Accumulators, balanced, register_tiles, store_tile
 from .gemm import GemmEmitter, GemmOperands, GemmSchedule
 from .sparse_emit import SparseWorkload, row_chunks, sparse_kernel, sparse_workload, stream_packing
+from .sparse_weights import DENSE
 from .template import Kernel
 
 
@@ -49,12 +50,19 @@ class GemmBlocks:
         return sparse_workload(fused, constants)
 
     def space(self, workload: SparseWorkload, target: Target) -> Sequence[BlockSchedule]:
+        found = [entry for entry in self.legal(workload, target) if workload.share(entry.r, entry.nv * entry.lanes) <= DENSE]
+        if not found:
+            raise Unfusable("the zeros leave no group of inputs empty over a panel of outputs")
+        return found
+
+    def legal(self, workload: SparseWorkload, target: Target) -> list[BlockSchedule]:
+        """All schedules that compute the workload, also those that multiply mostly by zeros."""
         lanes, group = target.lanes(), dot_for(workload.kind, target).group
         shapes = register_tiles(target, (2, 3, 4), -(-workload.n // lanes))
         shapes += [(mr, 1) for mr in (1, 2, 4, 8, *range(10, target.vector_registers // 2 + 1))]
         found = []
         for mr, nv in shapes:
-            if workload.m is not None and mr > workload.m:
+            if workload.m is not None and mr > workload.m or mr < 4 and (workload.m is None or workload.m >= 16):
                 continue
             for r in (group, 2 * group, 4 * group, 8 * group):
                 # halving the groups saves their indices; it must not store many more zeros
