@@ -1,0 +1,115 @@
+"""The attention kernel: `tcompile.attention` as one CUDA kernel of include/attention.cuh.
+
+    block (64 queries, head, batch): q in shared memory
+        for 64 (or 32) keys, the next ones on their way:
+            s = q k^T on tensor cores, scale and mask in registers; running maximum and sum; out = out * old + exp(s) v on tensor cores
+        out / sum
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ...compiler.dialect.attention import AttentionAttrs, attrs_of, dims_of
+from ...compiler.tvm import tirx
+from ..base import Target
+from .gemm import vector
+from .kernel import Kernel, Plan, Signature, Unsupported
+from .printer import literal
+
+QUERIES, THREADS = 64, 128
+#: widest head: its outputs stay in registers
+MAX_WIDTH = 128
+
+
+def refusal(call: Any) -> str:
+    """Why this kernel does not take the attention, or "" when it does."""
+    attrs = attrs_of(call)
+    shapes = [list(arg.ty.shape) for arg in call.args]
+    if attrs.received:
+        return "the attention that keys receive is asked for"
+    if any(not isinstance(dim, tirx.IntImm) for shape in shapes for dim in shape):
+        return "sizes known only at run time"
+    if any(str(arg.ty.dtype) != "float32" for arg in call.args[:3]) or any(str(arg.ty.dtype) not in ("float32", "bool") for arg in call.args[3:]):
+        return "not float32"
+    dims = dims_of(*shapes[:3], attrs.layout)
+    if max(int(dims.depth), int(dims.width)) > MAX_WIDTH:
+        return f"heads wider than {MAX_WIDTH}"
+    if min(int(dim) for shape in shapes for dim in shape) == 0:
+        return "an operand without elements"
+    return ""
+
+
+def kernel(call: Any, target: Target, policy: str) -> Plan:
+    """The kernel; its parameters are q, k, v, the mask where there is one, and the output. Raises Unsupported as `refusal` says."""
+    if reason := refusal(call):
+        raise Unsupported(reason)
+    operands = [tirx.decl_buffer([int(dim) for dim in arg.ty.shape], str(arg.ty.dtype), f"arg{position}") for position, arg in enumerate(call.args)]
+    out = tirx.decl_buffer([int(dim) for dim in call.ty.shape], "float32", "out")
+    return Plan((*operands, out), (_kernel(operands, out, attrs_of(call), target, policy),))
+
+
+def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target, policy: str) -> Kernel:
+    shapes = [[int(dim) for dim in operand.shape] for operand in operands]
+    found = dims_of(*shapes[:3], attrs.layout)
+    batch, heads, own, queries, keys, depth, width = (
+        int(dim) for dim in (found.batch, found.heads, found.kv_heads, found.queries, found.keys, found.depth, found.width)
+    )
+    block = 64 if max(depth, width) <= 64 else 32
+    padded, wide = (-(-size // 16) * 16 for size in (depth, width))
+    shared = 4 * (QUERIES * (padded + 8) + 2 * block * (padded + 8 + wide + 4))
+    if shared > target.shared_bytes:
+        raise Unsupported(f"{shared} bytes of shared memory, {target.name} has {target.shared_bytes}")
+    signature = Signature((out,))
+    names = [signature.name(buffer) for buffer in operands[:3]]
+    causal = attrs.causal and attrs.fill == -math.inf
+    lines = [f"using T = tc::Heads<{depth}, {width}, {block}>;", f"const int head = blockIdx.y, shared_head = head / {heads // own}, batch = blockIdx.z;"]
+    for side, name, rows, columns, count, head in zip(
+        "qkv", names, (queries, keys, keys), (depth, depth, width), (heads, own, own), ("head", "shared_head", "shared_head"), strict=True
+    ):
+        base, stride = _layout(attrs.layout, count, rows, columns, head)
+        lines.append(f"const tc::Rows<{rows}, {columns}, {stride}> {side}{{{name} + {base}}};")
+    flags = f"{str(causal).lower()}, {str(attrs.safe).lower()}"
+    numbers = f"{queries}, {keys}, {width}, {flags}, {vector(depth)}, {vector(width)}"
+    lines.append(f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, blockIdx.x * T::BQ, [&](int s, int t, float x) {{")
+    lines += [f"  {line}" for line in _score(operands, attrs, signature, (batch, heads, queries, keys))]
+    base, stride = _layout(attrs.layout, heads, queries, width, "head")
+    lines.append(f"}}, [&](int s, int e, float value) {{ {signature.name(out)}[{base} + (size_t)s * {stride} + e] = value; }});")
+    workload = f"attention {batch}x{heads}({own})x{queries}x{keys}x{depth} {policy}" + (" causal" if attrs.causal else "")
+    return signature.kernel(
+        lines,
+        grid=(-(-queries // QUERIES), heads, batch),
+        threads=THREADS,
+        shared_bytes=shared,
+        kind="attention",
+        workload=workload,
+        schedule=f"{QUERIES} queries x {block} keys, 4 warps",
+    )
+
+
+def _layout(layout: str, heads: int, rows: int, columns: int, head: str) -> tuple[str, int]:
+    """(start of a head in C, distance of its rows), in elements."""
+    if layout == "BHSD":
+        return f"(size_t)(batch * {heads} + {head}) * {rows * columns}", columns
+    return f"(size_t)batch * {rows * heads * columns} + {head} * {columns}", heads * columns
+
+
+def _score(operands: list[Any], attrs: AttentionAttrs, signature: Signature, domain: tuple[int, ...]) -> list[str]:
+    """The body of (s, t, x) -> score."""
+    fill = literal(attrs.fill, "float32")
+    lines = [f"const float score = x * {literal(attrs.scale, 'float32')};"]
+    if attrs.causal:
+        lines.append(f"if (t > s) return {fill};" if len(operands) == 3 or str(operands[3].ty.dtype) == "bool" else f"const float seen = t > s ? {fill} : score;")
+    if len(operands) == 3:
+        return [*lines, "return score;"]
+    shape = [int(dim) for dim in operands[3].shape]
+    terms, stride = [], 1
+    for dim, index, _ in reversed(list(zip([1] * (4 - len(shape)) + shape, ("batch", "head", "s", "t"), domain, strict=True))):
+        if dim != 1:
+            terms.append(f"{index} * {stride}" if stride > 1 else index)
+        stride *= dim
+    mask = f"{signature.name(operands[3])}[{' + '.join(reversed(terms)) or '0'}]"
+    if str(operands[3].ty.dtype) == "bool":
+        return [*lines, f"return {mask} ? score : {fill};"]
+    return [*lines, f"return {'seen' if attrs.causal else 'score'} + {mask};"]

@@ -1,0 +1,163 @@
+"""GEMM and convolution on tensor cores: a fused function whose core is a matmul or an NHWC conv2d, its epilogue on the accumulators.
+
+    block (n tile, m tile, batch): BM x BN of C            # tc::gemm in include/tcompile.cuh
+        for k in steps of 32: shared <- A, B by cp.async, several steps ahead
+            warps: fragments <- shared, rounded or split to the number policy; mma.sync
+        C = epilogue(accumulators)
+
+A convolution is the same product over the windows of its image, whose addresses are computed (implicit GEMM): nothing is copied in global memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...compiler.tvm import TensorLoad, structural_map
+from ..base import Target
+from ..common.fused import Fused, Unfusable, static
+from .kernel import Kernel, Plan, Signature, Unsupported, ctype
+from .printer import Printer, check_indices
+from .schedule import GemmShape, TileSchedule, best_tile
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A source of include/tcompile.cuh: its type, rows, columns, and the offset of a batch in C."""
+
+    source: str
+    vector: int
+    offset: str = ""
+
+
+def gemm(fused: Fused, target: Target, policy: str) -> Plan:
+    """One kernel; raises Unfusable when the function is not for this template."""
+    if fused.core["op"] not in ("matmul", "conv2d"):
+        raise Unfusable(f"no tensor-core template for {fused.core['op']}")
+    if any(buffer.ty.dtype != "float32" for buffer in (*fused.inputs, fused.accumulator)):
+        raise Unfusable("not float32")
+    if any(static(dim) is None for param in fused.params for dim in param.shape):
+        raise Unfusable("sizes known only at run time")
+    if any(static(dim) == 0 for param in fused.params for dim in param.shape):
+        raise Unfusable("an operand without elements")
+    try:
+        return Plan(tuple(fused.params), (_Gemm(fused, target, policy).kernel(),))
+    except Unsupported as reason:
+        raise Unfusable(str(reason)) from reason
+
+
+class _Gemm:
+    def __init__(self, fused: Fused, target: Target, policy: str):
+        self.fused, self.target, self.policy = fused, target, policy
+        self.signature = Signature((fused.output,))
+        self.dims = [int(dim) for dim in fused.accumulator.shape]
+        if fused.core["op"] == "conv2d":
+            self.batch_dims, self.row_dims, self.k, self.a, self.b = [], self.dims[:-1], *self._windows()
+        else:
+            self.batch_dims, self.row_dims, self.k, self.a, self.b = self._matrices()
+        self.m, self.n, self.batch = math.prod(self.row_dims), self.dims[-1], math.prod(self.batch_dims)
+
+    def kernel(self) -> Kernel:
+        shape = GemmShape(self.batch, self.m, self.k, self.n)
+        tile: TileSchedule = best_tile(shape, self.target, self.policy)
+        a, b = (self.signature.name(buffer) for buffer in self.fused.inputs)
+        lines = [f"using T = {tile.source};"]
+        for side, name, operand in (("a", a, self.a), ("b", b, self.b)):
+            offset = f" + {operand.offset}" if operand.offset else ""
+            lines.append(f"const {operand.source} {side}{{{name}{offset}}};")
+        lines.append(f"tc::gemm<tc::{self.policy}, T, {self.k}, {self.a.vector}, {self.b.vector}>(a, b, blockIdx.y * T::BM, blockIdx.x * T::BN,")
+        lines.append("                       [&](int m, int n, float sum) {")
+        lines += [f"  {line}" for line in self._epilogue()] + ["});"]
+        grid = (-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch)
+        kind = "conv2d" if self.fused.core["op"] == "conv2d" else "gemm"
+        workload = f"{kind} {self.batch}x{self.m}x{self.k}x{self.n} {self.policy}"
+        return self.signature.kernel(
+            lines, grid=grid, threads=tile.threads, shared_bytes=tile.shared_bytes, kind=kind, workload=workload, schedule=str(tile)
+        )
+
+    def _matrices(self) -> tuple[list[int], list[int], int, _Operand, _Operand]:
+        a, b = ([int(dim) for dim in buffer.shape] for buffer in self.fused.inputs)
+        k, n = b[-2:]
+        flat = math.prod(b[:-2]) == 1  # one B for all: the leading dims of A are rows
+        batch, rows = ([], self.dims[:-1]) if flat and math.prod(a[:-1]) == math.prod(self.dims[:-1]) else (self.dims[:-2], self.dims[-2:-1])
+        m = math.prod(rows)
+        sides = [_Operand(f"tc::Matrix<{m}, {k}>", vector(k), self._offset(a, batch)), _Operand(f"tc::Matrix<{k}, {n}>", vector(n), self._offset(b, batch))]
+        return batch, rows, k, sides[0], sides[1]
+
+    @staticmethod
+    def _offset(shape: Sequence[int], batch: Sequence[int]) -> str:
+        """Where the matrix of batch blockIdx.z begins; dims of 1 broadcast."""
+        terms, own, whole = [], shape[-1] * shape[-2], 1
+        lead = [1] * (len(batch) - len(shape) + 2) + list(shape[:-2])
+        for mine, dim in zip(reversed(lead), reversed(batch), strict=False):
+            if mine != 1:
+                index = f"blockIdx.z / {whole} % {dim}" if whole > 1 else f"blockIdx.z % {dim}"
+                terms.append(f"(size_t)({index}) * {own}")
+                own *= mine
+            whole *= dim
+        if math.prod(batch) == math.prod(shape[:-2]) > 1:
+            return f"(size_t)blockIdx.z * {shape[-1] * shape[-2]}"
+        return " + ".join(terms)
+
+    def _windows(self) -> tuple[int, _Operand, _Operand]:
+        core = self.fused.core
+        if core["groups"] != 1:
+            raise Unfusable("grouped convolution")
+        batch, height, width, depth = (int(dim) for dim in self.fused.inputs[0].shape)
+        taps_h, taps_w, _, features = (int(dim) for dim in self.fused.inputs[1].shape)
+        (stride_h, stride_w), (top, left, _, _), (dilate_h, dilate_w) = core["strides"], core["padding"], core["dilation"]
+        k = taps_h * taps_w * depth
+        plain = taps_h == taps_w == stride_h == stride_w == 1 and not any(core["padding"])
+        if plain:
+            source = f"tc::Matrix<{batch * height * width}, {depth}>"
+        else:
+            numbers = (batch, height, width, depth, self.dims[1], self.dims[2], taps_h, taps_w, stride_h, stride_w, top, left, dilate_h, dilate_w)
+            source = f"tc::Windows<{', '.join(map(str, numbers))}>"
+        return k, _Operand(source, vector(depth)), _Operand(f"tc::Matrix<{k}, {features}>", vector(features))
+
+    def _epilogue(self) -> list[str]:
+        """The body of the lambda: (m, n, sum) -> store."""
+        lines = [f"if (m >= {self.m} || n >= {self.n}) return;"]
+        indices: list[str] = []
+        for position, dims in (("blockIdx.z", self.batch_dims), ("m", self.row_dims)):
+            stride = total = math.prod(dims)
+            for dim in dims:
+                above, stride = stride, stride // dim
+                value = position if stride == 1 else f"{position} / {stride}"
+                value = value if above == total else f"{value} % {dim}"
+                lines.append(f"const int i{len(indices)} = {value if dim > 1 else 0};")
+                indices.append(f"i{len(indices)}")
+        indices.append("n")
+        values = {self.fused.accumulator: "sum"}
+
+        def load(buffer: Any, at: Sequence[str]) -> str:
+            return values[buffer] if buffer in values else f"{self.signature.name(buffer)}[{_address(buffer, at)}]"
+
+        for number, block in enumerate(self.fused.epilogue):
+            axes = {var.var: index for var, index in zip(block.iter_vars, indices, strict=True)}
+            ranges = {var.var: int(var.dom.extent) for var in block.iter_vars}
+            printer = Printer(load, axes, ranges)
+            value = block.body.value
+            value = structural_map(value, (TensorLoad, lambda access: access if access.source in values else check_indices(access)))
+            lines.append(f"const {ctype(block.body.buffer.ty.dtype)} v{number} = {printer(value)};")
+            self.signature.indexed |= printer.indexed
+            values[block.body.buffer] = f"v{number}"
+        lines.append(f"{self.signature.name(self.fused.output)}[{_address(self.fused.output, indices)}] = {values[self.fused.output]};")
+        return lines
+
+
+def vector(columns: int) -> int:
+    """Floats per asynchronous copy along rows of this length: all rows have to be as aligned as the first."""
+    return next(width for width in (4, 2, 1) if columns % width == 0)
+
+
+def _address(buffer: Any, indices: Sequence[str]) -> str:
+    """The flat position of an element, in C."""
+    terms, stride = [], 1
+    for index, dim in zip(reversed(indices), reversed(buffer.shape), strict=True):
+        if int(dim) != 1 and index != "0":
+            terms.append(index if stride == 1 else f"{index} * {stride}")
+        stride *= int(dim)
+    return " + ".join(reversed(terms)) or "0"

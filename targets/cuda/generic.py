@@ -1,0 +1,204 @@
+"""The generic scheduler: a GPU kernel for every loop nest that no template takes.
+
+A nest without reductions gets a thread per point. One with reductions gets a thread per row where rows lie side by side in memory (pooling, depthwise convolution), and
+otherwise a warp or a block per row (softmax, normalisations, sums over the last axis), whose threads walk the row once per reduction and keep nothing in memory: what a
+later walk needs of an earlier one is computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...compiler.tvm import tirx
+from ..common.fused import loads, variables_of
+from ..common.nests import Axis, Flat, Nest, Step, group
+from ..common.refine import coefficients, drop_units, merge, split_divisions
+from ..common.stages import Unreadable, inline, read_stages
+from .kernel import MAX_ELEMENTS, Kernel, Plan, Signature, Unsupported, ctype
+from .printer import Printer, check_indices
+
+#: threads per block of kernels whose threads do not work together
+THREADS = 256
+#: longest row for one warp; longer ones get a block
+WARP_ROW = 1024
+#: fewer rows than this keep too few threads busy when each has one
+MANY_ROWS = 4096
+_COMBINE = {
+    "Add": "a + b", "Mul": "a * b", "Max": "tc::max(a, b)", "Min": "tc::min(a, b)", "And": "a && b", "Or": "a || b", "Greater": "a > b ? a : b",
+}  # fmt: skip
+
+
+def schedule(func: tirx.PrimFunc, reason: str = "") -> Plan:
+    """Kernels of any function that reads as stages; raises Unsupported with what does not. reason: why no template took it, for the report."""
+    params = tuple(param for param in func.params)
+    try:
+        outputs, flat = set(params), Flat()
+        stages = [replace(stage, value=check_indices(stage.value)) for stage in inline(read_stages(func), outputs)]
+        nests = [merge(split_divisions(drop_units(nest))) for nest in group(stages, outputs, flat)]
+    except Unreadable as problem:
+        raise Unsupported(str(problem)) from problem
+    own = {planned: source for source, planned in flat.buffers.items()}
+    return Plan(params, tuple(replace(kernel, reason=reason) for nest in nests for kernel in _emit(nest, own)))
+
+
+def _emit(nest: Nest, own: dict[Any, Any]) -> list[Kernel]:
+    if any(_extent(axis) == 0 for axis in nest.axes):
+        if any(step.combine for step in nest.steps):
+            raise Unsupported("a reduction over nothing")
+        return []
+    return [_Emitter(nest, own).kernel()]
+
+
+def _extent(axis: Axis) -> int:
+    if not isinstance(axis.extent, (int, tirx.IntImm)):
+        raise Unsupported(f"the run-time size {axis.extent}")
+    return int(axis.extent)
+
+
+class _Emitter:
+    """Prints one nest."""
+
+    def __init__(self, nest: Nest, own: dict[Any, Any]):
+        self.nest = nest
+        self.rows = [axis for axis in nest.axes if not axis.inner]
+        self.inner = [axis for axis in nest.axes if axis.inner]
+        self.points, self.length = (math.prod(_extent(axis) for axis in axes) for axes in (self.rows, self.inner))
+        if max(self.points, self.length) > MAX_ELEMENTS:
+            raise Unsupported(f"{self.points} rows of {self.length} elements")
+        written = tuple(own[step.target] for step in nest.steps if step.address is not None)
+        self.signature = Signature(written)
+        self.own = own
+        ranges = {axis.var: _extent(axis) for axis in nest.axes}
+        self.names = {axis.var: f"{'k' if axis.inner else 'i'}{position}" for position, axis in enumerate(nest.axes)}
+        self.print = Printer(lambda buffer, indices: f"{self.signature.name(own[buffer])}[{indices[0]}]", self.names, ranges)
+        self.lines: list[str] = []
+
+    def kernel(self) -> Kernel:
+        reduces = bool(self.inner) or any(step.combine for step in self.nest.steps)
+        width = self._width() if reduces else 1
+        threads = max(width, THREADS if width == 1 else 128)
+        per_block = threads // width
+        self._head(width, per_block)
+        if reduces:
+            self._passes(width)
+        else:
+            for step in self.nest.steps:
+                self._define(step)
+                self._store(step, "")
+        self.signature.indexed = self.print.indexed
+        kind = "map" if not reduces else "rows by thread" if width == 1 else "rows by warp" if width == 32 else "rows by block"
+        shared = 8 * (width // 32) if width > 32 else 0
+        size = f"{self.points}" if not reduces else f"{self.points} x {self.length}"
+        grid = (-(-self.points // per_block), 1, 1)
+        return self.signature.kernel(
+            self.lines, grid=grid, threads=threads, shared_bytes=shared, kind=kind, workload=f"{kind} {size}", schedule=f"{width} threads a row"
+        )
+
+    def _width(self) -> int:
+        """Threads per row."""
+        if self.length < 16 or (self.points >= MANY_ROWS and not self._row_is_contiguous()):
+            return 1
+        return 32 if self.length <= WARP_ROW else 256
+
+    def _row_is_contiguous(self) -> bool:
+        """Some operand of a reduction is read with stride 1 along the row."""
+        for step in self.nest.steps:
+            for load in loads(step.value) if step.wide else ():
+                strides = coefficients(load.indices[0], [axis.var for axis in self.inner])
+                if strides is not None and any(isinstance(stride, tirx.IntImm) and int(stride) == 1 for stride in strides):
+                    return True
+        return False
+
+    def _head(self, width: int, per_block: int) -> None:
+        """Find the row, or the point, of this thread."""
+        if width == 1:
+            self.lines.append(f"const int row = blockIdx.x * {per_block} + threadIdx.x;")
+            if self.points % per_block:
+                self.lines.append(f"if (row >= {self.points}) return;")
+            self._decode("row", self.rows, self.points)
+            return
+        self.lines.append(f"const int place = blockIdx.x * {per_block} + threadIdx.x / {width}, lane = threadIdx.x % {width};")
+        self.lines.append(f"const bool live = place < {self.points};")
+        self.lines.append("const int row = live ? place : 0;  // all threads take part in the folds")
+        self._decode("row", self.rows, self.points)
+
+    def _decode(self, position: str, axes: Sequence[Axis], total: int, indent: str = "") -> None:
+        """Split a linear position into the axes, the last one fastest."""
+        stride = total
+        for axis in axes:
+            extent = _extent(axis)
+            above, stride = stride, stride // extent
+            value = position if stride == 1 else f"{position} / {stride}"
+            value = value if above == total else f"{value} % {extent}"
+            self.lines.append(f"{indent}const int {self.names[axis.var]} = {value};")
+
+    def _define(self, step: Step, indent: str = "") -> None:
+        """`const T name = value;` under the step's own name."""
+        name = f"v{len(self.names)}" if step.ref not in self.names else self.names[step.ref]
+        self.lines.append(f"{indent}const {ctype(step.dtype)} {name} = {self.print(step.value)};")
+        self.names[step.ref] = name
+
+    def _store(self, step: Step, indent: str, condition: str = "") -> None:
+        if step.address is not None:
+            target = f"{self.signature.name(self.own[step.target])}[{self.print.index(step.address)}]"
+            self.lines.append(f"{indent}{condition}{target} = {self.names[step.ref]};")
+
+    def _passes(self, width: int) -> None:
+        """One walk over the row per reduction, then one for what is stored point by point."""
+        points: list[Step] = []  # steps of single points so far, to be computed again in every walk that reads them
+        stored: list[Step] = []
+        for step in self.nest.steps:
+            if step.combine:
+                self._fold(step, points, width)
+            elif step.wide and self.inner:
+                points.append(step)
+                stored += [step] if step.address is not None else []
+                continue
+            else:
+                self._define(step)
+            self._store(step, "", "if (live && lane == 0) " if width > 1 else "")
+        if stored:
+            self._walk(width)
+            for step in self._needed(points, stored):
+                self._define(step, "  ")
+                self._store(step, "  ", "if (live) " if width > 1 else "")
+            self.lines.append("}")
+
+    def _walk(self, width: int) -> None:
+        start, stride = ("lane", width) if width > 1 else ("0", 1)
+        self.lines.append(f"for (int k = {start}; k < {self.length}; k += {stride}) {{")
+        self._decode("k", self.inner, self.length, "  ")
+
+    def _fold(self, step: Step, points: list[Step], width: int) -> None:
+        kind, name = ctype(step.dtype), f"v{len(self.names)}"
+        self.names[step.ref] = name
+        self.lines.append(f"{kind} {name} = {self.print(step.init)};")
+        self._walk(width)
+        for needed in self._needed(points, [step])[:-1]:
+            self._define(needed, "  ")
+        combine = _COMBINE[step.combine]
+        self.lines.append(f"  const {kind} a = {name}, b = {self.print(step.value)};")
+        self.lines.append(f"  {name} = {combine};")
+        self.lines.append("}")
+        if width > 1:
+            self.lines.append(f"{name} = tc::fold<{width}>({name}, []({kind} a, {kind} b) -> {kind} {{ return {combine}; }});")
+
+    def _needed(self, points: list[Step], wanted: list[Step]) -> list[Step]:
+        """The point steps that `wanted` are computed from, and those themselves, in order."""
+        chosen: dict[Any, Step] = {}
+
+        def visit(step: Step) -> None:
+            if step.ref in chosen:
+                return
+            used = variables_of(step.value)
+            for other in points:
+                if other.ref in used:
+                    visit(other)
+            chosen[step.ref] = step
+
+        for step in wanted:
+            visit(step)
+        return list(chosen.values())

@@ -1,0 +1,62 @@
+// The machine below tcompile.cuh on a GPU: PTX of sm_80 and later.
+#pragma once
+#include <cuda_runtime.h>
+
+#define TC_DEVICE __device__ __forceinline__
+#define TC_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define TC_SHARED(type, name)                         \
+  extern __shared__ __align__(16) char name##_bytes[]; \
+  type* const name = reinterpret_cast<type*>(name##_bytes)
+
+namespace tc {
+
+TC_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+TC_DEVICE void report(int* error, int site) { atomicCAS(error, 0, site); }
+template <class V> TC_DEVICE V shuffle_xor(V value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+TC_DEVICE bool shuffle_xor(bool value, int mask) { return __shfl_xor_sync(0xffffffffu, (int)value, mask) != 0; }
+
+// Copies BYTES (4, 8 or 16, aligned) from global to shared memory, or writes zeros where `from` is null (`valid`: an address that may then be named, not read).
+template <int BYTES> TC_DEVICE void copy_async(float* to, const float* from, const float* valid) {
+  const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
+  const int bytes = from ? BYTES : 0;
+  const float* source = from ? from : valid;
+  if (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(source), "n"(BYTES), "r"(bytes) : "memory");
+}
+TC_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> TC_DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+TC_DEVICE uint32_t tf32(float x) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+TC_DEVICE uint32_t pack_fp16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+TC_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+TC_DEVICE void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+template <bool BF16> TC_DEVICE void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if (BF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+}  // namespace tc

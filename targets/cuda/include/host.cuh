@@ -1,0 +1,100 @@
+// The host side of an artifact: arguments by tvm-ffi's C interface, launches on the caller's stream. Nothing is allocated, copied to the host or waited for.
+#pragma once
+#include <tvm/ffi/c_api.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#ifdef TCOMPILE_SIMT
+#define TC_DEVICE_TYPE kDLCPU
+#define TC_LAUNCH(kernel, grid, threads, shared, stream, ...) tc::simt::launch(kernel, grid, threads, shared, __VA_ARGS__)
+#else
+#define TC_DEVICE_TYPE kDLCUDA
+#define TC_LAUNCH(kernel, grid, threads, shared, stream, ...) kernel<<<grid, threads, shared, stream>>>(__VA_ARGS__)
+#endif
+
+namespace tc {
+
+struct Expected {
+  const char* name;
+  DLDataType type;
+  int dims;
+  const int64_t* shape;
+};
+
+inline int fail(const char* format, ...) {
+  char message[512];
+  va_list rest;
+  va_start(rest, format);
+  vsnprintf(message, sizeof message, format, rest);
+  va_end(rest);
+  TVMFFIErrorSetRaisedFromCStr("RuntimeError", message);
+  return -1;
+}
+
+inline const DLTensor* tensor(const TVMFFIAny& argument) {
+  if (argument.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(argument.v_ptr);
+  if (argument.type_index == kTVMFFITensor) return TVMFFITensorGetDLTensorPtr(argument.v_obj);
+  return nullptr;
+}
+
+// Fills `data` with the address of every argument; each has to be what is expected, compact, 16-byte aligned and on one device.
+inline int bind(const TVMFFIAny* arguments, int count, const Expected* expected, int expected_count, char** data, int* device) {
+  if (count != expected_count) return fail("expected %d tensors, got %d", expected_count, count);
+  for (int i = 0; i < count; ++i) {
+    const Expected& want = expected[i];
+    const DLTensor* got = tensor(arguments[i]);
+    if (!got) return fail("%s: expected a tensor", want.name);
+    if (got->device.device_type != TC_DEVICE_TYPE) return fail("%s: expected a tensor on a CUDA device, got one on device type %d", want.name, (int)got->device.device_type);
+    if (i && got->device.device_id != *device) return fail("%s: expected a tensor on device %d, got one on device %d", want.name, *device, got->device.device_id);
+    *device = got->device.device_id;
+    if (got->dtype.code != want.type.code || got->dtype.bits != want.type.bits || got->dtype.lanes != 1)
+      return fail("%s: expected elements of type code %d with %d bits, got code %d with %d bits", want.name, want.type.code, want.type.bits, got->dtype.code, got->dtype.bits);
+    if (got->ndim != want.dims) return fail("%s: expected %d dims, got %d", want.name, want.dims, got->ndim);
+    int64_t stride = 1;
+    for (int d = want.dims - 1; d >= 0; --d) {
+      if (got->shape[d] != want.shape[d]) return fail("%s: expected size %lld of dim %d, got %lld", want.name, (long long)want.shape[d], d, (long long)got->shape[d]);
+      if (got->strides && got->shape[d] > 1 && got->strides[d] != stride) return fail("%s: expected a contiguous tensor", want.name);
+      stride *= got->shape[d];
+    }
+    data[i] = static_cast<char*>(got->data) + got->byte_offset;
+    if (stride && reinterpret_cast<uintptr_t>(data[i]) % 16) return fail("%s: expected a tensor aligned to 16 bytes", want.name);
+  }
+  return 0;
+}
+
+#ifdef TCOMPILE_SIMT
+inline int check(int, const char*) { return 0; }
+struct Device {
+  cudaStream_t stream = nullptr;
+  int status = 0;
+  explicit Device(int) {}
+};
+inline int copy(void* to, const void* from, size_t bytes, cudaStream_t) { return memcpy(to, from, bytes), 0; }
+inline int allow_shared(const void*, int) { return 0; }
+#else
+inline int check(cudaError_t error, const char* what) { return error == cudaSuccess ? 0 : fail("%s: %s", what, cudaGetErrorString(error)); }
+// The device of the tensors while it lives, and the caller's stream there.
+struct Device {
+  int before = 0, status;
+  cudaStream_t stream;
+  explicit Device(int id) {
+    status = check(cudaGetDevice(&before), "cudaGetDevice");
+    if (!status && before != id) status = check(cudaSetDevice(id), "cudaSetDevice");
+    stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, id));
+  }
+  ~Device() { cudaSetDevice(before); }
+};
+inline int copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  return check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+}
+inline int allow_shared(const void* kernel, int bytes) {
+  return check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+}
+#endif
+
+}  // namespace tc

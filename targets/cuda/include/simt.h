@@ -1,0 +1,286 @@
+// The machine below tcompile.cuh on an x86-64 CPU, to check kernels without a GPU: one fiber per thread of a block, blocks one after the other.
+//
+// Threads run until a barrier, shuffle or tensor-core product; the products follow the fragment layouts of the PTX manual. Asynchronous copies arrive only when they are
+// waited for, and shared memory starts as NaN, so that a missing wait or barrier gives wrong numbers here too. Out of shared memory: abort.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#define __restrict__
+#define TC_DEVICE inline
+#define TC_KERNEL(threads) extern "C" __attribute__((visibility("hidden"))) void
+#define TC_SHARED(type, name) type* const name = reinterpret_cast<type*>(tc::simt::machine.shared.data())
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+typedef int cudaError_t;
+typedef void* cudaStream_t;
+
+asm(R"(
+.text
+.globl tc_simt_switch
+.type tc_simt_switch, @function
+tc_simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+extern "C" void tc_simt_switch(void** save, void* load);
+
+namespace tc::simt {
+
+struct Copy { float* to; const float* from; int floats; };
+struct Fiber {
+  void* stack_pointer;
+  dim3 index;
+  bool done;
+  std::vector<std::vector<Copy>> groups;  // the last one is open
+};
+struct Warp {
+  uint32_t in[32][16];
+  uint32_t out[32][4];
+  int arrived;
+  unsigned generation;
+};
+struct Machine {
+  std::vector<float> shared;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<char> stacks;
+  void* scheduler;
+  int current, threads, at_barrier;
+  unsigned barrier;
+  void (*body)(void*);
+  void* arguments;
+};
+inline thread_local Machine machine;
+constexpr size_t STACK = 64 << 10;
+
+__attribute__((noinline)) inline void yield() {
+  // to the next thread of the block that is not done; the caller is one of them
+  Machine& m = machine;
+  int next = m.current;
+  do next = next + 1 == m.threads ? 0 : next + 1;
+  while (m.fibers[next].done);
+  if (next == m.current) return;
+  const int from = m.current;
+  m.current = next;
+  tc_simt_switch(&m.fibers[from].stack_pointer, m.fibers[next].stack_pointer);
+}
+
+inline void start() {
+  Machine& m = machine;
+  m.body(m.arguments);
+  m.fibers[m.current].done = true;
+  for (int i = 1; i < m.threads; ++i) {
+    const int next = (m.current + i) % m.threads;
+    if (m.fibers[next].done) continue;
+    void* ignored;
+    m.current = next;
+    tc_simt_switch(&ignored, m.fibers[next].stack_pointer);
+  }
+  void* ignored;
+  tc_simt_switch(&ignored, m.scheduler);
+}
+
+inline void run_block(int threads) {
+  Machine& m = machine;
+  m.threads = threads;
+  m.at_barrier = 0;
+  if (m.stacks.size() < STACK * threads) m.stacks.resize(STACK * threads);
+  m.fibers.resize(threads);
+  m.warps.assign((threads + 31) / 32, Warp{});
+  std::fill(m.shared.begin(), m.shared.end(), __builtin_nanf(""));
+  for (int i = 0; i < threads; ++i) {
+    Fiber& f = m.fibers[i];
+    f.done = false;
+    f.index = dim3(i, 0, 0);
+    f.groups.assign(1, {});
+    uintptr_t top = reinterpret_cast<uintptr_t>(m.stacks.data() + STACK * (i + 1)) & ~uintptr_t(15);
+    void** sp = reinterpret_cast<void**>(top);
+    *--sp = nullptr;  // where start would return to; keeps the stack aligned as after a call
+    *--sp = reinterpret_cast<void*>(&start);
+    for (int r = 0; r < 6; ++r) *--sp = nullptr;
+    f.stack_pointer = sp;
+  }
+  m.current = 0;
+  tc_simt_switch(&m.scheduler, m.fibers[0].stack_pointer);
+}
+
+inline thread_local dim3 block_index, block_count;
+
+// All lanes give their registers; the last one to come computes; everyone takes what is his.
+template <class F> inline const uint32_t* meet(const uint32_t* give, int count, const F& compute) {
+  Machine& m = machine;
+  const int lane = m.current % 32, lanes = std::min(32, m.threads - m.current / 32 * 32);
+  Warp& w = m.warps[m.current / 32];
+  for (int i = 0; i < count; ++i) w.in[lane][i] = give[i];
+  const unsigned generation = w.generation;
+  if (++w.arrived == lanes) {
+    compute(w);
+    w.arrived = 0;
+    ++w.generation;
+  } else {
+    while (w.generation == generation) yield();
+  }
+  return w.out[lane];
+}
+
+template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... args) {
+  auto arguments = std::tuple<void (*)(P...), std::tuple<P...>>(kernel, std::tuple<P...>(args...));
+  machine.body = [](void* p) {
+    auto& call = *static_cast<decltype(arguments)*>(p);
+    std::apply(std::get<0>(call), std::get<1>(call));
+  };
+  machine.arguments = &arguments;
+  machine.shared.assign(shared / sizeof(float) + 64, 0.0f);
+  block_count = grid;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block_index = dim3(x, y, z);
+        run_block(threads);
+      }
+}
+
+}  // namespace tc::simt
+
+#define threadIdx (tc::simt::machine.fibers[tc::simt::machine.current].index)
+#define blockIdx (tc::simt::block_index)
+#define gridDim (tc::simt::block_count)
+
+static inline void __syncthreads() {
+  auto& m = tc::simt::machine;
+  const unsigned generation = m.barrier;
+  if (++m.at_barrier == m.threads) {
+    m.at_barrier = 0;
+    ++m.barrier;
+  } else {
+    while (m.barrier == generation) tc::simt::yield();
+  }
+}
+
+namespace tc {
+
+TC_DEVICE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+TC_DEVICE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+TC_DEVICE void report(int* error, int site) { if (*error == 0) *error = site; }
+
+template <class V> V shuffle_xor(V value, int mask) {
+  static_assert(sizeof(V) <= 8, "one or two registers");
+  uint32_t give[2] = {0, 0};
+  memcpy(give, &value, sizeof(V));
+  const uint32_t* got = simt::meet(give, 2, [mask](simt::Warp& w) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 2; ++i) w.out[lane][i] = w.in[lane ^ mask][i];
+  });
+  memcpy(&value, got, sizeof(V));
+  return value;
+}
+
+template <int BYTES> void copy_async(float* to, const float* from, const float*) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async copies");
+  if (reinterpret_cast<uintptr_t>(to) % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES) {
+    fprintf(stderr, "misaligned asynchronous copy of %d bytes\n", BYTES);
+    abort();
+  }
+  simt::machine.fibers[simt::machine.current].groups.back().push_back({to, from, BYTES / 4});
+}
+TC_DEVICE void commit_copies() { simt::machine.fibers[simt::machine.current].groups.emplace_back(); }
+template <int PENDING> void wait_copies() {
+  auto& groups = simt::machine.fibers[simt::machine.current].groups;
+  while ((int)groups.size() - 1 > PENDING) {
+    for (const simt::Copy& copy : groups.front())
+      for (int i = 0; i < copy.floats; ++i) copy.to[i] = copy.from ? copy.from[i] : 0.0f;
+    groups.erase(groups.begin());
+  }
+}
+
+TC_DEVICE uint32_t tf32(float x) {  // cvt.rna: nearest, ties away from zero
+  uint32_t bits = as_bits(x);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
+TC_DEVICE uint32_t pack_fp16(float low, float high) {
+  _Float16 pair[2] = {(_Float16)low, (_Float16)high};
+  uint32_t r;
+  memcpy(&r, pair, 4);
+  return r;
+}
+TC_DEVICE uint32_t bf16(float x) {
+  const uint32_t bits = as_bits(x);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+TC_DEVICE uint32_t pack_bf16(float low, float high) { return bf16(low) | bf16(high) << 16; }
+
+// C of a whole warp from A [16][K] and B [K][8]; registers 0..3 of a lane are C's pairs, rows g and g + 8
+template <int K> void product(simt::Warp& w, const float (&a)[16][K], const float (&b)[K][8], int first_c) {
+  for (int row = 0; row < 16; ++row) {
+    float sum[8];
+    for (int n = 0; n < 8; ++n) sum[n] = as_float(w.in[row % 8 * 4 + n / 2][first_c + row / 8 * 2 + n % 2]);
+    for (int k = 0; k < K; ++k)
+      for (int n = 0; n < 8; ++n) sum[n] += a[row][k] * b[k][n];
+    for (int n = 0; n < 8; ++n) w.out[row % 8 * 4 + n / 2][row / 8 * 2 + n % 2] = as_bits(sum[n]);
+  }
+}
+
+TC_DEVICE void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  uint32_t give[10] = {a0, a1, a2, a3, b0, b1};
+  memcpy(give + 6, c, 16);
+  const uint32_t* got = simt::meet(give, 10, [](simt::Warp& w) {
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      auto value = [&](int i) { return as_float(w.in[lane][i] & ~0x1fffu); };
+      a[g][t] = value(0), a[g + 8][t] = value(1), a[g][t + 4] = value(2), a[g + 8][t + 4] = value(3);
+      b[t][g] = value(4), b[t + 4][g] = value(5);
+    }
+    product<8>(w, a, b, 6);
+  });
+  memcpy(c, got, 16);
+}
+
+template <bool BF16> void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  uint32_t give[10] = {a0, a1, a2, a3, b0, b1};
+  memcpy(give + 6, c, 16);
+  const uint32_t* got = simt::meet(give, 10, [](simt::Warp& w) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      auto value = [&](int i, int half) {
+        const uint16_t bits = w.in[lane][i] >> 16 * half;
+        if (BF16) return as_float((uint32_t)bits << 16);
+        _Float16 x;
+        memcpy(&x, &bits, 2);
+        return (float)x;
+      };
+      for (int half = 0; half < 2; ++half) {
+        const int k = 2 * t + half;
+        a[g][k] = value(0, half), a[g + 8][k] = value(1, half), a[g][k + 8] = value(2, half), a[g + 8][k + 8] = value(3, half);
+        b[k][g] = value(4, half), b[k + 8][g] = value(5, half);
+      }
+    }
+    product<16>(w, a, b, 6);
+  });
+  memcpy(c, got, 16);
+}
+
+}  // namespace tc

@@ -1,0 +1,233 @@
+// Device code shared by all kernels that tcompile emits: copies into shared memory, tensor-core products, GEMM, reductions.
+//
+// The same source compiles for a CPU with TCOMPILE_SIMT defined: simt.h then plays the machine, one fiber per thread, so that kernels can be checked without a GPU.
+#pragma once
+#include <cfloat>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#ifdef TCOMPILE_SIMT
+#include "simt.h"
+#else
+#include "device.cuh"
+#endif
+
+namespace tc {
+
+// ---- scalars -------------------------------------------------------------------------------------------------------------------------------------
+template <class T> TC_DEVICE T max(T a, T b) { return a > b || a != a ? a : b; }  // keeps a NaN, as onnxruntime does
+template <class T> TC_DEVICE T min(T a, T b) { return a < b || a != a ? a : b; }
+template <class T> TC_DEVICE T truncdiv(T a, T b) { return b == -1 ? T(0) - a : a / b; }  // the least number over -1 wraps around
+template <class T> TC_DEVICE T truncmod(T a, T b) { return b == -1 ? 0 : a % b; }
+template <class T> TC_DEVICE T floordiv(T a, T b) {
+  const T r = truncmod(a, b);
+  return truncdiv(a, b) - (r != 0 && (r < 0) != (b < 0));
+}
+template <class T> TC_DEVICE T floormod(T a, T b) {
+  const T r = truncmod(a, b);
+  return r != 0 && (r < 0) != (b < 0) ? r + b : r;
+}
+template <class T> TC_DEVICE bool is_nan(T x) { return x != x; }
+template <class T> TC_DEVICE bool is_infinite(T x) { return x == x && x - x != x - x; }
+template <class T> TC_DEVICE bool is_finite(T x) { return x - x == x - x; }
+template <class T> TC_DEVICE T absolute(T x) { return x < 0 ? T(0) - x : x; }
+TC_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// An index that data decides: negative ones count from the end; one out of range is recorded (the first 1-based site wins) and replaced by 0.
+TC_DEVICE int index(long long i, int extent, int* error, int site) {
+  if (i < 0) i += extent;
+  if (i >= 0 && i < extent) return (int)i;
+  report(error, site);
+  return 0;
+}
+
+template <class T> TC_DEVICE T divisor(T value, int* error, int site) {
+  if (value == 0) report(error, site);
+  return value == 0 ? T(1) : value;
+}
+
+// ---- number policies: how pairs of fp32 values become operands of a tensor-core product --------------------------------------------------------------
+// One step multiplies a 16 x 16 tile of A with a 16 x 8 tile of B. Lane l has g = l / 4, t = l % 4. It gives A's pairs (row g | g + 8, k = 8 s + 2 t and
+// the next) and B's (the same k, column g) for s = 0, 1; it receives C's pairs (row g | g + 8, columns 2 t and the next).
+// m16n8k8 wants k = t and t + 4 in a lane; which k is called which is free as long as A and B agree, so the pair (2 t, 2 t + 1) goes there.
+struct alignas(8) Pair { float x, y; };
+TC_DEVICE Pair pair(const float* p) { return *reinterpret_cast<const Pair*>(p); }
+
+struct Tf32 {  // inputs rounded to 11 significant bits, sums in fp32
+  static constexpr bool blocked = false;
+  struct A { uint32_t r[8]; };
+  struct B { uint32_t r[4]; };
+  static TC_DEVICE A a(Pair g0, Pair h0, Pair g1, Pair h1) {
+    return {{tf32(g0.x), tf32(h0.x), tf32(g0.y), tf32(h0.y), tf32(g1.x), tf32(h1.x), tf32(g1.y), tf32(h1.y)}};
+  }
+  static TC_DEVICE B b(Pair k0, Pair k1) { return {{tf32(k0.x), tf32(k0.y), tf32(k1.x), tf32(k1.y)}}; }
+  static TC_DEVICE void mma(float (&c)[4], const A& a, const B& b) {
+    mma_tf32(c, a.r[0], a.r[1], a.r[2], a.r[3], b.r[0], b.r[1]);
+    mma_tf32(c, a.r[4], a.r[5], a.r[6], a.r[7], b.r[2], b.r[3]);
+  }
+};
+
+struct Fp32 {  // 3xTF32: x = big + small, products big*big + big*small + small*big: fp32's accuracy on tensor cores
+  static constexpr bool blocked = true;  // every k block is summed apart: the tensor core truncates its sums
+  struct A { uint32_t big[8], small[8]; };
+  struct B { uint32_t big[4], small[4]; };
+  static TC_DEVICE void split(float x, uint32_t& big, uint32_t& small) {
+    big = tf32(x);
+    float rest = x - as_float(big);
+    small = tf32(rest == rest ? rest : 0.0f);  // inf - inf: the big part says it all
+  }
+  static TC_DEVICE A a(Pair g0, Pair h0, Pair g1, Pair h1) {
+    A f;
+    const float v[8] = {g0.x, h0.x, g0.y, h0.y, g1.x, h1.x, g1.y, h1.y};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) split(v[i], f.big[i], f.small[i]);
+    return f;
+  }
+  static TC_DEVICE B b(Pair k0, Pair k1) {
+    B f;
+    const float v[4] = {k0.x, k0.y, k1.x, k1.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split(v[i], f.big[i], f.small[i]);
+    return f;
+  }
+  static TC_DEVICE void mma(float (&c)[4], const A& a, const B& b) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const uint32_t *ab = a.big + 4 * s, *as = a.small + 4 * s, *bb = b.big + 2 * s, *bs = b.small + 2 * s;
+      mma_tf32(c, as[0], as[1], as[2], as[3], bb[0], bb[1]);
+      mma_tf32(c, ab[0], ab[1], ab[2], ab[3], bs[0], bs[1]);
+      mma_tf32(c, ab[0], ab[1], ab[2], ab[3], bb[0], bb[1]);
+    }
+  }
+};
+
+template <bool BF16> struct Half {  // inputs rounded to fp16 (11 significant bits, up to 65504) or bf16 (8 bits), sums in fp32
+  static constexpr bool blocked = false;
+  struct A { uint32_t r[4]; };
+  struct B { uint32_t r[2]; };
+  static TC_DEVICE uint32_t pack(Pair p) { return BF16 ? pack_bf16(p.x, p.y) : pack_fp16(p.x, p.y); }
+  static TC_DEVICE A a(Pair g0, Pair h0, Pair g1, Pair h1) { return {{pack(g0), pack(h0), pack(g1), pack(h1)}}; }
+  static TC_DEVICE B b(Pair k0, Pair k1) { return {{pack(k0), pack(k1)}}; }
+  static TC_DEVICE void mma(float (&c)[4], const A& a, const B& b) { mma_half<BF16>(c, a.r[0], a.r[1], a.r[2], a.r[3], b.r[0], b.r[1]); }
+};
+using Fp16 = Half<false>;
+using Bf16 = Half<true>;
+
+// ---- operands ----------------------------------------------------------------------------------------------------------------------------------------
+// A source gives the address of its element (r, c), or null outside of it, where zeros are read.
+template <int ROWS, int COLS> struct Matrix {  // row-major
+  const float* data;
+  TC_DEVICE const float* at(int r, int c) const { return r < ROWS && c < COLS ? data + (size_t)r * COLS + c : nullptr; }
+};
+
+// Convolution as a product: row = output pixel (n, oh, ow), column = (kh, kw, c) of the window, over an NHWC image. Nothing is copied to get there.
+template <int N, int H, int W, int C, int OH, int OW, int KH, int KW, int SH, int SW, int TOP, int LEFT, int DH, int DW> struct Windows {
+  const float* data;
+  TC_DEVICE const float* at(int r, int c) const {
+    const int tap = c / C, channel = c % C;
+    const int h = r / OW % OH * SH + tap / KW * DH - TOP, w = r % OW * SW + tap % KW * DW - LEFT, n = r / (OW * OH);
+    const bool inside = n < N && tap < KH * KW && (unsigned)h < (unsigned)H && (unsigned)w < (unsigned)W;
+    return inside ? data + ((size_t)(n * H + h) * W + w) * C + channel : nullptr;
+  }
+};
+
+// Copies rows r0.. x columns c0.. of a source into shared memory, VEC floats at a time, asynchronously.
+template <int ROWS, int COLS, int STRIDE, int THREADS, int VEC, class Source> TC_DEVICE void stage(float* to, const Source& from, int r0, int c0) {
+  constexpr int PER_ROW = COLS / VEC;
+#pragma unroll
+  for (int first = 0; first < ROWS * PER_ROW; first += THREADS) {
+    const int i = first + (int)threadIdx.x, row = i / PER_ROW, column = i % PER_ROW * VEC;
+    if (ROWS * PER_ROW % THREADS == 0 || i < ROWS * PER_ROW) copy_async<VEC * 4>(to + row * STRIDE + column, from.at(r0 + row, c0 + column), from.data);
+  }
+}
+
+// ---- GEMM --------------------------------------------------------------------------------------------------------------------------------------------
+// A block makes BM x BN of C with WM x WN warps; STAGES tiles of A [BM][BK] and B [BK][BN] are in flight. The padding of their rows (8 and 4 floats) puts the 32
+// lanes of every fragment load into different banks.
+template <int BM_, int BN_, int WM_, int WN_, int STAGES_> struct Tile {
+  static constexpr int BM = BM_, BN = BN_, BK = 32, WM = WM_, WN = WN_, STAGES = STAGES_;
+  static constexpr int THREADS = 32 * WM * WN, LDA = BK + 8, LDB = BN + 4;
+  static constexpr int A_FLOATS = BM * LDA, STAGE_FLOATS = A_FLOATS + BK * LDB;
+  static constexpr int MT = BM / WM / 16, NT = BN / WN / 8;
+  static_assert(BM % (WM * 16) == 0 && BN % (WN * 8) == 0 && BN % 16 == 0, "tiles of whole fragments");
+};
+
+// C[m0.., n0..] = epilogue(A B) where A is rows x K and B is K x columns; epilogue(row, column, sum) is called for every element of the tile,
+// also for those outside of the matrix. VA, VB: floats per copy.
+template <class P, class T, int K, int VA, int VB, class SourceA, class SourceB, class Epilogue>
+TC_DEVICE void gemm(const SourceA& a, const SourceB& b, int m0, int n0, const Epilogue& epilogue) {
+  TC_SHARED(float, shared);
+  constexpr int STEPS = (K + T::BK - 1) / T::BK;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int wm = warp / T::WN * (T::MT * 16), wn = warp % T::WN * (T::NT * 8);
+  float c[T::MT][T::NT][4] = {};
+  auto fill = [&](int step) {
+    float* slot = shared + step % T::STAGES * T::STAGE_FLOATS;
+    stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(slot, a, m0, step * T::BK);
+    stage<T::BK, T::BN, T::LDB, T::THREADS, VB>(slot + T::A_FLOATS, b, step * T::BK, n0);
+  };
+#pragma unroll
+  for (int step = 0; step < T::STAGES - 1; ++step) {
+    if (step < STEPS) fill(step);
+    commit_copies();
+  }
+#pragma unroll 1
+  for (int step = 0; step < STEPS; ++step) {
+    wait_copies<T::STAGES - 2>();
+    __syncthreads();
+    if (step + T::STAGES - 1 < STEPS) fill(step + T::STAGES - 1);
+    commit_copies();
+    const float* as = shared + step % T::STAGES * T::STAGE_FLOATS;
+    const float* bs = as + T::A_FLOATS;
+    float block[T::MT][T::NT][4] = {};
+#pragma unroll
+    for (int k = 0; k < T::BK; k += 16) {
+      typename P::A fa[T::MT];
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i) {
+        const float* p = as + (wm + i * 16 + g) * T::LDA + k + 2 * t;
+        fa[i] = P::a(pair(p), pair(p + 8 * T::LDA), pair(p + 8), pair(p + 8 * T::LDA + 8));
+      }
+#pragma unroll
+      for (int j = 0; j < T::NT; ++j) {
+        const float* p = bs + (k + 2 * t) * T::LDB + wn + j * 8 + g;
+        const typename P::B fb = P::b({p[0], p[T::LDB]}, {p[8 * T::LDB], p[9 * T::LDB]});
+#pragma unroll
+        for (int i = 0; i < T::MT; ++i) P::mma(P::blocked ? block[i][j] : c[i][j], fa[i], fb);
+      }
+    }
+    if (P::blocked) {
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i)
+#pragma unroll
+        for (int j = 0; j < T::NT; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) c[i][j][e] += block[i][j][e];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < T::MT; ++i)
+#pragma unroll
+    for (int j = 0; j < T::NT; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) epilogue(m0 + wm + i * 16 + g + e / 2 * 8, n0 + wn + j * 8 + 2 * t + e % 2, c[i][j][e]);
+}
+
+// ---- reductions --------------------------------------------------------------------------------------------------------------------------------------
+// Folds one value per thread over the WIDTH threads of a row (a power of two up to 32, or all threads of the block); everyone gets the result.
+template <int WIDTH, class V, class F> TC_DEVICE V fold(V value, const F& combine) {
+#pragma unroll
+  for (int step = (WIDTH < 32 ? WIDTH : 32) / 2; step > 0; step /= 2) value = combine(value, shuffle_xor(value, step));
+  if (WIDTH > 32) {
+    TC_SHARED(V, partial);
+    __syncthreads();  // a fold before this one may still be read
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = partial[0];
+#pragma unroll
+    for (int warp = 1; warp < WIDTH / 32; ++warp) value = combine(value, partial[warp]);
+  }
+  return value;
+}
+
+}  // namespace tc

@@ -1,0 +1,106 @@
+"""What the templates and the generic scheduler emit: CUDA kernels as text, with what is needed to launch them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+#: C types by TVM's names
+CTYPES = {
+    "float32": "float",
+    "float64": "double",
+    "int8": "signed char",
+    "uint8": "unsigned char",
+    "int16": "short",
+    "uint16": "unsigned short",
+    "int32": "int",
+    "uint32": "unsigned int",
+    "int64": "long long",
+    "uint64": "unsigned long long",
+    "bool": "bool",
+}
+#: the largest count of elements or threads along x: positions are 32-bit
+MAX_ELEMENTS = 2**31 - 1
+
+
+class Unsupported(Exception):
+    """Something that no kernel of this target computes; says what."""
+
+
+def ctype(dtype: Any) -> str:
+    """The C type of a dtype; raises Unsupported for those without one (float16, bfloat16)."""
+    if str(dtype) not in CTYPES:
+        raise Unsupported(f"dtype {dtype}")
+    return CTYPES[str(dtype)]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One `__global__` function.
+
+    text: its source, with the name `{name}` left open; buffers: its tensor parameters in order, the written ones in `written`. grid: blocks along x, y, z; threads per block;
+    shared_bytes of dynamic shared memory. indexed: it takes an error word and a site number behind its tensors, because data decides what it reads.
+    kind: the template, or the rule of the generic scheduler.
+    """
+
+    text: str
+    buffers: tuple[Any, ...]
+    written: tuple[Any, ...]
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    kind: str
+    workload: str = ""
+    schedule: str = ""
+    indexed: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fused function as kernels in launch order; buffers of theirs that are no parameters of the function are intermediates."""
+
+    params: tuple[Any, ...]
+    kernels: tuple[Kernel, ...]
+
+
+@dataclass
+class Signature:
+    """Collects the parameters of a kernel while its body is printed."""
+
+    written: tuple[Any, ...]
+    names: dict[Any, str] = field(default_factory=dict)
+    indexed: bool = False
+
+    def name(self, buffer: Any) -> str:
+        """The parameter's name in the kernel."""
+        if buffer not in self.names:
+            if elements(buffer) > MAX_ELEMENTS:
+                raise Unsupported(f"a tensor of {elements(buffer)} elements")
+            self.names[buffer] = f"{'out' if buffer in self.written else 'in'}{len(self.names)}"
+        return self.names[buffer]
+
+    def head(self, threads: int) -> str:
+        """The declaration, up to the opening brace; the kernel's name stays open."""
+        params = []
+        for buffer, name in self.names.items():
+            const = "" if buffer in self.written else "const "
+            params.append(f"{const}{ctype(buffer.ty.dtype)}* __restrict__ {name}")
+        if self.indexed:
+            params += ["int* error", "int site"]
+        return f"TC_KERNEL({threads}) {{name}}({', '.join(params)}) {{{{"
+
+    def kernel(self, body: list[str], *, grid: tuple[int, int, int], threads: int, **rest: Any) -> Kernel:
+        """The finished kernel; `body` is its lines."""
+        lines = [self.head(threads), *(f"  {line}".replace("{", "{{").replace("}", "}}") for line in body), "}}"]
+        if grid[0] > MAX_ELEMENTS or max(grid[1:]) > 65535:
+            raise Unsupported(f"a grid of {grid} blocks")
+        return Kernel("\n".join(lines), tuple(self.names), self.written, grid, threads, indexed=self.indexed, **rest)
+
+
+def elements(buffer: Any) -> int:
+    """Elements of a tensor of static shape."""
+    count = 1
+    for dim in buffer.shape:
+        count *= int(dim)
+    return count

@@ -1,0 +1,230 @@
+"""From a legalized Relax module of static shapes to a sequence of kernel launches over planned memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...compiler.dialect import attention as dialect
+from ...compiler.errors import Blocker, UnsupportedModel
+from ...compiler.tvm import Constant, relax, tirx
+from ...compiler.weights import numpy_dtype
+from ...passes.fusion import NODES
+from ..base import Target
+from ..common.fused import Unfusable, analyze
+from . import attention, generic
+from .gemm import gemm
+from .kernel import Kernel, Plan, Unsupported, elements
+from .memory import Lifetime, aligned, plan
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies. space: "input" | "output" (number `index`), "weights" | "workspace" (at byte `index`)."""
+
+    space: str
+    index: int
+
+
+@dataclass
+class Tensor:
+    """A tensor of the graph; reshapes are the same tensor."""
+
+    size_bytes: int
+    place: Place | None = None
+    key: int = -1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel on its tensors; without a kernel, a copy of the second tensor to the first."""
+
+    kernel: str
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass
+class Launches:
+    """What one call of the model does.
+
+    kernels: name -> kernel, in the order of first use; nodes: kernel -> source nodes. workspace_bytes: planned; unshared_bytes: if no two tensors shared memory.
+    """
+
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    nodes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    launches: list[Launch] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    workspace_bytes: int = 0
+    unshared_bytes: int = 0
+
+    @property
+    def calls(self) -> Counter[str]:
+        return Counter(launch.kernel for launch in self.launches)
+
+
+def sequence(module: Any, target: Target, policy: str) -> Launches:
+    """Give every call its kernels and every tensor its memory. Raises UnsupportedModel with all that this target cannot do."""
+    return _Walk(module, target, policy).run()
+
+
+class _Walk:
+    def __init__(self, module: Any, target: Target, policy: str):
+        self.module, self.target, self.policy = module, target, policy
+        self.result = Launches()
+        self.values: dict[Any, Any] = {}  # variable -> Tensor, or a list of values
+        self.plans: dict[str, tuple[Plan, tuple[str, ...]]] = {}
+        self.constants: dict[Any, Tensor] = {}
+        self.weight_bytes = 0
+        self.temporaries: list[Tensor] = []
+        self.blockers: list[Blocker] = []
+
+    def run(self) -> Launches:
+        main = self.module["main"]
+        for position, param in enumerate(main.params):
+            self.values[param] = Tensor(self._bytes(param.ty), Place("input", position))
+        body = main.body
+        for block in body.blocks:
+            for binding in block.bindings:
+                self.values[binding.var] = self._value(binding.value)
+        if self.blockers:
+            raise UnsupportedModel(list(dict.fromkeys(self.blockers)))
+        self._outputs(self._value(body.body))
+        self._place()
+        return self.result
+
+    # -- values ------------------------------------------------------------------------------------------------------------------------------------
+
+    def _value(self, expr: Any) -> Any:
+        if isinstance(expr, Constant):
+            return self._constant(expr)
+        if isinstance(expr, relax.Tuple):
+            return [self._value(item) for item in expr.fields]
+        if isinstance(expr, relax.TupleGetItem):
+            return self._value(expr.tuple_value)[expr.index]
+        if isinstance(expr, relax.Call):
+            return self._call(expr)
+        if expr in self.values:
+            return self.values[expr]
+        return self._refuse("", f"a {type(expr).__name__} expression", expr.ty)
+
+    def _call(self, call: Any) -> Any:
+        name = getattr(call.op, "name", str(call.op))
+        if name == "relax.reshape":
+            return self._value(call.args[0])
+        if name == "relax.call_tir":
+            return self._call_tir(call)
+        if name == dialect.NAME:
+            return self._attention(call)
+        return self._refuse("", f"operator {name} has no CUDA kernel yet", call.ty)
+
+    def _call_tir(self, call: Any) -> Any:
+        name = call.args[0].name_hint
+        outs = self._outs(call.ty_args[0])
+        operands = [self._value(arg) for arg in call.args[1].fields]
+        func = self.module[name]
+        nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
+        try:
+            if len(call.args) > 2:
+                raise Unsupported("sizes known only at run time: give every input a fixed shape, for example --shape input_ids=1x128")
+            if name not in self.plans:
+                self._add(name, plan_of(func, self.target, self.policy), nodes)
+        except Unsupported as reason:
+            self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
+            return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
+        self._launch(name, [*operands, *outs])
+        return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
+
+    def _attention(self, call: Any) -> Any:
+        out = self._outs(call.ty)[0]
+        name = f"attention{sum(other.startswith('attention') for other in self.plans)}"
+        try:
+            made = attention.kernel(call, self.target, self.policy)
+            name = next((old for old, (other, _) in self.plans.items() if other.kernels[0].text == made.kernels[0].text), name)
+            if name not in self.plans:
+                self._add(name, made, ())
+        except Unsupported as reason:
+            self.blockers.append(Blocker("", "", f"no CUDA kernel for attention: {reason}"))
+            return out
+        self._launch(name, [*(self._value(arg) for arg in call.args), out])
+        return out
+
+    def _add(self, name: str, made: Plan, nodes: tuple[str, ...]) -> None:
+        several = len(made.kernels) > 1
+        names = tuple(f"{name}_{position}" if several else name for position in range(len(made.kernels)))
+        self.plans[name] = made, names
+        for own, kernel in zip(names, made.kernels, strict=True):
+            self.result.kernels[own], self.result.nodes[own] = kernel, nodes
+
+    def _launch(self, name: str, tensors: Sequence[Tensor]) -> None:
+        made, names = self.plans[name]
+        known = dict(zip(made.params, tensors, strict=True))
+        for own, kernel in zip(names, made.kernels, strict=True):
+            for buffer in kernel.buffers:
+                if buffer not in known:
+                    known[buffer] = self._temporary(elements(buffer) * numpy_dtype(str(buffer.ty.dtype)).itemsize)
+            self.result.launches.append(Launch(own, tuple(known[buffer] for buffer in kernel.buffers)))
+
+    # -- tensors -----------------------------------------------------------------------------------------------------------------------------------
+
+    def _outs(self, kind: Any) -> list[Tensor]:
+        kinds = kind.fields if isinstance(kind, relax.TupleType) else [kind]
+        return [self._temporary(self._bytes(each)) for each in kinds]
+
+    def _temporary(self, size_bytes: int) -> Tensor:
+        self.temporaries.append(Tensor(size_bytes, key=len(self.temporaries)))
+        return self.temporaries[-1]
+
+    def _bytes(self, kind: Any) -> int:
+        count = numpy_dtype(str(kind.dtype)).itemsize
+        for dim in kind.shape:
+            if not isinstance(dim, (int, tirx.IntImm)):
+                self.blockers.append(Blocker("", "", f"size {dim} is known only at run time; the CUDA target takes fixed shapes: give --shape NAME=1x128"))
+                return 0
+            count *= int(dim)
+        return count
+
+    def _constant(self, expr: Any) -> Tensor:
+        if expr not in self.constants:
+            value = expr.value.numpy()
+            self.result.weights[f"{len(self.constants):04d}"] = value
+            self.constants[expr] = Tensor(value.nbytes, Place("weights", self.weight_bytes))
+            self.weight_bytes += aligned(value.nbytes)
+        return self.constants[expr]
+
+    def _refuse(self, node: str, reason: str, kind: Any) -> Any:
+        self.blockers.append(Blocker(node, "", reason))
+        outs = self._outs(kind)
+        return outs if isinstance(kind, relax.TupleType) else outs[0]
+
+    def _outputs(self, value: Any) -> None:
+        """Intermediates that the model returns are written to its outputs at once; what is an input, a weight or returned twice is copied."""
+        for position, tensor in enumerate(value if isinstance(value, list) else [value]):
+            place = Place("output", position)
+            if tensor.place is None:
+                tensor.place = place
+            elif tensor.size_bytes:
+                self.result.launches.append(Launch("", (Tensor(tensor.size_bytes, place), tensor)))
+
+    def _place(self) -> None:
+        uses: dict[int, list[int]] = {}
+        for number, launch in enumerate(self.result.launches):
+            for tensor in launch.tensors:
+                if tensor.place is None:
+                    uses.setdefault(tensor.key, []).append(number)
+        lifetimes = {key: Lifetime(self.temporaries[key].size_bytes, min(numbers), max(numbers)) for key, numbers in uses.items()}
+        offsets, self.result.workspace_bytes = plan(lifetimes)
+        self.result.unshared_bytes = sum(aligned(lifetime.size_bytes) for lifetime in lifetimes.values())
+        for key, offset in offsets.items():
+            self.temporaries[key].place = Place("workspace", offset)
+
+
+def plan_of(func: Any, target: Target, policy: str) -> Plan:
+    """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does."""
+    try:
+        return gemm(analyze(func), target, policy)
+    except Unfusable as reason:
+        return generic.schedule(func, str(reason))
