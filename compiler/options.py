@@ -15,6 +15,7 @@ class CompileOptions:
     """recipe: a TOML file with passes and options, None for the target's default. compression: flag -> value of the passes that change the model
     (`{"quantize": "int8", "token_keep": 0.7}`), which win over the recipe's. dump_ir: directory for the module after every pass. seed: of every random
     choice. profile: time every kernel on this machine and report it. threads: worker count the schedules are chosen for, None for all physical cores of the target.
+    precision: of products on a GPU, "fp32" | "tf32" | "fp16" | "bf16", None for fp32. emit_only: sources alone, no library.
     """
 
     recipe: Path | None = None
@@ -23,6 +24,8 @@ class CompileOptions:
     seed: int = 0
     profile: bool = False
     threads: int | None = None
+    precision: str | None = None
+    emit_only: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe is not None and not self.recipe.is_file():

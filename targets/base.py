@@ -15,7 +15,8 @@ class Target:
     kind: "cpu" | "cuda" | "fpga". name: the model name after the colon ("haswell", "sm_90a"). features: ISA features in LLVM's spelling ("avx2",
     "fma", "avx512f", "avx512vnni"). cache sizes are bytes per core (L3: shared). frequency_ghz and fma_per_cycle (vector FMAs issued per core and
     cycle) give peak rates; bandwidth_gbs is DRAM bandwidth of one core. formats: number formats with native
-    arithmetic. disabled: features of `mcpu` that this machine lacks all the same.
+    arithmetic. disabled: features of `mcpu` that this machine lacks all the same. On a GPU cores are its multiprocessors, bandwidth is the whole card's, and
+    shared_bytes is the most shared memory that one block may have.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Target:
     bandwidth_gbs: float = 18.0
     formats: frozenset[str] = frozenset({"float32"})
     disabled: tuple[str, ...] = ()
+    shared_bytes: int = 0
 
     @property
     def text(self) -> str:
@@ -56,7 +58,7 @@ class Target:
 
     @staticmethod
     def parse(text: str) -> Target:
-        """`cpu` (this host), `cpu:NAME`; raises UsageError with the known names otherwise."""
+        """`cpu` (this host), `cpu:NAME`, `cuda`, `cuda:NAME`; raises UsageError with the known names otherwise."""
         from . import registry
 
         kind, _, name = text.partition(":")

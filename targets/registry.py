@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .base import Target
 from .cpu import backend as cpu
+from .cuda import backend as cuda
 from .fpga import backend as fpga
 
 if TYPE_CHECKING:
@@ -30,4 +31,4 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "fpga": fpga}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "fpga": fpga}

@@ -1,0 +1,112 @@
+"""Lowering for CUDA, top to bottom: legalization, fusion, kernels and memory, source, library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...compiler.dialect import attention as dialect
+from ...compiler.errors import UsageError
+from ...compiler.progress import stage
+from ...compiler.tvm import mutator, relax
+from ...passes.fusion import FuseEpilogues
+from ..common import legalize as definitions
+from . import attention, toolchain
+from .host import sources
+from .lower import Launches, sequence
+
+if TYPE_CHECKING:
+    from ...compiler.lowered import Lowered
+    from ...compiler.program import Program
+    from ...compiler.steps import Steps
+    from ...passes.base import PassContext
+
+#: number policies of products by the name of `--precision`: how fp32 operands reach the tensor cores, and what that means
+PRECISIONS = {
+    "fp32": ("Fp32", "3xTF32: operands split in two tf32 parts, three products; as accurate as fp32"),
+    "tf32": ("Tf32", "operands of GEMM, convolution and attention rounded to tf32 (11 significant bits), fp32 sums"),
+    "fp16": ("Fp16", "operands of GEMM, convolution and attention rounded to fp16 (11 significant bits, overflow above 65504), fp32 sums"),
+    "bf16": ("Bf16", "operands of GEMM, convolution and attention rounded to bf16 (8 significant bits), fp32 sums"),
+}
+DEFAULT_PRECISION = "fp32"
+
+
+def lower(steps: Steps) -> Lowered:
+    """From a graph of Relax operators to CUDA source and, unless `emit_only`, a library. Raises UnsupportedModel, UsageError or ToolchainError."""
+    options = steps.options
+    precision = options.precision or DEFAULT_PRECISION
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
+    nvcc = None if options.emit_only else toolchain.find_nvcc()
+    policy, meaning = PRECISIONS[precision]
+    steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
+    steps.step("fuse_epilogues", FuseEpilogues().run)
+    launches = Launches()
+
+    def kernels(current: Program, context: PassContext) -> Program:
+        nonlocal launches
+        launches = sequence(current.module, steps.target, policy)
+        for name, count in launches.calls.items():
+            context.matched(**{(launches.kernels[name].kind if name else "copy").replace(" ", "_"): count})
+        context.note(f"planned_bytes={launches.workspace_bytes} unshared_bytes={launches.unshared_bytes}")
+        return current
+
+    steps.step("kernels", kernels)
+    with stage("emission"):
+        texts = sources(launches, steps.program.inputs, steps.program.outputs, " ".join(toolchain.command(steps.target.name)))
+    library = b""
+    with stage("nvcc") as building:
+        if nvcc is not None:
+            library = toolchain.build(texts, steps.target.name, nvcc)
+    report = {
+        "kernels": rows(launches),
+        "precision": {"name": precision, "meaning": meaning},
+        "memory": {"workspace_bytes": launches.workspace_bytes, "unshared_bytes": launches.unshared_bytes},
+        "weights_bytes": sum(array.nbytes for array in launches.weights.values()),
+        "code_generation": {"seconds": round(building.seconds, 3)},
+    }
+    return steps.lowered(report=report, weights=launches.weights, sources=texts, library=library)
+
+
+def rows(launches: Launches) -> list[dict[str, Any]]:
+    """The report's table of kernels; `reason` says why a kernel is not one of the templates."""
+    calls = launches.calls
+    return [
+        {
+            "kernel": name,
+            "template": kernel.kind,
+            "workload": kernel.workload,
+            "schedule": kernel.schedule,
+            "calls": calls[name],
+            "nodes": list(launches.nodes[name]),
+            "grid": list(kernel.grid),
+            "threads": kernel.threads,
+            "shared_bytes": kernel.shared_bytes,
+            "reason": kernel.reason,
+        }
+        for name, kernel in launches.kernels.items()
+    ]
+
+
+def _legalize(program: Program) -> Any:
+    module = _Decompose(relax.transform.DecomposeOpsForInference()(program.module)).apply()
+    module = definitions.legalize(module, keep=(dialect.NAME,))
+    return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
+
+
+@mutator
+class _Decompose(relax.PyExprMutator):
+    """Attention that the kernel does not take, by plain operators."""
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.module = module
+
+    def apply(self) -> Any:
+        self.builder_.update_func(self.module.get_global_var("main"), self.visit_expr(self.module["main"]))
+        return self.builder_.get()
+
+    def visit_call_(self, call: Any) -> Any:
+        call = super().visit_call_(call)
+        if getattr(call.op, "name", "") == dialect.NAME and attention.refusal(call):
+            return dialect.decompose(self.builder_, call)
+        return call
