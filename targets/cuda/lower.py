@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...compiler.weights import numpy_dtype
 from ...passes.fusion import NODES
 from ..base import Target
 from ..common.fused import Unfusable, analyze
-from . import attention, generic
+from . import attention, generic, scan
 from .gemm import gemm
 from .kernel import Kernel, Plan, Unsupported, elements
 from .memory import Lifetime, aligned, plan
@@ -118,7 +118,9 @@ class _Walk:
         if name == "relax.call_tir":
             return self._call_tir(call)
         if name == dialect.NAME:
-            return self._attention(call)
+            return self._whole(call, "attention", lambda: attention.kernel(call, self.target, self.policy))
+        if name in scan.OPERATORS:
+            return self._whole(call, name.removeprefix("relax."), lambda: scan.kernel(call))
         return self._refuse("", f"operator {name} has no CUDA kernel yet", call.ty)
 
     def _call_tir(self, call: Any) -> Any:
@@ -129,7 +131,7 @@ class _Walk:
         nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         try:
             if len(call.args) > 2:
-                raise Unsupported("sizes known only at run time: give every input a fixed shape, for example --shape input_ids=1x128")
+                raise Unsupported("sizes known only at run time")
             if name not in self.plans:
                 self._add(name, plan_of(func, self.target, self.policy), nodes)
         except Unsupported as reason:
@@ -138,17 +140,18 @@ class _Walk:
         self._launch(name, [*operands, *outs])
         return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
 
-    def _attention(self, call: Any) -> Any:
+    def _whole(self, call: Any, hint: str, make: Callable[[], Plan]) -> Any:
+        """An operator that has a kernel of its own and takes part in no fusion; equal ones share it."""
         out = self._outs(call.ty)[0]
-        name = f"attention{sum(other.startswith('attention') for other in self.plans)}"
         try:
-            made = attention.kernel(call, self.target, self.policy)
-            name = next((old for old, (other, _) in self.plans.items() if other.kernels[0].text == made.kernels[0].text), name)
-            if name not in self.plans:
-                self._add(name, made, ())
+            made = make()
         except Unsupported as reason:
-            self.blockers.append(Blocker("", "", f"no CUDA kernel for attention: {reason}"))
+            self.blockers.append(Blocker("", "", f"no CUDA kernel for {hint}: {reason}"))
             return out
+        same = (old for old, (other, _) in self.plans.items() if len(other.kernels) == 1 and other.kernels[0].text == made.kernels[0].text)
+        name = next(same, f"{hint}{sum(other.startswith(hint) for other in self.plans)}")
+        if name not in self.plans:
+            self._add(name, made, ())
         self._launch(name, [*(self._value(arg) for arg in call.args), out])
         return out
 
@@ -182,7 +185,7 @@ class _Walk:
         count = numpy_dtype(str(kind.dtype)).itemsize
         for dim in kind.shape:
             if not isinstance(dim, (int, tirx.IntImm)):
-                self.blockers.append(Blocker("", "", f"size {dim} is known only at run time; the CUDA target takes fixed shapes: give --shape NAME=1x128"))
+                self.blockers.append(Blocker("", "", f"an intermediate has size {dim}, which is known only at run time; the CUDA target takes fixed sizes"))
                 return 0
             count *= int(dim)
         return count
@@ -197,6 +200,8 @@ class _Walk:
 
     def _refuse(self, node: str, reason: str, kind: Any) -> Any:
         self.blockers.append(Blocker(node, "", reason))
+        if not isinstance(kind, (relax.TensorType, relax.TupleType)):
+            return None
         outs = self._outs(kind)
         return outs if isinstance(kind, relax.TupleType) else outs[0]
 

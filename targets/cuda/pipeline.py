@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.dialect import attention as dialect
-from ...compiler.errors import UsageError
+from ...compiler.errors import Blocker, UnsupportedModel, UsageError
 from ...compiler.progress import stage
 from ...compiler.tvm import mutator, relax
 from ...passes.fusion import FuseEpilogues
@@ -16,7 +17,7 @@ from .lower import Launches, sequence
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
-    from ...compiler.program import Program
+    from ...compiler.program import Program, TensorSpec
     from ...compiler.steps import Steps
     from ...passes.base import PassContext
 
@@ -36,6 +37,7 @@ def lower(steps: Steps) -> Lowered:
     precision = options.precision or DEFAULT_PRECISION
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
+    require_fixed(steps.program.inputs)
     nvcc = None if options.emit_only else toolchain.find_nvcc()
     policy, meaning = PRECISIONS[precision]
     steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
@@ -65,6 +67,19 @@ def lower(steps: Steps) -> Lowered:
         "code_generation": {"seconds": round(building.seconds, 3)},
     }
     return steps.lowered(report=report, weights=launches.weights, sources=texts, library=library)
+
+
+def require_fixed(inputs: Sequence[TensorSpec]) -> None:
+    """Raise UnsupportedModel with every input whose shape is open: kernels and memory are planned for fixed sizes."""
+    blockers = []
+    for spec in inputs:
+        names = [str(dim) for dim in spec.shape if isinstance(dim, str)]
+        if names:
+            example = "x".join("1" if isinstance(dim, str) else str(dim) for dim in spec.shape)
+            reason = f"input '{spec}' has open sizes ({', '.join(names)}); the CUDA target takes fixed ones: give --shape {spec.name}={example}"
+            blockers.append(Blocker("", "", reason))
+    if blockers:
+        raise UnsupportedModel(blockers)
 
 
 def rows(launches: Launches) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ TC_DEVICE void report(int* error, int site) { atomicCAS(error, 0, site); }
 template <class V> TC_DEVICE V shuffle_xor(V value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 TC_DEVICE bool shuffle_xor(bool value, int mask) { return __shfl_xor_sync(0xffffffffu, (int)value, mask) != 0; }
 
+template <class V> TC_DEVICE V shuffle(V value, int lane) { return __shfl_sync(0xffffffffu, value, lane & 31); }
+
 // Copies BYTES (4, 8 or 16, aligned) from global to shared memory, or writes zeros where `from` is null (`valid`: an address that may then be named, not read).
 template <int BYTES> TC_DEVICE void copy_async(float* to, const float* from, const float* valid) {
   const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);

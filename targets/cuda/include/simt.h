@@ -185,17 +185,19 @@ TC_DEVICE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return 
 TC_DEVICE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 TC_DEVICE void report(int* error, int site) { if (*error == 0) *error = site; }
 
-template <class V> V shuffle_xor(V value, int mask) {
+template <class V, class F> V shuffle_from(V value, const F& source) {
   static_assert(sizeof(V) <= 8, "one or two registers");
-  uint32_t give[2] = {0, 0};
+  uint32_t give[3] = {0, 0, (uint32_t)source(simt::machine.current % 32) % 32};
   memcpy(give, &value, sizeof(V));
-  const uint32_t* got = simt::meet(give, 2, [mask](simt::Warp& w) {
+  const uint32_t* got = simt::meet(give, 3, [](simt::Warp& w) {
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 2; ++i) w.out[lane][i] = w.in[lane ^ mask][i];
+      for (int i = 0; i < 2; ++i) w.out[lane][i] = w.in[w.in[lane][2]][i];
   });
   memcpy(&value, got, sizeof(V));
   return value;
 }
+template <class V> V shuffle_xor(V value, int mask) { return shuffle_from(value, [mask](int lane) { return lane ^ mask; }); }
+template <class V> V shuffle(V value, int lane) { return shuffle_from(value, [lane](int) { return lane & 31; }); }
 
 template <int BYTES> void copy_async(float* to, const float* from, const float*) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async copies");
