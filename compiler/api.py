@@ -35,7 +35,7 @@ def compile(
     *,
     example_inputs: Any = None,
     shapes: Mapping[str, Any] | None = None,
-    precision: Any = None,
+    precision: str | None = None,
     quantize: Any = None,
     calibration: Any = None,
     metric: Any = None,
@@ -52,11 +52,12 @@ def compile(
     tuning_db: Any = None,
     seed: int = 0,
     threads: int | None = None,
+    emit_only: bool = False,
 ) -> CompiledModel:
     """Compile a model and return it ready to be called or saved.
 
     model: path of an ONNX file (or `.pt2` saved by torch.export), `onnx.ModelProto`, `torch.nn.Module` or `ExportedProgram`. target: `cpu` (this
-    machine) or `cpu:NAME`. example_inputs: what a `torch.nn.Module` is traced with. shapes: `{"x": (1, 3, 224, 224)}` or `{"x": "1..8..32x128"}`
+    machine), `cpu:NAME` or `cuda:NAME`. example_inputs: what a `torch.nn.Module` is traced with. shapes: `{"x": (1, 3, 224, 224)}` or `{"x": "1..8..32x128"}`
     (min..opt..max of a dim). recipe: TOML file with the passes to run.
 
     quantize, sparsity, token_keep: compression, each a name or number as on the command line, or a configured pass (`Quantize("int8", smooth=0.5)`).
@@ -64,17 +65,21 @@ def compile(
     metric: "cosine" (default), "relative" or "top1". max_drop: largest loss allowed. report: write what was done as one HTML page. seed: of every random choice. threads: worker threads of the returned model,
     and what schedules are chosen for (default: all cores).
 
+    precision: of products on a GPU: "fp32" (default), "tf32", "fp16" or "bf16". emit_only: sources without a library, for targets that have them.
+
     Raises UnsupportedModel with every blocker at once, UsageError for a wrong request (also for an option whose feature is not available yet),
     ToolchainError for a missing linker or package, VerificationError for a loss above `max_drop`.
     """
-    later = dict(precision=precision, target_latency=target_latency, restore_tokens=restore_tokens or None, generate=generate or None)
+    later = dict(target_latency=target_latency, restore_tokens=restore_tokens or None, generate=generate or None)
     later |= dict(tune_trials=tune_trials or None, time_budget=time_budget, tuning_db=tuning_db)
     if asked := [name for name, value in later.items() if value is not None]:
         raise UsageError(f"not available yet: {', '.join(asked)}; leave {'it' if len(asked) == 1 else 'them'} out")
     target = target if isinstance(target, Target) else Target.parse(target)
     asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
     compression = {flag: value for flag, value in asked.items() if value is not None}
-    options = CompileOptions(None if recipe is None else Path(recipe), compression, seed=seed, threads=threads)
+    options = CompileOptions(
+        None if recipe is None else Path(recipe), compression, seed=seed, threads=threads, precision=precision, emit_only=emit_only
+    )
     if report is not None:
         from .page import writable_page
 

@@ -8,7 +8,7 @@ from ..passes.base import PassReport
 from ..targets.base import Target
 from ..targets.registry import BACKENDS
 from .accuracy import Accuracy
-from .errors import VerificationError
+from .errors import UsageError, VerificationError
 from .lowered import Lowered
 from .options import CompileOptions
 from .program import Program
@@ -27,6 +27,8 @@ def lower(program: Program, target: Target, options: CompileOptions, accuracy: A
 
 def graph_passes(program: Program, target: Target, options: CompileOptions, accuracy: Accuracy | None = None) -> Steps:
     """The program after the recipe's passes, ready for the target's lowering; errors as in `lower`."""
+    if target.kind != "cuda" and (options.precision is not None or options.emit_only):
+        raise UsageError(f"--precision and --emit-only are for CUDA targets; leave them out for {target.text}")
     recipe = Recipe.of(options)
     steps = Steps(program, target, options, BACKENDS[target.kind].scope, accuracy, recipe.to_dict())
     for graph_pass in recipe.passes:

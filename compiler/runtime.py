@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,9 +16,12 @@ from .errors import TcompileError
 from .program import DimRange, TensorSpec
 from .tvm_runtime import Executable, array, config_threadpool, from_dlpack, load_executable
 
+if TYPE_CHECKING:
+    from .cuda_runtime import GpuModel
+
 
 class CompiledModel:
-    """A compiled model. Call it with numpy arrays or CPU torch tensors, by position or by input name.
+    """A compiled model. Call it with numpy arrays or torch tensors (on the CPU; for a CUDA target also on the GPU), by position or by input name.
 
     One output comes back as an array, several as a tuple in the model's order; torch tensors when the first input is one. Outputs own their memory.
     Any number of threads may call at once: each gets a virtual machine of its own, all share the weights.
@@ -31,17 +34,25 @@ class CompiledModel:
         self.inputs: tuple[TensorSpec, ...] = artifact.inputs
         self.outputs: tuple[TensorSpec, ...] = artifact.outputs
         self.dims: Mapping[str, DimRange] = artifact.dims
+        self._kind = str(artifact.manifest["target"]["kind"])
         self._binder = Binder(self.inputs, self.dims)
         self._local = threading.local()
         self._lock = threading.Lock()
         self._executable: Executable | None = None
+        #: library and weights on GPUs, in place of an executable
+        self._gpu: GpuModel | None = None
         #: C simulation of an FPGA project, in place of an executable
         self._simulation: Callable[[np.ndarray], np.ndarray] | None = None
 
     def start(self) -> CompiledModel:
         """Load the artifact's code now; returns the model. Raises ToolchainError when the code needs what this CPU lacks."""
         with self._lock:
-            if self.manifest["target"]["kind"] == "fpga":
+            if self._kind == "cuda":
+                if self._gpu is None:
+                    from .cuda_runtime import GpuModel
+
+                    self._gpu = GpuModel(self._artifact)
+            elif self._kind == "fpga":
                 if self._simulation is None:
                     from ..targets.registry import BACKENDS
 
@@ -59,8 +70,12 @@ class CompiledModel:
         """Run the model. Raises UsageError for an input that does not fit, TcompileError when the model itself fails (an index out of range)."""
         if named or len(args) != len(self.inputs):
             args = self._binder.order(args, named)
+        if self._kind == "cuda":
+            self.start()
+            assert self._gpu is not None
+            return self._gpu(args, self.inputs)
         tensors = self._binder.bind(args)
-        if self.manifest["target"]["kind"] == "fpga":
+        if self._kind == "fpga":
             return self._simulated(tensors[0], bool(args) and is_torch(args[0]))
         main = self._main()
         pool.use(self.threads, config_threadpool)
@@ -74,6 +89,11 @@ class CompiledModel:
         if len(self.outputs) == 1:
             return self._own(result[0] if isinstance(result, array) else result, taken, to_torch)
         return tuple(self._own(output, taken, to_torch) for output in result)
+
+    def check(self) -> None:
+        """On a GPU: wait for it, and raise TcompileError when a call since the last check met an index out of range. CPUs raise in the call itself."""
+        if self._gpu is not None:
+            self._gpu.check()
 
     def _simulated(self, tensor: Any, to_torch: bool) -> Any:
         """One call of an FPGA project: its C simulation, one call at a time."""

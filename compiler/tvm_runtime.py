@@ -35,7 +35,7 @@ try:
 finally:
     sys.meta_path.remove(_hidden)
 
-__all__ = ["Executable", "array", "config_threadpool", "from_dlpack", "load_executable"]
+__all__ = ["Executable", "array", "config_threadpool", "from_dlpack", "load_executable", "load_library"]
 
 from_dlpack = tvm_ffi.from_dlpack
 array = tvm_ffi.Array
@@ -73,6 +73,11 @@ class Executable:
 
 
 def load_executable(library: bytes) -> Executable:
+    """Load a shared library that holds a Relax executable."""
+    return Executable(load_library(library))
+
+
+def load_library(library: bytes) -> Any:
     """Load a shared library from memory.
 
     Through an anonymous file: what runs is exactly the bytes that were checked. The path to it is a link with a name never used before, because the
@@ -85,6 +90,6 @@ def load_executable(library: bytes) -> Executable:
         with tempfile.TemporaryDirectory(prefix="tcompile-") as folder:
             link = os.path.join(folder, "lib.so")
             os.symlink(f"/proc/self/fd/{descriptor}", link)
-            return Executable(_load_library(link, "so"))
+            return _load_library(link, "so")
     finally:
         os.close(descriptor)

@@ -122,3 +122,16 @@ def aligned(array: np.ndarray) -> np.ndarray:
     copy = np.ndarray(array.shape, array.dtype, buffer, -buffer.ctypes.data % ALIGNMENT)
     copy[...] = array
     return copy
+
+
+#: every weight of a blob on a device begins on such a boundary
+DEVICE_ALIGNMENT = 256
+
+
+def device_offsets(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
+    """(where each weight lies in the one blob that a device holds, size of the blob in bytes)."""
+    offsets, size = {}, 0
+    for name, array in weights.items():
+        offsets[name] = size
+        size += -(-array.nbytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
+    return offsets, size

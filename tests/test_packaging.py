@@ -51,6 +51,7 @@ LAYERS = {
     "compiler.artifact": "artifact",
     "compiler.artifact_writer": "artifact",
     "compiler.runtime": "artifact",
+    "compiler.cuda_runtime": "artifact",
     "compiler.page": "api",
     "compiler.pipeline": "pipeline",
     "compiler.recipe": "pipeline",

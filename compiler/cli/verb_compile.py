@@ -14,7 +14,7 @@ from .terminal import Json, Seed, Shape, Threads, guarded, print_json
 @guarded
 def compile_verb(
     model: Path = typer.Argument(..., help="ONNX file, or .pt2 file written by torch.export.save.", show_default=False),
-    target: str = typer.Option("cpu", "--target", "-t", help="cpu (this machine) or cpu:NAME; `tcompile targets` lists them."),
+    target: str = typer.Option("cpu", "--target", "-t", help="cpu (this machine), cpu:NAME, cuda:NAME, ...; `tcompile targets` lists them."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Artifact directory, ending in .tcm; default: MODEL's name in this folder."),
     shape: list[str] = Shape,
     threads: int | None = Threads,
@@ -31,6 +31,8 @@ def compile_verb(
     report: Path | None = typer.Option(None, "--report", help="Write what was done as one HTML page, with measured times per layer."),
     recipe: Path | None = typer.Option(None, "--recipe", help="TOML file with the passes to run."),
     dump_ir: Path | None = typer.Option(None, "--dump-ir", help="Write the module after every pass into this directory."),
+    precision: str | None = typer.Option(None, "--precision", help="Products on a GPU: fp32 (default), tf32, fp16 or bf16; see docs/cuda.md."),
+    emit_only: bool = typer.Option(False, "--emit-only", help="Write the sources without building them (CUDA: nvcc is not needed)."),
     seed: int = Seed,
     as_json: bool = Json,
 ) -> None:
@@ -62,7 +64,7 @@ def compile_verb(
         writable_page(report)
     asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
     compression = {flag: value for flag, value in asked.items() if value is not None}
-    options = CompileOptions(recipe, compression, dump_ir, seed, report is not None, threads)
+    options = CompileOptions(recipe, compression, dump_ir, seed, report is not None, threads, precision, emit_only)
     program = import_model(model, shapes=parse_shapes(shape))
     accuracy = accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads)
     compiled = compile_program(program, resolved, options, accuracy)

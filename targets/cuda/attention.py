@@ -1,9 +1,9 @@
 """The attention kernel: `tcompile.attention` as one CUDA kernel of include/attention.cuh.
 
-    block (64 queries, head, batch): q in shared memory
-        for 64 (or 32) keys, the next ones on their way:
-            s = q k^T on tensor cores, scale and mask in registers; running maximum and sum; out = out * old + exp(s) v on tensor cores
-        out / sum
+block (64 queries, head, batch): q in shared memory
+    for 64 (or 32) keys, the next ones on their way:
+        s = q k^T on tensor cores, scale and mask in registers; running maximum and sum; out = out * old + exp(s) v on tensor cores
+    out / sum
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target
     signature = Signature((out,))
     names = [signature.name(buffer) for buffer in operands[:3]]
     causal = attrs.causal and attrs.fill == -math.inf
-    lines = [f"using T = tc::Heads<{depth}, {width}, {block}>;", f"const int head = blockIdx.y, shared_head = head / {heads // own}, batch = blockIdx.z;"]
+    lines = [
+        f"using T = tc::Heads<{depth}, {width}, {block}>;",
+        f"const int head = blockIdx.y, shared_head = head / {heads // own}, batch = blockIdx.z;",
+    ]
     for side, name, rows, columns, count, head in zip(
         "qkv", names, (queries, keys, keys), (depth, depth, width), (heads, own, own), ("head", "shared_head", "shared_head"), strict=True
     ):
@@ -100,7 +103,11 @@ def _score(operands: list[Any], attrs: AttentionAttrs, signature: Signature, dom
     fill = literal(attrs.fill, "float32")
     lines = [f"const float score = x * {literal(attrs.scale, 'float32')};"]
     if attrs.causal:
-        lines.append(f"if (t > s) return {fill};" if len(operands) == 3 or str(operands[3].ty.dtype) == "bool" else f"const float seen = t > s ? {fill} : score;")
+        lines.append(
+            f"if (t > s) return {fill};"
+            if len(operands) == 3 or str(operands[3].ty.dtype) == "bool"
+            else f"const float seen = t > s ? {fill} : score;"
+        )
     if len(operands) == 3:
         return [*lines, "return score;"]
     shape = [int(dim) for dim in operands[3].shape]

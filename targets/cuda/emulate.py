@@ -9,12 +9,51 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ...compiler.errors import ToolchainError
+from ...compiler.program import TensorSpec
+from ...compiler.tvm_runtime import from_dlpack, load_library
+from ...compiler.weights import aligned, device_offsets, numpy_dtype
 from .host import MODEL
 from .toolchain import ffi_headers
+
+
+class Emulation:
+    """An emulated model: call it with numpy arrays in the order of its inputs. Memory that no kernel has written holds NaN.
+
+    Made of what an artifact holds: sources, weights, inputs, outputs, and workspace_bytes of its report. error: after a call, 0 or the number of the kernel (from 1)
+    that met an index out of range.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        weights: Mapping[str, np.ndarray],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        workspace_bytes: int,
+    ) -> None:
+        self._main = load_library(build(sources))["main"]
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        offsets, size = device_offsets(weights)
+        self._weights = aligned(np.zeros(size, np.uint8))
+        for name, array in weights.items():
+            self._weights[offsets[name] : offsets[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._workspace_bytes = workspace_bytes
+        self.error = 0
+
+    def __call__(self, *values: Any) -> tuple[np.ndarray, ...]:
+        workspace, error = aligned(np.full(self._workspace_bytes, 0xFF, np.uint8)), aligned(np.zeros(1, np.int32))
+        given = [aligned(np.array(value, numpy_dtype(spec.dtype))) for value, spec in zip(values, self._inputs, strict=True)]
+        results = [aligned(np.full([int(dim) for dim in spec.shape], -1).astype(spec.dtype)) for spec in self._outputs]
+        self._main(*map(from_dlpack, (workspace, self._weights, error, *given, *results)))
+        self.error = int(error[0])
+        return tuple(results)
 
 
 def build(sources: Mapping[str, str]) -> bytes:

@@ -83,7 +83,10 @@ class _Gemm:
         flat = math.prod(b[:-2]) == 1  # one B for all: the leading dims of A are rows
         batch, rows = ([], self.dims[:-1]) if flat and math.prod(a[:-1]) == math.prod(self.dims[:-1]) else (self.dims[:-2], self.dims[-2:-1])
         m = math.prod(rows)
-        sides = [_Operand(f"tc::Matrix<{m}, {k}>", vector(k), self._offset(a, batch)), _Operand(f"tc::Matrix<{k}, {n}>", vector(n), self._offset(b, batch))]
+        sides = [
+            _Operand(f"tc::Matrix<{m}, {k}>", vector(k), self._offset(a, batch)),
+            _Operand(f"tc::Matrix<{k}, {n}>", vector(n), self._offset(b, batch)),
+        ]
         return batch, rows, k, sides[0], sides[1]
 
     @staticmethod

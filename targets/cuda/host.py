@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...compiler.program import TensorSpec
-from ...compiler.weights import numpy_dtype
+from ...compiler.weights import device_offsets, numpy_dtype
+from .kernel import ctype
 from .lower import Launches, Place, Tensor
 
 INCLUDE = Path(__file__).parent / "include"
@@ -43,7 +44,7 @@ def _banner(launches: Launches, command: str) -> str:
 
 
 def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
-    weight_bytes = weights_size(launches)
+    weight_bytes = device_offsets(launches.weights)[1]
     arguments = [
         TensorSpec("workspace", (launches.workspace_bytes,), "uint8"),
         TensorSpec("weights", (weight_bytes,), "uint8"),
@@ -67,7 +68,9 @@ def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[Te
         if kernel.shared_bytes > _FREE_SHARED:
             lines.append(f"  if (tc::allow_shared(reinterpret_cast<const void*>(k_{name}), {kernel.shared_bytes})) return -1;")
     lines += ["  ready.fetch_or(bit);", "  return 0;", "}", "}  // namespace", ""]
-    lines.append('extern "C" __attribute__((visibility("default"))) int __tvm_ffi_main(void*, const TVMFFIAny* arguments, int32_t count, TVMFFIAny* result) {')
+    lines.append(
+        'extern "C" __attribute__((visibility("default"))) int __tvm_ffi_main(void*, const TVMFFIAny* arguments, int32_t count, TVMFFIAny* result) {'
+    )
     lines.append(f"  char* data[{len(arguments)}];")
     lines.append("  int id = 0;")
     lines.append(f"  if (tc::bind(arguments, count, expected, {len(arguments)}, data, &id)) return -1;")
@@ -93,16 +96,7 @@ def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[Te
     return "\n".join(lines)
 
 
-def weights_size(launches: Launches) -> int:
-    """Bytes of all weights, each on its boundary."""
-    from .memory import aligned
-
-    return sum(aligned(array.nbytes) for array in launches.weights.values())
-
-
 def _type(buffer: object) -> str:
-    from .kernel import ctype
-
     return ctype(buffer.ty.dtype)
 
 

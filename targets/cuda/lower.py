@@ -185,7 +185,9 @@ class _Walk:
         count = numpy_dtype(str(kind.dtype)).itemsize
         for dim in kind.shape:
             if not isinstance(dim, (int, tirx.IntImm)):
-                self.blockers.append(Blocker("", "", f"an intermediate has size {dim}, which is known only at run time; the CUDA target takes fixed sizes"))
+                self.blockers.append(
+                    Blocker("", "", f"an intermediate has size {dim}, which is known only at run time; the CUDA target takes fixed sizes")
+                )
                 return 0
             count *= int(dim)
         return count

@@ -9,6 +9,7 @@ MACHINES: dict[str, Target] = {
     "sm_80": Target(  # A100 SXM
         kind="cuda",
         name="sm_80",
+        vector_bits=32,
         cores=108,
         l1_bytes=192 * 1024,
         l2_bytes=40 * 1024 * 1024,
@@ -22,6 +23,7 @@ MACHINES: dict[str, Target] = {
     "sm_90a": Target(  # H100 SXM
         kind="cuda",
         name="sm_90a",
+        vector_bits=32,
         cores=132,
         l1_bytes=256 * 1024,
         l2_bytes=50 * 1024 * 1024,

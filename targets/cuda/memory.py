@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-#: every tensor begins on such a boundary
-ALIGNMENT = 256
+from ...compiler.weights import DEVICE_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Lifetime:
 
 
 def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
 
 
 def plan(lifetimes: Mapping[int, Lifetime]) -> tuple[dict[int, int], int]:

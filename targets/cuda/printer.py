@@ -101,7 +101,9 @@ class Printer:
     def _cast(self, expr: Any) -> str:
         # positions stay int inside of addresses; outside, a cast to int64 is one of values
         value = self(expr.value)
-        return value if self._position and str(expr.ty.dtype) in ("int64", "int32") and not reads_memory(expr) else f"({ctype(expr.ty.dtype)})({value})"
+        return (
+            value if self._position and str(expr.ty.dtype) in ("int64", "int32") and not reads_memory(expr) else f"({ctype(expr.ty.dtype)})({value})"
+        )
 
     def _not(self, expr: Any) -> str:
         return f"!{self(expr.a)}"

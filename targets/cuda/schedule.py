@@ -54,7 +54,17 @@ class TileSchedule:
 
 def space(target: Target) -> Sequence[TileSchedule]:
     """Tiles whose fragments fit the registers (at most 32 accumulators a thread) and whose stages fit the shared memory."""
-    shapes = [(16, 32, 1, 2), (16, 64, 1, 4), (32, 32, 2, 2), (32, 64, 2, 2), (64, 32, 2, 2), (64, 64, 2, 2), (64, 128, 2, 4), (128, 64, 4, 2), (128, 128, 4, 4)]
+    shapes = [
+        (16, 32, 1, 2),
+        (16, 64, 1, 4),
+        (32, 32, 2, 2),
+        (32, 64, 2, 2),
+        (64, 32, 2, 2),
+        (64, 64, 2, 2),
+        (64, 128, 2, 4),
+        (128, 64, 4, 2),
+        (128, 128, 4, 4),
+    ]
     found = [TileSchedule(*shape, stages) for shape in shapes for stages in (3, 4)]
     return [tile for tile in found if tile.shared_bytes <= target.shared_bytes]
 

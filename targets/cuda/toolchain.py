@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +37,16 @@ def _packaged() -> list[Path]:
 def command(arch: str, nvcc: str = "nvcc", headers: str = "$(tvm-ffi-config --includedir)") -> list[str]:
     """The command line that makes lib.so of the sources in the current folder."""
     number = arch.removeprefix("sm_")
-    flags = ["-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3", f"-gencode=arch=compute_{number},code=sm_{number}"]
+    flags = [
+        "-shared",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-Xlinker",
+        "--strip-all,--build-id=none",
+        "-std=c++17",
+        "-O3",
+        f"-gencode=arch=compute_{number},code=sm_{number}",
+    ]
     return [nvcc, *flags, *(f"-I{folder}" for folder in ([headers] if isinstance(headers, str) else headers)), MODEL, "-o", "lib.so"]
 
 

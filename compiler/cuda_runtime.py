@@ -1,0 +1,117 @@
+"""Running an artifact for a CUDA device: the library by tvm-ffi, memory and streams by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact
+from .errors import TcompileError, ToolchainError, UsageError
+from .program import TensorSpec
+from .tvm_runtime import load_library
+from .weights import device_offsets
+
+#: what launched kernels may assume of an address
+_ALIGNMENT = 16
+
+
+class GpuModel:
+    """The loaded library of an artifact and its weights on every device that it was used on."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        """Raises ToolchainError without a library in the artifact, without torch, or without a CUDA device that can run it."""
+        name = artifact.manifest["target"]["text"]
+        if not artifact.library:
+            raise ToolchainError(
+                f"the artifact for {name} holds sources alone (--emit-only): compile without it, or build source/model.cu by the command in its first lines"
+            )
+        try:
+            import torch
+        except ImportError as error:
+            raise ToolchainError(f"running an artifact for {name} needs torch for memory and streams: pip install tcompile[torch]") from error
+        if not torch.cuda.is_available():
+            raise ToolchainError(
+                f"the artifact is for {name}, and torch {torch.__version__} finds no CUDA device here; run it on a machine that has one"
+            )
+        self._torch, self._artifact = torch, artifact
+        self._main = load_library(artifact.library)["main"]
+        self._weights: dict[int, Any] = {}
+        self._errors: dict[int, Any] = {}
+        self._workspace_bytes = int(artifact.report["memory"]["workspace_bytes"])
+        self._outputs = [(spec.shape, getattr(torch, spec.dtype)) for spec in artifact.outputs]
+
+    def __call__(self, values: Sequence[Any], inputs: Sequence[TensorSpec]) -> Any:
+        """Run on torch's current stream and return without waiting. CUDA tensors give CUDA tensors; numpy arrays and CPU tensors are copied there and back, which waits."""
+        torch = self._torch
+        there = [value for value in values if isinstance(value, torch.Tensor) and value.is_cuda]
+        device = there[0].device if there else torch.device("cuda", torch.cuda.current_device())
+        self._prepare(device)
+        tensors = [self._tensor(value, spec, device) for value, spec in zip(values, inputs, strict=True)]
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._outputs]
+        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
+        try:
+            # the stream of these tensors' device that is torch's current one becomes tvm-ffi's: the exchange of tensors says it
+            self._main(workspace, self._weights[device.index], self._errors[device.index], *tensors, *outputs)
+        except RuntimeError as error:
+            raise TcompileError(f"the model failed while running: {error}") from error
+        if not there and values:
+            self.check()
+            outputs = [output.cpu() for output in outputs]
+            if not isinstance(values[0], torch.Tensor):
+                outputs = [output.numpy() for output in outputs]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def check(self) -> None:
+        """Wait for the devices and raise TcompileError when an index was out of range or an integer divided by zero in any call since the last check.
+
+        Such an index reads element 0, such a divisor counts as 1: a GPU cannot raise on its own.
+        """
+        for error in self._errors.values():
+            site = int(error.item())
+            if site:
+                error.zero_()
+                kernel = self._artifact.report["kernels"][site - 1]
+                nodes = ", ".join(kernel["nodes"]) or kernel["kernel"]
+                raise TcompileError(f"the model failed while running: an index out of range or an integer division by zero in {nodes}")
+
+    def _prepare(self, device: Any) -> None:
+        torch = self._torch
+        if device.index in self._weights:
+            return
+        require_capability(self._artifact, torch.cuda.get_device_capability(device))
+        offsets, size = device_offsets(self._artifact.weights)
+        blob = np.zeros(size, np.uint8)
+        for name, array in self._artifact.weights.items():
+            blob[offsets[name] : offsets[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._weights[device.index] = torch.from_numpy(blob).to(device)
+        self._errors[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _tensor(self, value: Any, spec: TensorSpec, device: Any) -> Any:
+        """`value` on the device, checked against its spec (UsageError); copied only where it lies elsewhere, has gaps or is not aligned."""
+        torch = self._torch
+        if isinstance(value, (np.ndarray, np.generic)):
+            value = torch.from_numpy(np.array(value, copy=True))
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"input '{spec.name}': expected a torch tensor or numpy array of {spec}, got {type(value).__name__}")
+        if str(value.dtype).removeprefix("torch.") != spec.dtype:
+            raise UsageError(f"input '{spec.name}': expected dtype {spec.dtype}, got {value.dtype}; convert it first")
+        if tuple(value.shape) != spec.shape:
+            raise UsageError(f"input '{spec.name}': expected shape {list(spec.shape)}, got {list(value.shape)}")
+        if value.is_cuda and value.device != device:
+            raise UsageError(f"input '{spec.name}': expected a tensor on {device} like the first, got one on {value.device}")
+        value = value.detach().to(device).contiguous()
+        return value.clone() if value.data_ptr() % _ALIGNMENT else value
+
+
+def require_capability(artifact: Artifact, capability: tuple[int, int]) -> None:
+    """Raise ToolchainError unless a device of this compute capability runs the artifact's code."""
+    text = artifact.manifest["target"]["text"]
+    number = text.rpartition("_")[2]
+    major, minor = int(number.rstrip("a")[:-1]), int(number.rstrip("a")[-1])
+    same = capability == (major, minor) if number.endswith("a") else capability[0] == major and capability[1] >= minor
+    if not same:
+        raise ToolchainError(
+            f"the artifact is for {text}, this device has compute capability {capability[0]}.{capability[1]}; compile with --target for it"
+        )

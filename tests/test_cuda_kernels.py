@@ -1,0 +1,239 @@
+"""CUDA kernels without a GPU: the emitted source, run thread by thread on the CPU, against numpy in float64."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from cuda_models import compiled, emulation, program_of, run, templates
+from tcompile.compiler.dialect.attention import attention, reference
+from tcompile.compiler.tvm import relax
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+op = relax.op
+RANDOM = np.random.default_rng(7)
+
+
+def floats(*shape):
+    return RANDOM.standard_normal(shape).astype("float32")
+
+
+def close(ours, exact, tolerance):
+    scale = max(1e-30, np.abs(exact).max())
+    assert np.abs(ours - exact).max() / scale <= tolerance
+
+
+#: M, K, N: ones, primes, tails of tiles and of vectors, whole tiles
+SIZES = [(1, 1, 1), (1, 129, 30), (17, 7, 19), (31, 33, 64), (64, 64, 64), (65, 48, 50), (130, 96, 36)]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 3e-7), ("tf32", 1.2e-3), ("fp16", 1.2e-3), ("bf16", 1e-2)])
+def test_gemm_of_awkward_sizes_by_precision(precision, tolerance):
+    inputs, sizes = {}, SIZES if precision == "fp32" else SIZES[1:3]
+    for number, (m, k, n) in enumerate(sizes):
+        inputs |= {f"a{number}": floats(m, k), f"b{number}": floats(k, n)}
+
+    def build(emit, *x):
+        return [emit(op.matmul(a, b)) for a, b in zip(x[::2], x[1::2], strict=True)]
+
+    outputs, lowered = run(build, inputs, precision=precision)
+    values = list(inputs.values())
+    errors = []
+    for out, a, b in zip(outputs, values[::2], values[1::2], strict=True):
+        exact = a.astype("float64") @ b.astype("float64")
+        bound = np.abs(a).astype("float64") @ np.abs(b).astype("float64")
+        errors.append((np.abs(out - exact) / bound).max())
+    assert max(errors) <= tolerance
+    assert (max(errors) > 1e-5) == (precision != "fp32")  # the policy asked for is the one that ran
+    assert set(templates(lowered)) == {"gemm"}
+    assert lowered.report["precision"]["name"] == precision
+
+
+def test_gemm_batches_broadcast_and_epilogues_run_on_the_accumulators():
+    inputs = {
+        "a": floats(2, 3, 20, 24),
+        "b": floats(2, 3, 24, 28),
+        "c": floats(3, 24, 28),
+        "w": floats(24, 28),
+        "bias": floats(28),
+        "r": floats(2, 3, 20, 28),
+    }
+
+    def build(emit, a, b, c, w, bias, r):
+        plain = emit(op.matmul(a, b))
+        broadcast = emit(op.matmul(a, c))
+        dense = emit(op.add(emit(op.nn.gelu(emit(op.add(emit(op.matmul(a, w)), bias)))), r))
+        return [plain, broadcast, dense]
+
+    (plain, broadcast, dense), lowered = run(build, inputs)
+    a, b, c, w, bias, r = (value.astype("float64") for value in inputs.values())
+    close(plain, a @ b, 1e-6)
+    close(broadcast, a @ c, 1e-6)
+    from scipy.special import erf
+
+    x = a @ w + bias
+    close(dense, 0.5 * x * (1 + erf(x / np.sqrt(2))) + r, 1e-6)
+    assert templates(lowered) == ["gemm"] * 3
+
+
+def test_nan_and_infinity_stay_in_their_rows():
+    a = floats(16, 32)
+    a[3, 5], a[4, 6] = np.nan, np.inf
+    inputs = {"a": a, "b": np.abs(floats(32, 16)) + 1}
+    (out,), _ = run(lambda emit, a, b: [emit(op.matmul(a, b))], inputs)
+    assert np.isnan(out[3]).all() and not np.isfinite(out[4]).any() and np.isfinite(np.delete(out, [3, 4], 0)).all()
+
+
+def convolution(x, w, stride, padding, dilation):
+    """NHWC by HWIO in float64."""
+    x = np.pad(x.astype("float64"), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    kh, kw = w.shape[:2]
+    span = [dilation * (size - 1) + 1 for size in (kh, kw)]
+    height, width = ((size - extent) // stride + 1 for size, extent in zip(x.shape[1:3], span, strict=True))
+    out = np.zeros((x.shape[0], height, width, w.shape[3]))
+    for i in range(kh):
+        for j in range(kw):
+            rows, columns = slice(i * dilation, i * dilation + stride * height, stride), slice(j * dilation, j * dilation + stride * width, stride)
+            out += x[:, rows, columns][:, :height, :width] @ w[i, j].astype("float64")
+    return out
+
+
+#: N, H, W, Ci, Co, k, stride, padding, dilation
+CONVOLUTIONS = [
+    (1, 9, 11, 3, 16, 7, 2, 3, 1),
+    (2, 7, 5, 8, 12, 3, 1, 1, 1),
+    (1, 8, 8, 16, 20, 1, 2, 0, 1),
+    (1, 10, 9, 5, 7, 3, 1, 2, 2),
+    (2, 6, 6, 32, 32, 1, 1, 0, 1),
+]
+
+
+def test_convolution_is_a_gemm_over_windows():
+    inputs = {}
+    for number, (n, h, w, ci, co, k, *_) in enumerate(CONVOLUTIONS):
+        inputs |= {f"x{number}": floats(n, h, w, ci), f"w{number}": floats(k, k, ci, co)}
+
+    def build(emit, *x):
+        results = []
+        for data, weight, (*_, stride, padding, dilation) in zip(x[::2], x[1::2], CONVOLUTIONS, strict=True):
+            call = op.nn.conv2d(data, weight, stride, padding, dilation, 1, "NHWC", "HWIO", "NHWC")
+            results.append(emit(op.nn.relu(emit(call))))
+        return results
+
+    outputs, lowered = run(build, inputs)
+    values = list(inputs.values())
+    for out, x, w, (*_, stride, padding, dilation) in zip(outputs, values[::2], values[1::2], CONVOLUTIONS, strict=True):
+        close(out, np.maximum(convolution(x, w, stride, padding, dilation), 0), 1e-6)
+    assert set(templates(lowered)) == {"conv2d"}
+
+
+ATTENTIONS = [
+    # batch, heads, kv heads, queries, keys, depth, width, mask, options
+    (1, 2, 2, 70, 70, 32, 32, None, {}),
+    (2, 4, 2, 65, 130, 64, 64, "float", {}),
+    (1, 3, 1, 100, 100, 64, 48, None, {"causal": True}),
+    (1, 2, 2, 5, 33, 24, 20, "bool", {}),
+    (1, 2, 2, 40, 40, 80, 96, "bool", {"fill": -1e9, "causal": True}),
+    (1, 2, 1, 33, 17, 16, 16, "float", {"layout": "BSHD", "scale": 0.5}),
+    (1, 1, 1, 3, 1, 7, 5, None, {}),
+]
+
+
+def test_attention_with_masks_groups_and_layouts():
+    inputs, expected = {}, []
+    for number, (b, h, hk, s, t, d, e, mask, options) in enumerate(ATTENTIONS):
+        given = {f"q{number}": floats(b, h, s, d), f"k{number}": floats(b, hk, t, d), f"v{number}": floats(b, hk, t, e)}
+        if mask == "float":
+            given[f"m{number}"] = floats(b, 1, 1, t)
+        if mask == "bool":
+            given[f"m{number}"] = RANDOM.random((b, 1, s, t)) > 0.4
+            given[f"m{number}"][..., 0, :] = False  # a query that sees nothing
+        if options.get("layout") == "BSHD":
+            given = {name: np.ascontiguousarray(value.transpose(0, 2, 1, 3)) if name[0] != "m" else value for name, value in given.items()}
+        expected.append(reference(*given.values(), **options))
+        inputs |= given
+
+    def build(emit, *x):
+        results, at = [], 0
+        for *_, mask, options in ATTENTIONS:
+            count = 3 + (mask is not None)
+            results.append(emit(attention(*x[at : at + count], **options)))
+            at += count
+        return results
+
+    outputs, lowered = run(build, inputs)
+    for out, exact in zip(outputs, expected, strict=True):
+        close(out, exact, 2e-6)
+    assert set(templates(lowered)) == {"attention"}
+
+
+def test_attention_that_the_kernel_refuses_is_decomposed():
+    q = floats(1, 1, 5, 144)
+    (out,), lowered = run(lambda emit, q: [emit(attention(q, q, q))], {"q": q})
+    close(out, reference(q, q, q), 2e-6)
+    assert "attention" not in templates(lowered) and "gemm" in templates(lowered)
+
+
+def test_everything_else_runs_on_the_gpu_too():
+    """Element-wise code, movement, reductions along and across rows, softmax, normalisation, pooling, depthwise convolution, scans, gathers."""
+    x, image = floats(3, 70, 33), floats(1, 8, 9, 20)
+    depthwise, gamma, beta = floats(3, 3, 1, 20), floats(33), floats(33)
+    long, index = floats(2, 3000), np.array([2, -1, 0, 69], "int64")
+    inputs = {"x": x, "image": image, "depthwise": depthwise, "gamma": gamma, "beta": beta, "long": long, "index": index}
+
+    def build(emit, x, image, depthwise, gamma, beta, long, index):
+        return [
+            emit(op.nn.softmax(x, axis=-1)),
+            emit(op.nn.softmax(x, axis=1)),
+            emit(op.nn.layer_norm(x, gamma, beta, axes=[-1], epsilon=1e-5)),
+            emit(op.permute_dims(x, [2, 0, 1])),
+            emit(op.sum(x, axis=[1])),
+            emit(op.max(x, axis=[0, 2])),
+            emit(op.nn.softmax(long, axis=-1)),
+            emit(op.concat([x, emit(op.multiply(x, x))], axis=1)),
+            emit(op.nn.max_pool2d(image, (3, 3), (2, 2), (1, 1, 1, 1), layout="NHWC")),
+            emit(op.nn.conv2d(image, depthwise, 1, 1, 1, 20, "NHWC", "HWIO", "NHWC")),
+            emit(op.cumsum(x, axis=1)),
+            emit(op.take(x, index, axis=1)),
+            emit(op.argmax(x, axis=-1)),
+            emit(op.sum(x)),
+        ]
+
+    outputs, lowered = run(build, inputs)
+    softmax = [np.exp(value - value.max(axis, keepdims=True)) for value, axis in ((x, -1), (x, 1), (long, -1))]
+    softmax = [value / value.sum(axis, keepdims=True) for value, axis in zip(softmax, (-1, 1, -1), strict=True)]
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    pooled = np.stack([padded[:, i : i + 8 : 2, j : j + 9 : 2][:, :4, :5] for i in range(3) for j in range(3)]).max(0)
+    zeros = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    deep = sum(zeros[:, i : i + 8, j : j + 9] * depthwise[i, j, 0] for i in range(3) for j in range(3))
+    normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gamma + beta
+    expected = [softmax[0], softmax[1], normal, x.transpose(2, 0, 1), x.sum(1), x.max((0, 2)), softmax[2], np.concatenate([x, x * x], 1)]
+    expected += [pooled, deep, x.cumsum(1), x[:, index], x.argmax(-1), x.sum()]
+    for out, want in zip(outputs, expected, strict=True):
+        close(out, want, 3e-6)
+    kinds = set(templates(lowered))
+    assert {"map", "rows by thread", "rows by warp", "rows by block", "scan"} <= kinds
+    assert kinds <= {"map", "rows by thread", "rows by warp", "rows by block", "scan", "gemm"}
+
+
+def test_an_index_out_of_range_is_recorded_with_its_kernel():
+    x, index = floats(5, 4), np.array([1, 7, -6], "int64")
+    program = program_of(lambda emit, x, i: [emit(op.take(x, i, axis=0))], {"x": x, "i": index})
+    lowered = compiled(program)
+    model = emulation(lowered)
+    (out,) = model(x, index)
+    assert lowered.report["kernels"][model.error - 1]["kernel"] == "take"
+    np.testing.assert_array_equal(out, x[[1, 0, 0]])
+
+
+def test_outputs_may_be_inputs_weights_or_each_other():
+    x = floats(4, 6)
+
+    def build(emit, x):
+        y = emit(op.add(x, x))
+        return [x, y, y, emit(op.reshape(y, (6, 4))), relax.const(np.float32(3))]
+
+    outputs, _ = run(build, {"x": x})
+    for out, want in zip(outputs, [x, 2 * x, 2 * x, (2 * x).reshape(6, 4), np.float32(3)], strict=True):
+        np.testing.assert_array_equal(out, want)
