@@ -110,7 +110,7 @@ def test_flags_and_arguments_mirror_each_other():
     flags = {name for name in inspect.signature(compile_verb).parameters}
     arguments = {name for name in inspect.signature(tcompile.compile).parameters}
     assert flags - arguments == {"output", "shape", "dump_ir", "as_json"}  # shape: one of `shapes`
-    later = {"precision", "target_latency", "restore_tokens", "generate"}
+    later = {"target_latency", "restore_tokens", "generate"}
     assert arguments - flags == {"example_inputs", "shapes", "tune_trials", "time_budget", "tuning_db"} | later
 
 

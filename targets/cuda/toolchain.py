@@ -13,14 +13,19 @@ from pathlib import Path
 from ...compiler.errors import ToolchainError
 from .host import MODEL
 
-INSTALL = "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl, or install the CUDA toolkit 12.0 or later"
+INSTALL = (
+    "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl (or tcompile[cuda]), or install a CUDA toolkit"
+)
+
+#: where toolkits are installed
+TOOLKITS = (Path("/usr/local/cuda"),)
 
 
 def find_nvcc() -> Path:
     """nvcc on the PATH, in /usr/local/cuda, or of the package nvidia-cuda-nvcc; raises ToolchainError when there is none."""
     found = shutil.which("nvcc")
     places = [Path(found)] if found else []
-    places += [Path("/usr/local/cuda/bin/nvcc"), *(folder / "bin" / "nvcc" for folder in _packaged())]
+    places += [folder / "bin" / "nvcc" for folder in (*TOOLKITS, *_packaged())]
     for place in places:
         if place.is_file() and os.access(place, os.X_OK):
             return place
