@@ -7,12 +7,18 @@ import shutil
 import numpy as np
 import pytest
 from cuda_models import compiled, emulation, program_of, run, templates
-from tcompile.compiler.dialect.attention import attention, reference
+from tcompile.compiler.dialect.attention import AttentionAttrs, attention, reference
 from tcompile.compiler.tvm import relax
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 op = relax.op
 RANDOM = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    global RANDOM
+    RANDOM = np.random.default_rng(7)
 
 
 def floats(*shape):
@@ -137,6 +143,7 @@ ATTENTIONS = [
     (1, 2, 2, 40, 40, 80, 96, "bool", {"fill": -1e9, "causal": True}),
     (1, 2, 1, 33, 17, 16, 16, "float", {"layout": "BSHD", "scale": 0.5}),
     (1, 1, 1, 3, 1, 7, 5, None, {}),
+    (1, 4, 2, 20, 36, 32, 32, None, {"layout": "BSHD,BHSD,BSHD,BHSD"}),
 ]
 
 
@@ -149,8 +156,9 @@ def test_attention_with_masks_groups_and_layouts():
         if mask == "bool":
             given[f"m{number}"] = RANDOM.random((b, 1, s, t)) > 0.4
             given[f"m{number}"][..., 0, :] = False  # a query that sees nothing
-        if options.get("layout") == "BSHD":
-            given = {name: np.ascontiguousarray(value.transpose(0, 2, 1, 3)) if name[0] != "m" else value for name, value in given.items()}
+        layouts = AttentionAttrs(**options).layouts
+        for name, layout in zip(list(given)[:3], layouts, strict=False):
+            given[name] = given[name] if layout == "BHSD" else np.ascontiguousarray(given[name].transpose(0, 2, 1, 3))
         expected.append(reference(*given.values(), **options))
         inputs |= given
 
@@ -197,7 +205,7 @@ def test_everything_else_runs_on_the_gpu_too():
             emit(op.cumsum(x, axis=1)),
             emit(op.take(x, index, axis=1)),
             emit(op.argmax(x, axis=-1)),
-            emit(op.sum(x)),
+            emit(op.sum(emit(op.multiply(x, x)))),
         ]
 
     outputs, lowered = run(build, inputs)
@@ -208,8 +216,17 @@ def test_everything_else_runs_on_the_gpu_too():
     zeros = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
     deep = sum(zeros[:, i : i + 8, j : j + 9] * depthwise[i, j, 0] for i in range(3) for j in range(3))
     normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gamma + beta
-    expected = [softmax[0], softmax[1], normal, x.transpose(2, 0, 1), x.sum(1), x.max((0, 2)), softmax[2], np.concatenate([x, x * x], 1)]
-    expected += [pooled, deep, x.cumsum(1), x[:, index], x.argmax(-1), x.sum()]
+    expected = [
+        softmax[0],
+        softmax[1],
+        normal,
+        x.transpose(2, 0, 1),
+        x.astype("float64").sum(1),
+        x.max((0, 2)),
+        softmax[2],
+        np.concatenate([x, x * x], 1),
+    ]
+    expected += [pooled, deep, x.astype("float64").cumsum(1), x[:, index], x.argmax(-1), (x.astype("float64") ** 2).sum()]
     for out, want in zip(outputs, expected, strict=True):
         close(out, want, 3e-6)
     kinds = set(templates(lowered))

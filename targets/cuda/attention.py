@@ -33,7 +33,7 @@ def refusal(call: Any) -> str:
         return "sizes known only at run time"
     if any(str(arg.ty.dtype) != "float32" for arg in call.args[:3]) or any(str(arg.ty.dtype) not in ("float32", "bool") for arg in call.args[3:]):
         return "not float32"
-    dims = dims_of(*shapes[:3], attrs.layout)
+    dims = dims_of(*shapes[:3], attrs.layouts)
     if max(int(dims.depth), int(dims.width)) > MAX_WIDTH:
         return f"heads wider than {MAX_WIDTH}"
     if min(int(dim) for shape in shapes for dim in shape) == 0:
@@ -52,7 +52,7 @@ def kernel(call: Any, target: Target, policy: str) -> Plan:
 
 def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target, policy: str) -> Kernel:
     shapes = [[int(dim) for dim in operand.shape] for operand in operands]
-    found = dims_of(*shapes[:3], attrs.layout)
+    found = dims_of(*shapes[:3], attrs.layouts)
     batch, heads, own, queries, keys, depth, width = (
         int(dim) for dim in (found.batch, found.heads, found.kv_heads, found.queries, found.keys, found.depth, found.width)
     )
@@ -68,16 +68,15 @@ def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target
         f"using T = tc::Heads<{depth}, {width}, {block}>;",
         f"const int head = blockIdx.y, shared_head = head / {heads // own}, batch = blockIdx.z;",
     ]
-    for side, name, rows, columns, count, head in zip(
-        "qkv", names, (queries, keys, keys), (depth, depth, width), (heads, own, own), ("head", "shared_head", "shared_head"), strict=True
-    ):
-        base, stride = _layout(attrs.layout, count, rows, columns, head)
+    sizes = ((queries, depth, heads, "head"), (keys, depth, own, "shared_head"), (keys, width, own, "shared_head"))
+    for side, name, layout, (rows, columns, count, head) in zip("qkv", names, attrs.layouts, sizes, strict=False):
+        base, stride = _layout(layout, count, rows, columns, head)
         lines.append(f"const tc::Rows<{rows}, {columns}, {stride}> {side}{{{name} + {base}}};")
     flags = f"{str(causal).lower()}, {str(attrs.safe).lower()}"
     numbers = f"{queries}, {keys}, {width}, {flags}, {vector(depth)}, {vector(width)}"
     lines.append(f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, blockIdx.x * T::BQ, [&](int s, int t, float x) {{")
     lines += [f"  {line}" for line in _score(operands, attrs, signature, (batch, heads, queries, keys))]
-    base, stride = _layout(attrs.layout, heads, queries, width, "head")
+    base, stride = _layout(attrs.layouts[3], heads, queries, width, "head")
     lines.append(f"}}, [&](int s, int e, float value) {{ {signature.name(out)}[{base} + (size_t)s * {stride} + e] = value; }});")
     workload = f"attention {batch}x{heads}({own})x{queries}x{keys}x{depth} {policy}" + (" causal" if attrs.causal else "")
     return signature.kernel(
