@@ -57,9 +57,10 @@ def command(arch: str, nvcc: str = "nvcc", headers: str = "$(tvm-ffi-config --in
 
 def ffi_headers() -> list[str]:
     """The folders of tvm-ffi's C headers."""
-    import tvm_ffi
-
-    return [str(Path(tvm_ffi.__file__).parent / "include")]
+    spec = importlib.util.find_spec("tvm_ffi")
+    if spec is None or spec.origin is None:
+        raise ToolchainError("package apache-tvm-ffi is not installed; `pip install tcompile` brings it")
+    return [str(Path(spec.origin).parent / "include")]
 
 
 def build(sources: Mapping[str, str], arch: str, nvcc: Path | None = None) -> bytes:
