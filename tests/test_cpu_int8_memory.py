@@ -11,7 +11,6 @@ import pytest
 import test_cpu_int8_conv
 import test_cpu_int8_gemm
 from machines import runnable
-from tcompile.autotune.cost_model import AnalyticModel
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.legalize import legalize
@@ -19,8 +18,7 @@ from tcompile.targets.cpu.gemm import Gemm
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
-from tcompile.targets.cpu.template import machine
-from test_cpu_conv import Case, template_for
+from test_cpu_conv import Case, schedules, template_for
 
 op = relax.op
 
@@ -37,12 +35,6 @@ def before_a_hole(array: np.ndarray) -> np.ndarray:
     view[...] = array
     assert view.ctypes.data % 64 == 0, "TVM expects aligned tensors"
     return view
-
-
-def best(template: Any, workload: Any, target: Target) -> Any:
-    space = list(template.space(workload, target))
-    predicted = AnalyticModel().predict([template.features(workload, one, target) for one in space], machine(target))
-    return space[int(np.argmin(predicted))]
 
 
 CASES = [
@@ -66,7 +58,7 @@ def test_nothing_behind_the_input_is_read(case, target):
         fused = test_cpu_int8_conv.fused_conv(case, requantize=False)
         template, workload = template_for(fused)
         out = np.zeros([int(dim) for dim in fused.output.shape], np.int32)
-    kernel = template.build(fused, workload, best(template, workload, target), target)
+    kernel = template.build(fused, workload, schedules(template, workload, target, 1, 0)[0], target)
     packed = kernel.packings[0].pack(w.astype(np.int8))
     result = tvm.runtime.tensor(out)
     function = tvm.compile(kernel.func.with_attr("global_symbol", "f"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)["f"]
