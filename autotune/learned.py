@@ -103,9 +103,9 @@ class LearnedModel:
         predicted = self.predict(leaders, machine)
         index = min(range(len(leaders)), key=predicted.__getitem__)
         best, latency = leaders[index], predicted[index]
-        if others:  # one yardstick for both sides
+        if others:  # one yardstick for both sides: the analytic model's favourites, as it may think little of what the trees prefer
             rival, rival_us = self._analytic.choose(others, machine)
-            if rival_us < self._analytic.latency_us(best.features, machine):
+            if rival_us < self._analytic.choose(known, machine)[1]:
                 return rival, rival_us
         return best, latency
 
