@@ -10,7 +10,7 @@ import numpy as np
 from ...compiler.errors import Blocker, UnsupportedModel
 from ...compiler.program import Program
 from ...compiler.tvm import is_constant, relax, tvm
-from .nodes import Node, Refused, View, affine, in_order, rows_of
+from .nodes import Node, Refused, View, affine, in_order, linear, rows_of
 
 #: a rule gets the call, its operands (views, arrays, or None for anything else) and the name of the source node
 Rule = Callable[["Walk", Any, list[Any], str], Any]
@@ -150,14 +150,6 @@ def per_channel(array: np.ndarray, view: View) -> np.ndarray | None:
     flat[view.index.ravel()] = whole.ravel()
     rows = flat.reshape(-1, view.node.params["weights"].shape[0])
     return rows[0] if (rows == rows[0]).all() else None
-
-
-def linear(source: Node, weights: np.ndarray, bias: np.ndarray, rows: int, name: str, exact: tuple[np.ndarray, np.ndarray] | None = None) -> Node:
-    """y[r, n] = sum over k of x[r, k] weights[n, k] + bias[n]. exact: (int8 weights, scale [n]) of which `weights` is the product, when known."""
-    weights, bias = weights.astype(np.float64), bias.astype(np.float64)
-    n, k = weights.shape
-    params = {"weights": weights, "bias": bias, "rows": rows, "exact": exact, "pinned": None}
-    return Node("linear", [source], rows * n, lambda x: (x.reshape(rows, k) @ weights.T + bias).ravel(), name, params)
 
 
 def lower_to_nodes(program: Program) -> Walk:

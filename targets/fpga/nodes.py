@@ -140,13 +140,32 @@ class View:
 
 def in_order(view: View, index: np.ndarray | None = None) -> Node:
     """A node whose stream holds the view's elements in row-major order (of `index`, the view's own by default)."""
-    node = view.settled()
     order = (view.index if index is None else index).ravel()
     if order.min(initial=0) < 0:
         raise Refused("its operand is padded; FPGA convolutions alone take padding")
+    if not view.functions and view.node.kind == "linear":
+        view, order = _columns(view.node, order)
+    node = view.settled()
     if order.size == node.size and np.array_equal(order, np.arange(node.size)):
         return node
     return Node("reorder", [node], order.size, lambda x: x[order], node.source, {"index": order})
+
+
+def _columns(node: Node, order: np.ndarray) -> tuple[View, np.ndarray]:
+    """A product of which only some columns are read, as queries of one matrix for queries, keys and values: a product of those columns alone."""
+    weights = node.params["weights"]
+    n = len(weights)
+    columns = np.unique(order % n)
+    if len(columns) == n:
+        return View(node, order), order
+    known = node.params.setdefault("columns", {})
+    key = columns.tobytes()
+    if key not in known:
+        p = node.params
+        exact = None if p["exact"] is None else (p["exact"][0][columns], p["exact"][1][columns])
+        known[key] = linear(node.inputs[0], weights[columns], p["bias"][columns], p["rows"], node.source, exact)
+    order = order // n * len(columns) + np.searchsorted(columns, order % n)
+    return View(known[key], order), order
 
 
 def rows_of(view: View) -> tuple[Node, np.ndarray | None]:
@@ -160,3 +179,11 @@ def rows_of(view: View) -> tuple[Node, np.ndarray | None]:
         if (offsets == offsets[0]).all() and np.array_equal(np.sort(offsets[0]), np.arange(k)):
             return view.settled(), None if np.array_equal(offsets[0], np.arange(k)) else offsets[0]
     return in_order(view), None
+
+
+def linear(source: Node, weights: np.ndarray, bias: np.ndarray, rows: int, name: str, exact: tuple[np.ndarray, np.ndarray] | None = None) -> Node:
+    """y[r, n] = sum over k of x[r, k] weights[n, k] + bias[n]. exact: (int8 weights, scale [n]) of which `weights` is the product, when known."""
+    weights, bias = weights.astype(np.float64), bias.astype(np.float64)
+    n, k = weights.shape
+    params = {"weights": weights, "bias": bias, "rows": rows, "exact": exact, "pinned": None}
+    return Node("linear", [source], rows * n, lambda x: (x.reshape(rows, k) @ weights.T + bias).ravel(), name, params)
