@@ -104,7 +104,7 @@ module tc_mvau #(
                 reg signed [16:0] m;
                 always @(posedge clk)
                     if (go) begin
-                        a <= {1'b0, group[place*8 +: 8]};
+                        a <= {1'b0, group[{place, 3'b000} +: 8]};
                         b <= entry[7:0];
                         m <= a * b;
                     end
