@@ -111,7 +111,7 @@ def _indices(counted: Any, kept: Any) -> Any:
 def _compacted(builder: Any, kept: Any, count: Any) -> Any:
     """Indices [B, count] of the ones in kept: [B, N] int32."""
     counted = builder.emit_te(_counted, kept, primfunc_name_hint="count_tokens")
-    found = builder.emit_te(lambda x: _indices(x, count), counted, primfunc_name_hint="token_indices")
+    found = builder.emit_te(_indices, counted, count, primfunc_name_hint="token_indices")
     return builder.call_te(
         lambda x: te.compute(x.shape, lambda b, k: tirx.Cast("int64", x[b, k]), name="index64"), found, primfunc_name_hint="token_indices"
     )
@@ -120,9 +120,11 @@ def _compacted(builder: Any, kept: Any, count: Any) -> Any:
 def _kept(builder: Any, scores: Any, count: Any) -> Any:
     """[B, N] int32: 1 for the `count` tokens that stay, and for those with a score of NaN."""
     ranks = builder.emit_te(_ranks, scores, primfunc_name_hint="rank_tokens")
-    return builder.emit_te(
-        lambda x: te.compute(x.shape, lambda b, i: _int(x[b, i] < _int(count)), name="kept"), ranks, primfunc_name_hint="kept_tokens"
-    )
+
+    def kept(ranks: Any, count: Any) -> Any:
+        return te.compute(ranks.shape, lambda b, i: _int(ranks[b, i] < _int(count)), name="kept")
+
+    return builder.emit_te(kept, ranks, count, primfunc_name_hint="kept_tokens")
 
 
 def _legalize_select(builder: Any, call: Any) -> Any:

@@ -6,6 +6,7 @@ operand makes all axes with its label axes of tokens. Reshapes and slices have r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -241,7 +242,7 @@ def _reshape(call: Any, axes: dict[int, Axis], tokens: Any) -> dict[int, Axis]:
             if outer is not None and inner is not None and same(after[at], Axis(outer, inner, axis.lost).size(tokens)):
                 choices.append((at, Axis(outer, inner, axis.lost)))
         if not choices:
-            raise Unfollowable(f"it tears the axis of {tokens} tokens apart: {_text(before)} becomes {_text(after)}")
+            raise Unfollowable(f"it tears the axis of {shown(tokens)} tokens apart: {_text(before)} becomes {_text(after)}")
         at, new = min(choices, key=lambda choice: not choice[1].plain)
         if at in found:
             raise Unfollowable("it flattens two axes of tokens into one")
@@ -260,7 +261,12 @@ def _divided(value: Any, by: Any) -> Any:
 
 
 def _text(shape: Sequence[Any]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
+    return "[" + ", ".join(shown(dim) for dim in shape) + "]"
+
+
+def shown(dim: Any) -> str:
+    """A dim as text."""
+    return str(int(dim)) if isinstance(dim, int | tirx.IntImm) else re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(dim))
 
 
 def sliced(call: Any) -> list[tuple[int, Any, Any, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from ...compiler.dialect import attention
 from ...compiler.errors import Blocker
 from ...compiler.tvm import Constant, relax
-from .axes import Axis, Unfollowable, dims, follow, layouts, name_of, operands, same
+from .axes import Axis, Unfollowable, dims, follow, layouts, name_of, operands, same, shown
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _block(steps: Sequence[Any], place: int) -> Block:
     places = [layout.index("S") for layout in layouts(call)]
     tokens, keys = (dims(arg)[s] for arg, s in zip(call.args[:2], places, strict=False))
     if not same(tokens, keys):
-        raise Unfollowable(f"its {tokens} queries look at {keys} keys: it is no self-attention")
+        raise Unfollowable(f"its {shown(tokens)} queries look at {shown(keys)} keys: it is no self-attention")
     before = _ancestors(steps, place)
     trail = Trail({steps[place].var: {places[3]: Axis()}}, tokens)
     batch = Trail({steps[place].var: {0: Axis()}}, dims(call)[0])

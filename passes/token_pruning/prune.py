@@ -11,6 +11,7 @@ from ...compiler.errors import Blocker, UnsupportedModel, UsageError
 from ...compiler.program import Program
 from ...compiler.tvm import relax, tirx
 from ..base import Pass, PassContext
+from .axes import shown
 from .blocks import Block, find_blocks
 from .rewrite import Pruner
 
@@ -73,7 +74,7 @@ class TokenPruning(Pass):
         module = pruner.apply()
         context.matched(blocks=len(found), **pruner.counts)
         for place, stage in zip((found.index(block) for block in chosen), pruner.stages[1:], strict=True):
-            context.note(f"{stage.tokens} tokens after the attention of block {place}")
+            context.note(f"{shown(stage.tokens)} tokens after the attention of block {place}")
         for reason in reasons:
             context.note(f"not an attention block to prune at: {reason}")
         return replace(program, module=module, outputs=_outputs(program, module["main"]))
@@ -90,6 +91,6 @@ def _outputs(program: Program, main: Any) -> tuple[Any, ...]:
     kind = main.ret_ty
     kinds = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
     return tuple(
-        replace(spec, shape=tuple(int(dim) if isinstance(dim, tirx.IntImm) else str(dim) for dim in kind.shape)) if kind.shape is not None else spec
+        replace(spec, shape=tuple(int(dim) if isinstance(dim, tirx.IntImm) else shown(dim) for dim in kind.shape)) if kind.shape is not None else spec
         for spec, kind in zip(program.outputs, kinds, strict=True)
     )

@@ -15,7 +15,7 @@ from ...compiler.dialect import attention
 from ...compiler.dialect.tokens import match_tokens, select_tokens, take_tokens
 from ...compiler.errors import Blocker, UnsupportedModel
 from ...compiler.tvm import is_constant, mutator, relax
-from .axes import Axis, Unfollowable, dims, follow, layouts, name_of, operands, same, simplify, sliced
+from .axes import Axis, Unfollowable, dims, follow, layouts, name_of, operands, same, shown, sliced
 from .blocks import Block
 from .merging import Merging
 
@@ -61,10 +61,16 @@ class Pruner(relax.PyExprMutator):
         self.made: dict[tuple[Any, int, int], Any] = {}
         self.counts: dict[str, int] = {}
         self.name = ""
+        self.refusal: UnsupportedModel | None = None
 
     def apply(self) -> Any:
         main = self.module.get_global_var("main")
-        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
+        try:
+            self.builder_.update_func(main, self.visit_expr(self.module["main"]))
+        except Exception:
+            if self.refusal is None:
+                raise
+            raise self.refusal from None  # TVM has made another error of it on the way
         return relax.transform.DeadCodeElimination()(self.builder_.get())
 
     # -- bindings
@@ -75,8 +81,7 @@ class Pruner(relax.PyExprMutator):
         try:
             new = self._bound(binding.var, value)
         except Unfollowable as reason:
-            message = f"token-pruning: {reason}"
-            raise UnsupportedModel([Blocker(self.source(self.name), name_of(value).removeprefix("relax."), message)]) from None
+            raise self._refused(name_of(value).removeprefix("relax."), str(reason)) from None
         if new is None:
             super().visit_var_binding_(binding)
         elif isinstance(new, list):
@@ -195,9 +200,7 @@ class Pruner(relax.PyExprMutator):
         known = self.values.get(var) or Value(self.visit_expr(var), {1: Axis()}, 0, {0: Axis()})
         whole = known.axes.get(1) == Axis() and known.stage == len(self.stages) - 1 and known.batch.get(0) == Axis()
         if not whole or block not in self.scores or not isinstance(var, relax.DataflowVar):
-            raise UnsupportedModel(
-                [Blocker(self.source(var.name), "Add", "token-pruning: the blocks chosen do not follow one another on one residual stream")]
-            )
+            raise self._refused("add", "the blocks chosen do not follow one another on one residual stream")
         if self.merging is None:
             indices = self._emit(select_tokens(self.scores[block], self.keep))
             shorter = self._emit(take_tokens(known.expr, indices, 1))
@@ -221,7 +224,7 @@ class Pruner(relax.PyExprMutator):
         """A value that holds something per token, with the tokens of `stage`."""
         shape = dims(expr)
         if batch is None or len(batch) > 1 or any(not same(shape[at], self.stages[0].tokens) for at in wanted):
-            raise Unfollowable(f"it lines the tokens up with a tensor {[str(dim) for dim in shape]} that cannot be shortened alike")
+            raise Unfollowable(f"it lines the tokens up with a tensor {[shown(dim) for dim in shape]} that cannot be shortened alike")
         if not batch and (0 in wanted or not same(shape[0], 1)):
             expr, wanted = self._emit(op.reshape(expr, [1, *shape])), {at + 1 for at in wanted}
         elif batch and batch != {0}:
@@ -257,8 +260,12 @@ class Pruner(relax.PyExprMutator):
         shape = getattr(expr.ty, "shape", None)
         expected = [axes[at].size(self.stages[stage].tokens) if at in axes else dim for at, dim in enumerate(old.shape)]
         if shape is None or len(shape) != len(expected) or not all(map(same, shape, expected)):
-            raise Unfollowable(f"with fewer tokens its result is {expr.ty}, where {[str(simplify(dim)) for dim in expected]} was expected")
+            raise Unfollowable(f"with fewer tokens its result is {expr.ty}, where {[shown(dim) for dim in expected]} was expected")
         return expr
+
+    def _refused(self, operator: str, reason: str) -> UnsupportedModel:
+        self.refusal = UnsupportedModel([Blocker(self.source(self.name), operator, f"token-pruning: {reason}")])
+        return self.refusal
 
     def _emit(self, expr: Any) -> Any:
         return self.builder_.emit(expr, self.name)
