@@ -10,7 +10,8 @@ from .normalization import RecognizeNormalizations
 from .quantization.qdq import RecognizeQdq
 from .quantization.quantize import Quantize
 from .sparsity.sparsify import Sparsify
+from .token_pruning.prune import TokenPruning
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, FuseAttention, Sparsify, Quantize, ChannelsLast)
+    cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, FuseAttention, TokenPruning, Sparsify, Quantize, ChannelsLast)
 }

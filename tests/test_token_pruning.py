@@ -16,6 +16,7 @@ from tcompile.compiler.dialect.tokens import kept_count, match_reference, match_
 from tcompile.compiler.errors import UnsupportedModel, UsageError
 from tcompile.compiler.program import Program, Provenance, TensorSpec
 from tcompile.compiler.tvm import relax, tirx
+from tcompile.models import optional
 from tcompile.passes.base import PassContext
 from tcompile.passes.token_pruning.prune import TokenPruning
 from tcompile.targets.base import Target
@@ -235,7 +236,7 @@ def test_models_without_a_token_axis():
         pruned(program({"x": [2, 6, 8]}, lambda emit, x: op.nn.relu(x)), 0.5)
     with pytest.raises(UnsupportedModel, match="causal"):
         pruned(small(first_token, causal=True), 0.5)
-    with pytest.raises(UnsupportedModel, match="tears the axis of 3 tokens|not made token by token|not added"):
+    with pytest.raises(UnsupportedModel, match=r"a form other than \[batch, tokens, channels\]"):
         pruned(program({"x": [2, 6, 8]}, _windows), 0.5)
 
 
@@ -291,8 +292,9 @@ def test_vit_agrees_with_pytorch(method, pool):
     import torch
     from tcompile.models.vision import timm_network
 
-    pytest.importorskip("timm")
-    options = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+    if not optional.version("timm"):
+        pytest.skip("timm is not installed")
+    options = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
     model = timm_network("vit_small_patch16_224", global_pool=pool, **options, **({"fc_norm": False} if pool == "avg" else {})).eval()
     x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     compiled = tcompile.compile(model, example_inputs=(x,), token_keep=TokenPruning(0.7, method))
@@ -305,7 +307,7 @@ def test_vit_agrees_with_pytorch(method, pool):
 
 @pytest.fixture(scope="module")
 def small_bert(tmp_path_factory) -> tuple[Path, object]:
-    """A BERT of three layers as ONNX with open batch and length, and its torch module."""
+    """A BERT of two layers as ONNX with open batch and length, and its torch module."""
     from dataclasses import replace
 
     _torch()
@@ -316,7 +318,7 @@ def small_bert(tmp_path_factory) -> tuple[Path, object]:
 
     entry = ZOO["bert-base"]
     assert entry.build is not None
-    module = entry.build(layers=3, hidden=32, heads=2, vocabulary=60).eval()
+    module = entry.build(layers=2, hidden=32, heads=2, vocabulary=60).eval()
     path = tmp_path_factory.mktemp("bert") / "bert.onnx"
     export(replace(entry, build=lambda: module), path)
     return path, module

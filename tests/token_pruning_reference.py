@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -30,7 +29,7 @@ def drop(x, received, keep):
     count = kept(x.shape[1], keep)
     score = received.clone()
     score[:, 0] = float("inf")
-    indices = score.topk(count, dim=1).indices.sort(dim=1).values
+    indices = score.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values  # equal scores: the earlier one
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[2])), indices
 
 
@@ -138,5 +137,3 @@ def bert(model: Any, input_ids, attention_mask, keep: float, method: str = "drop
         x = layer.output(layer.intermediate(x), x)
     return x, leaving.mask
 
-
-Forward = Callable[..., Any]
