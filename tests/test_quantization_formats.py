@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
-from tcompile.passes.quantization.formats import Affine, GroupedInt, Int8
+from tcompile.passes.quantization.formats import COLUMNS, Affine, GroupedInt, Int8
 from tcompile.passes.quantization.observe import Statistics, chosen_range
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
 MATRICES = hn.arrays(np.float32, st.tuples(st.integers(1, 70), st.integers(1, 9)), elements=FLOATS)
 #: half a step, and what float32 rounding adds to values of up to 255 steps
 HALF = 0.5 + 2e-4
+RNG = np.random.default_rng(0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,6 +50,24 @@ def test_grouped_int(w: np.ndarray, bits: int, group: int, symmetric: bool) -> N
     packed = kind.pack(encoded.codes)
     np.testing.assert_array_equal(kind.unpack(packed, len(w)), encoded.codes.reshape(-1, w.shape[1]))
     assert packed.nbytes + encoded.scale.nbytes + (0 if symmetric else encoded.zero.size) == kind.size_bytes(*w.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MATRICES, st.sampled_from([2, 4, 8]), st.booleans())
+def test_searched_scales_are_never_worse(w: np.ndarray, bits: int, symmetric: bool) -> None:
+    kind = GroupedInt(bits, 8, symmetric)
+    plain, best = (kind.decode(encoded, len(w)).astype(np.float64) for encoded in (kind.encode(w), kind.encode_best(w)))
+    scale = float(np.abs(w).max()) or 1.0
+    assert (np.square((best - w) / scale).sum() <= np.square((plain - w) / scale).sum() * (1 + 1e-5) + 1e-12).all()
+
+
+def test_searched_scales_are_the_same_in_blocks_of_columns() -> None:
+    w = RNG.standard_normal((40, COLUMNS + 3)).astype(np.float32)
+    kind = GroupedInt(4, 16)
+    whole, last = kind.encode_best(w), kind.encode_best(w[:, COLUMNS:])
+    np.testing.assert_array_equal(whole.codes[..., COLUMNS:], last.codes)
+    norm = np.linalg.norm(kind.decode(kind.encode(w), 40) - w)
+    assert np.linalg.norm(kind.decode(whole, 40) - w) < 0.95 * norm
 
 
 def test_four_bits_hold_the_even_k_low() -> None:

@@ -193,8 +193,10 @@ def test_weights_alone(quantize: Any, loss: float) -> None:
     net, samples = Mlp(), data((5, 20))
     model = compiled(net, samples, quantize)
     report = quantize_report(model)
-    assert report["matches"] == {"matmul": 3}
+    heads = 0 if quantize == "w8" else 1
+    assert report["matches"] == {"matmul": 3, **({"heads_in_8_bits": heads} if heads else {})}
     rows = report["tables"]["quantized weights"]
+    assert [row["bits"] for row in rows].count(8) == (heads or 3)
     assert all(row["bytes_after"] < row["bytes_before"] for row in rows)
     x = samples[0]["x"]
     assert 0 < relative(model(x), net(torch.from_numpy(x)).detach().numpy()) < loss

@@ -11,6 +11,10 @@ import numpy as np
 
 #: scales below this have no reciprocal in float32
 TINY = 1e-37
+#: parts of a group's range that `encode_best` tries
+SHRINKS = (1.0, 0.93, 0.86, 0.79)
+#: columns that `encode_best` takes at once
+COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,30 @@ class GroupedInt:
         codes = np.clip(np.rint(grouped / scale) + zero, 0, top).astype(np.uint8)
         return Encoded(codes, scale, zero)
 
+    def encode_best(self, w: np.ndarray) -> Encoded:
+        """As `encode`, with the scale of each group that has the least squared error among SHRINKS of the range, which cut off the largest weights; a symmetric group may
+        also put its largest weight on the one code more that its side of zero has (the scale is negative where that is the upper side)."""
+        if w.shape[1] > COLUMNS:  # a block of columns at a time stays in the cache
+            parts = [self.encode_best(w[:, start : start + COLUMNS]) for start in range(0, w.shape[1], COLUMNS)]
+            return Encoded(*(np.concatenate([getattr(part, name) for part in parts], axis=2) for name in ("codes", "scale", "zero")))
+        best = self.encode(w)
+        grouped = np.zeros((best.codes.shape[0] * self.group, w.shape[1]), np.float32)
+        grouped[: len(w)] = w
+        grouped = grouped.reshape(best.codes.shape)
+        bases = [best.scale]
+        if self.symmetric:
+            largest = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=1, keepdims=True), axis=1)
+            bases.append(np.where(np.abs(largest) >= TINY * self.middle, largest / np.float32(-self.middle), best.scale).astype(np.float32))
+        codes, scale, error = best.codes, best.scale, _squared_error(grouped, best.codes, best.scale, best.zero)
+        for base in bases:
+            for shrink in SHRINKS:
+                tried = _usable(base * np.float32(shrink))
+                now = np.clip(np.rint(grouped / tried) + best.zero, 0, (1 << self.bits) - 1).astype(np.uint8)
+                found = _squared_error(grouped, now, tried, best.zero)
+                better = found < error
+                error, scale, codes = np.where(better, found, error), np.where(better, tried, scale), np.where(better, now, codes)
+        return Encoded(codes, scale.astype(np.float32), best.zero)
+
     def decode(self, encoded: Encoded, k: int) -> np.ndarray:
         """The weights [K, N]."""
         return encoded.decode().reshape(-1, encoded.codes.shape[2])[:k]
@@ -139,6 +167,15 @@ class GroupedInt:
     def size_bytes(self, k: int, n: int) -> int:
         """Packed codes, scales, and zeros (a byte each) where there are any."""
         return n * (-(-self.groups(k) * self.group * self.bits // 8) + self.groups(k) * (4 if self.symmetric else 5))
+
+
+def _squared_error(values: np.ndarray, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """Per group [G, 1, N]."""
+    return np.square((codes.astype(np.float32) - zero.astype(np.float32)) * scale - values).sum(axis=1, keepdims=True)
+
+
+def _usable(scale: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(scale) >= TINY, scale, 1.0).astype(np.float32)
 
 
 def _positive(scale: np.ndarray) -> np.ndarray:

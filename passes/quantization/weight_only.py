@@ -19,25 +19,27 @@ WEIGHT_ONLY = {"w8": 8, "w4": 4}
 
 
 def quantize_weights(program: Program, context: PassContext, bits: int, group: int, symmetric: bool, skip: Sequence[str]) -> Program:
-    """Every matmul by a constant weight, but those named in `skip`."""
+    """Every matmul by a constant weight, but those named in `skip`; scales are searched for the least squared error."""
     graph = analyze(program)
     sites = [site for site in graph.sites if site.kind == "matmul" and site.name not in skip]
     if not sites:
         context.note("no matrix product by constant weights was found")
         return program
-    made = GroupedInt(bits, group, symmetric)
-    rewriter = _WeightOnly(program, {site.var: site for site in sites}, made)
+    # what makes an output of the model loses most, and is read once: it keeps 8 bits
+    heads = {site.var for site in sites if bits < 8 and "output" in graph.all_readers(site.total)}
+    formats = {site.var: GroupedInt(8 if site.var in heads else bits, group, symmetric) for site in sites}
+    rewriter = _WeightOnly(program, {site.var: site for site in sites}, formats)
     after = rewriter.apply()
     context.table("quantized weights", rewriter.rows)
-    context.matched(matmul=len(sites))
+    context.matched(matmul=len(sites), heads_in_8_bits=len(heads))
     return after
 
 
 @mutator
 class _WeightOnly(relax.PyExprMutator):
-    def __init__(self, program: Program, sites: Mapping[Any, Site], made: GroupedInt):
+    def __init__(self, program: Program, sites: Mapping[Any, Site], formats: Mapping[Any, GroupedInt]):
         super().__init__(program.module)
-        self.program, self.sites, self.made = program, sites, made
+        self.program, self.sites, self.formats = program, sites, formats
         self.site: Site | None = None
         self.rows: list[dict[str, Any]] = []
 
@@ -56,14 +58,15 @@ class _WeightOnly(relax.PyExprMutator):
         call = super().visit_call_(call)
         if site is None:
             return call
-        made, weight = self.made, site.weight
-        encoded = made.encode(weight)
+        made, weight = self.formats[site.var], site.weight
+        encoded = made.encode_best(weight)
         decoded = made.decode(encoded, len(weight))
         norm = float(np.linalg.norm(weight))
         self.rows.append(
             {
                 "layer": site.name,
                 "weight": "x".join(str(size) for size in weight.shape),
+                "bits": made.bits,
                 "relative_error": round(float(np.linalg.norm(decoded - weight)) / norm, 6) if norm else 0.0,
                 "bytes_before": weight.nbytes,
                 "bytes_after": made.size_bytes(*weight.shape),
