@@ -136,4 +136,3 @@ def bert(model: Any, input_ids, attention_mask, keep: float, method: str = "drop
         x = output.LayerNorm(leaving(x + output.dense(seen.transpose(1, 2).flatten(2)), received, k))
         x = layer.output(layer.intermediate(x), x)
     return x, leaving.mask
-
