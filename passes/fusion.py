@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..compiler.program import Program
-from ..compiler.tvm import relax, tirx, tvm
+from ..compiler.tvm import mutator, relax, tirx, tvm
 from .base import Pass, PassContext
 from .origins import kernel_origins
 
@@ -28,7 +28,7 @@ class FuseEpilogues(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         transform = relax.transform
         before = _kernel_calls(program)
-        annotated = transform.AnnotateTIROpPattern()(program.module)
+        annotated = _Spread(transform.AnnotateTIROpPattern()(program.module)).apply()
         with tvm.transform.PassContext(config={"relax.FuseOps.max_depth": self.depth}):
             grouped = transform.FuseOps()(annotated)
         nodes = kernel_origins(annotated, grouped, program.origins)
@@ -36,6 +36,72 @@ class FuseEpilogues(Pass):
         fused = program.with_module(_with_nodes(module, nodes))
         context.matched(kernels_before=before, kernels_after=_kernel_calls(fused))
         return fused
+
+
+#: Relax's pattern kinds
+ELEMENTWISE, BROADCAST, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 0, 1, 4, 8
+
+
+@mutator
+class _Spread(relax.PyExprMutator):
+    """Keeps apart a GEMM or convolution and a larger tensor over which its result is spread (a squeeze-and-excite gate): the last operator before the spreading fuses
+    with nothing. In one kernel the product would have to be computed by the loops of the larger tensor."""
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.module = module
+        self.calls: dict[Any, Any] = {}
+        self.apart: set[Any] = set()
+
+    def apply(self) -> Any:
+        main = self.module["main"]
+        relax.analysis.post_order_visit(main, self._collect)
+        for call in list(self.calls.values()):
+            if self._kind(call) <= BROADCAST:
+                self.apart.update(self.calls[arg] for arg in call.args[1].fields if self._spread(arg, call) and self._comes_from_a_core(arg))
+        if not self.apart:
+            return self.module
+        self.builder_.update_func(self.module.get_global_var("main"), self.visit_expr(main))
+        return relax.transform.DeadCodeElimination()(self.builder_.get())
+
+    def _collect(self, expr: Any) -> None:
+        for block in expr.blocks if isinstance(expr, relax.SeqExpr) else ():
+            for binding in block.bindings:
+                value = getattr(binding, "value", None)
+                if isinstance(value, relax.Call) and getattr(value.op, "name", "") == "relax.call_tir":
+                    self.calls[binding.var] = value
+
+    def _kind(self, call: Any) -> int:
+        return int((self.module[call.args[0]].attrs or {}).get("op_pattern", OPAQUE))
+
+    def _comes_from_a_core(self, var: Any) -> bool:
+        """Element-wise operators lead from a GEMM or convolution to `var`."""
+        while (call := self.calls.get(var)) is not None and self._kind(call) <= BROADCAST:
+            produced = [arg for arg in call.args[1].fields if arg in self.calls and not self._spread(arg, call)]
+            if not produced:
+                return False
+            var = produced[0]
+        return call is not None and self._kind(call) == OUT_ELEMENTWISE_FUSABLE
+
+    @staticmethod
+    def _spread(arg: Any, call: Any) -> bool:
+        """The result of `call` has a dim other than 1 where `arg` has 1 or none."""
+        if not isinstance(arg.ty, relax.TensorType) or not isinstance(call.ty, relax.TensorType):
+            return False
+        mine, out = list(arg.ty.shape), list(call.ty.shape)
+        mine = [1] * (len(out) - len(mine)) + mine
+        return any(_one(a) and not _one(b) for a, b in zip(mine, out, strict=False))
+
+    def visit_call_(self, call: Any) -> Any:
+        if call not in self.apart:
+            return super().visit_call_(call)
+        own = self.builder_.add_func(self.module[call.args[0]].with_attr("op_pattern", OPAQUE), call.args[0].name_hint)
+        args = [self.visit_expr(arg) for arg in call.args[1].fields]
+        return relax.Call(call.op, [own, relax.Tuple(args), *call.args[2:]], call.attrs, call.ty_args)
+
+
+def _one(dim: Any) -> bool:
+    return dim == 1 if isinstance(dim, int) else isinstance(dim, tirx.IntImm) and int(dim) == 1
 
 
 def _with_nodes(module: Any, nodes: Mapping[str, list[str]]) -> Any:

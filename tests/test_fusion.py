@@ -1,0 +1,33 @@
+"""Epilogue fusion keeps products apart from larger tensors that their results are spread over."""
+
+from __future__ import annotations
+
+import numpy as np
+import tcompile
+from onnx import TensorProto, helper, numpy_helper
+
+RNG = np.random.default_rng(0)
+
+
+def test_a_gate_does_not_pull_its_convolution_into_the_gated_loops():
+    """Squeeze and excite: sigmoid(conv(mean(x))) * x. Both convolutions keep their templates, and their nodes are found again."""
+    w1, w2 = (RNG.standard_normal(shape).astype("float32") for shape in ((8, 16, 1, 1), (16, 8, 1, 1)))
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["p"], name="squeeze"),
+        helper.make_node("Conv", ["p", "w1"], ["c"], name="reduce"),
+        helper.make_node("Relu", ["c"], ["r"], name="relu"),
+        helper.make_node("Conv", ["r", "w2"], ["e"], name="expand"),
+        helper.make_node("Sigmoid", ["e"], ["g"], name="gate"),
+        helper.make_node("Mul", ["x", "g"], ["y"], name="excite"),
+    ]
+    x, y = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 16, 9, 7]), helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "gate", [x], [y], [numpy_helper.from_array(w1, "w1"), numpy_helper.from_array(w2, "w2")])
+    model = tcompile.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
+    kernels = model.report()["kernels"]
+    found = {node: entry["template"] for entry in kernels for node in entry["nodes"] if node in ("relu", "expand", "gate", "excite")}
+    assert found["relu"] != "generic" and found["expand"] != "generic"
+    assert set(found) == {"relu", "expand", "gate", "excite"}
+    data = RNG.standard_normal((2, 16, 9, 7)).astype("float32")
+    hidden = np.maximum(data.mean((2, 3)) @ w1[:, :, 0, 0].T, 0)
+    gate = 1 / (1 + np.exp(-(hidden @ w2[:, :, 0, 0].T)))
+    np.testing.assert_allclose(model(data), data * gate[:, :, None, None], rtol=1e-4, atol=1e-5)
