@@ -12,6 +12,7 @@ from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, static
 from .dot import splat, vector
 from .emit import Accumulators, balanced, tasks
+from .math import call_exp_nonpositive
 
 if TYPE_CHECKING:
     from .attention import AttentionSchedule
@@ -88,13 +89,41 @@ class AttentionEmitter:
 
     def _panel(self, b: Any, h: Any, first: Any, nv: int) -> Any:
         """[D, queries]: scaled q^T of one tile; beyond the last query it repeats that."""
-        panel = T.alloc_buffer((self.depth, nv * self.lanes), "float32")
-        scale = float(self.core["scale"])
-        with T.serial(T.int64(nv * self.lanes)) as lane:
-            row = T.bind(T.min(first + lane, self.queries - T.int64(1)))
-            with T.serial(T.int64(self.depth)) as d:
-                T.buffer_store(panel, self.q[self._index(0, b, h, row, d)] * T.float32(scale), [d, lane])
+        lanes, scale = self.lanes, float(self.core["scale"])
+        panel = T.alloc_buffer((self.depth, nv * lanes), "float32")
+        whole = self.depth // lanes if lanes > 1 else 0
+        everything = vector(T.int64(0), lanes)
+
+        def row(lane: Any) -> Any:
+            return T.min(first + lane, self.queries - T.int64(1))
+
+        with T.serial(T.int64(nv)) as v, T.serial(T.int64(whole)) as block:
+            left = T.bind(v * T.int64(lanes))
+            rows = [T.alloc_buffer((lanes,), "float32") for _ in range(lanes)]
+            for i in range(lanes):
+                place = vector(block * T.int64(lanes), lanes)
+                T.buffer_store(rows[i], self.q[self._index(0, b, h, row(left + T.int64(i)), place)] * splat(T.float32(scale), lanes), [everything])
+            for i, column in enumerate(self._transposed(rows)):
+                T.buffer_store(panel, column[everything], [block * T.int64(lanes) + T.int64(i), vector(left, lanes)])
+        if edge := self.depth - whole * lanes:
+            with T.serial(T.int64(nv * lanes)) as lane, T.serial(T.int64(edge)) as d:
+                depth = T.bind(d + T.int64(whole * lanes))
+                T.buffer_store(panel, self.q[self._index(0, b, h, row(lane), depth)] * T.float32(scale), [depth, lane])
         return panel
+
+    def _transposed(self, rows: list[Any]) -> list[Any]:
+        """The columns of as many vectors as each has lanes: blocks of twice the size change places at every step."""
+        lanes, everything = self.lanes, vector(T.int64(0), self.lanes)
+        step = 1
+        while step < lanes:
+            fresh = [T.alloc_buffer((lanes,), "float32") for _ in range(lanes)]
+            low = [lane + lanes - step if lane & step else lane for lane in range(lanes)]
+            high = [lane + lanes if lane & step else lane + step for lane in range(lanes)]
+            for i in range(lanes):
+                pair = [rows[i & ~step][everything], rows[i | step][everything]]
+                T.buffer_store(fresh[i], tirx.Shuffle(pair, [tirx.const(lane, "int32") for lane in (high if i & step else low)]), [everything])
+            rows, step = fresh, 2 * step
+        return rows
 
     def _masked(self, score: Any, b: Any, h: Any, t: Any, first: Any, v: int) -> Any:
         """The score of key t for vector v of a tile's queries with the mask operand applied."""
@@ -117,6 +146,9 @@ class AttentionEmitter:
         lanes = T.int32(v * self.lanes) if self.lanes == 1 else T.ramp(T.int32(v * self.lanes), T.int32(1), self.lanes)
         seen = splat(T.Cast("int32", t - first), self.lanes) <= lanes
         return tirx.Select(seen, score, splat(T.float32(self.fill), self.lanes))
+
+    def _exp(self, x: Any) -> Any:
+        return call_exp_nonpositive(x, "float32" if self.lanes == 1 else f"float32x{self.lanes}")
 
     # ---- scores
 
@@ -190,7 +222,8 @@ class AttentionEmitter:
         lanes, queries, padded = self.lanes, nv * self.lanes, self.wide * self.lanes
         panel = self._panel(b, h, first, nv)
         scores = T.alloc_buffer((self.schedule.block, queries), "float32")
-        values = T.alloc_buffer((self.schedule.block, padded), "float32")
+        # whole vectors are read where they are
+        values = T.alloc_buffer((self.schedule.block, padded), "float32") if self.width % lanes else None
         out = T.alloc_buffer((queries, padded), "float32")
         top, total, shrink = (T.alloc_buffer((queries,), "float32") for _ in range(3))
         places = [vector(T.int64(v * lanes), lanes) for v in range(nv)]
@@ -218,16 +251,22 @@ class AttentionEmitter:
             for v, place in enumerate(places):
                 # a query that has seen no key yet: 0 in place of -inf, whose difference to itself is no number
                 T.buffer_store(base[v], tirx.Select(top[place] == low, zero, top[place]), [everything])
-                T.buffer_store(shrink, T.exp(shrink[place] - base[v][everything]), [place])
+                T.buffer_store(shrink, self._exp(shrink[place] - base[v][everything]), [place])
                 T.buffer_store(sums[v], zero, [everything])
             with T.serial(count) as j:
                 for v, place in enumerate(places):
-                    T.buffer_store(scores, T.exp(scores[j, place] - base[v][everything]), [j, place])
+                    T.buffer_store(scores, self._exp(scores[j, place] - base[v][everything]), [j, place])
                     T.buffer_store(sums[v], sums[v][everything] + scores[j, place], [everything])
             for v, place in enumerate(places):
                 T.buffer_store(total, total[place] * shrink[place] + sums[v][everything], [place])
-            self._copy_values(values, b, h, start, count)
-            self._accumulate(out, scores, values, shrink, count, queries)
+            if values is not None:
+                self._copy_values(values, b, h, start, count)
+            kv = self._kv_head(h)
+
+            def value(j: Any, place: Any) -> Any:
+                return values[j, place] if values is not None else self.v[self._index(2, b, kv, start + j, place)]  # noqa: B023
+
+            self._accumulate(out, scores, value, shrink, count, queries)
         self._finish(b, h, first, nv, out, top, total, statistics)
 
     def _copy_values(self, values: Any, b: Any, h: Any, start: Any, count: Any) -> None:
@@ -244,7 +283,7 @@ class AttentionEmitter:
                 with T.serial(T.int64(lanes - rest)) as e:
                     T.buffer_store(values, T.float32(0), [j, e + T.int64(self.width)])
 
-    def _accumulate(self, out: Any, scores: Any, values: Any, shrink: Any, count: Any, queries: int) -> None:
+    def _accumulate(self, out: Any, scores: Any, value: Callable[[Any, Any], Any], shrink: Any, count: Any, queries: int) -> None:
         """out[i, e] = out[i, e] * shrink[i] + sum over keys of p[key, i] * v[key, e]."""
         lanes, tiles = self.lanes, balanced(queries, self.schedule.rows)
         # groups of equally many vectors share one loop: one of three or four iterations LLVM would unroll, and keep the accumulators in memory
@@ -260,7 +299,7 @@ class AttentionEmitter:
                     acc = Accumulators(size, columns, lanes)
                     acc.fill(lambda i, e: out[row + T.int64(i), places[e]] * splat(shrink[row + T.int64(i)], lanes))  # noqa: B023
                     with T.serial(count) as j:
-                        acc.multiply(range(size), lambda i: scores[j, row + T.int64(i)], [T.bind(values[j, place]) for place in places])  # noqa: B023
+                        acc.multiply(range(size), lambda i: scores[j, row + T.int64(i)], [T.bind(value(j, place)) for place in places])  # noqa: B023
                     for i in range(size):
                         for e in range(columns):
                             T.buffer_store(out, acc.load(i, e), [row + T.int64(i), places[e]])
@@ -317,7 +356,7 @@ class AttentionEmitter:
 
                 def share(v: int, score: Any) -> Any:
                     place = vector(first + T.int64(v * lanes), lanes)
-                    return T.exp(score - statistics[0][head, place]) * statistics[1][head, place]
+                    return self._exp(score - statistics[0][head, place]) * statistics[1][head, place]
 
                 def keep(acc: Accumulators, key: Any, i: int, v: int) -> None:
                     # a key may come twice: its share is put, not added, and added afterwards

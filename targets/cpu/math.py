@@ -29,6 +29,8 @@ ROUND64 = 6755399441055744.0
 LN2_HIGH, LN2_LOW = 0.693145751953125, 1.42860677e-6
 #: (e^r - 1 - r) / r^2 on [-ln 2, ln 2]
 EXP = (0.5000003455933478, 0.16666614281965308, 0.0416612769111975, 0.008336098379459776, 0.001410429665492409, 0.00019611817011219376)
+#: 2^f on [-1/2, 1/2]
+EXP2_HALF = (1.0000001192092896, 0.6931469440460205, 0.24022120237350464, 0.05550713092088699, 0.009675540961325169, 0.001327647129073739)
 LOG = (
     0.3333331089896389, -0.2500001627905827, 0.20002204183610234, -0.16667643716103692, 0.14217891534661792,
     -0.12411268686874026, 0.11904712128779407, -0.11646434415873085, 0.06675271890576213,
@@ -153,6 +155,21 @@ def exp(name: Names, x: Any) -> Any:
     value = name((r * r) * _horner(r, EXP) + r + _f32(1.0))
     s = name(_reinterpret("float32", _bits(shifted) << T.int32(23)))
     return value * s * s
+
+
+def exp_nonpositive(name: Names, x: Any) -> Any:
+    """e^x for x <= 0 in half the instructions, as a softmax has it: relative error 3e-7 down to x = -5, 1.4e-6 where results are near 1e-38; 0 below, NaN for NaN."""
+    x = name(x)
+    shifted = name(x * _f32(math.log2(math.e)) + _f32(ROUND32 + 127.0))
+    minus_n = name(_f32(ROUND32 + 127.0) - shifted)
+    f = name(x * _f32(math.log2(math.e)) + minus_n)
+    value = _horner(f, EXP2_HALF) * _reinterpret("float32", _bits(shifted) << T.int32(23))
+    return _select(x < _f32(-87.0), _f32(0.0), value)
+
+
+def call_exp_nonpositive(x: Any, dtype: str) -> Any:
+    """The call that `vector_math` turns into `exp_nonpositive`."""
+    return tirx.call_pure_extern(dtype, f"{_MARK}exp_nonpositive", x)
 
 
 def _split(name: Names, x: Any) -> tuple[Any, Any]:
@@ -304,6 +321,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tirx.sin": sin,
     "tirx.cos": cos,
     "tirx.pow": power,
+    "exp_nonpositive": exp_nonpositive,
 }
 
 
