@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
+import tcompile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from tcompile.passes.attention.fuse import FuseAttention
 from tcompile.passes.base import PassContext
 from tcompile.passes.canonicalize import Canonicalize
 from tcompile.passes.normalization import RecognizeNormalizations
+from tcompile.passes.registry import PASSES
 from tcompile.targets.base import Target
 
 op = relax.op
@@ -256,6 +259,34 @@ def test_torch_operator(shapes, mask, options):
     want = module(*tensors).numpy()
     assert not math.isnan(want.sum())
     np.testing.assert_allclose(execute(result, arrays), want, rtol=1e-4, atol=1e-5)
+
+
+class Layer(torch.nn.Module):
+    """Attention of one layer, two heads of 16, with a padding mask, as eager implementations write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(32, 96)
+
+    def forward(self, x, mask):
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.project(x).split(32, -1))
+        return ((q @ k.transpose(-1, -2) / 4 + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_no_tensor_of_tokens_by_tokens_is_planned(tmp_path):
+    """1024 tokens: a tensor of scores would be 8 MB; all that is planned fits one megabyte. Without the pass there are such tensors."""
+    module, inputs = Layer().eval(), (torch.randn(1, 1024, 32), torch.randn(1, 1, 1, 1024))
+    names = [cls.name for cls in PASSES.values() if not cls.lossy and cls is not FuseAttention]
+    (tmp_path / "unfused.toml").write_text("\n".join(f'[[pass]]\nname = "{name}"' for name in names))
+    planned, results = {}, {}
+    for kind, recipe in (("fused", None), ("unfused", tmp_path / "unfused.toml")):
+        model = tcompile.compile(module, example_inputs=inputs, recipe=recipe)
+        (step,) = [step for step in model.report()["passes"] if step["name"] == "plan_memory"]
+        planned[kind] = int(re.search(r"planned_bytes=(\d+)", " ".join(step["notes"])).group(1))
+        results[kind] = model(*inputs)
+    assert planned["fused"] <= 2**20 and planned["unfused"] >= 2 * 1024 * 1024 * 4
+    np.testing.assert_allclose(results["fused"], results["unfused"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(results["fused"], module(*inputs).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 def found(name, through_torch):

@@ -264,7 +264,7 @@ class AttentionEmitter:
             kv = self._kv_head(h)
 
             def value(j: Any, place: Any) -> Any:
-                return values[j, place] if values is not None else self.v[self._index(2, b, kv, start + j, place)]  # noqa: B023
+                return values[j, place] if values is not None else self.v[self._index(2, b, kv, start + j, place)]
 
             self._accumulate(out, scores, value, shrink, count, queries)
         self._finish(b, h, first, nv, out, top, total, statistics)
