@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import tcompile
 from tcompile.compiler.compare import ATOL, RTOL, agree
 from tcompile.models.zoo import ZOO
+from tcompile.passes.sparsity.patterns import parse
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -127,3 +129,26 @@ def test_kernels_come_from_templates():
     (counts,) = [step["matches"] for step in report["passes"] if step["name"] == "kernels"]
     convolutions = {kind: count for kind, count in counts.items() if kind.startswith("conv_")}
     assert convolutions["conv_depthwise"] >= 9 and sum(convolutions.values()) >= 35, counts
+
+
+@EVERY
+@pytest.mark.parametrize(("pattern", "template"), [("unstructured:0.9", "gemm_columns"), ("block4x16:0.8", "gemm_blocks")])
+def test_zeros_that_a_model_brings_along(tmp_path, pattern, template):
+    """MiniLM saved with zeros in its weights: sparse kernels without any flag, results as onnxruntime's on the same file."""
+    entry = ZOO["minilm"]
+    network = onnx.load(entry.onnx_path())
+    constants = {tensor.name: tensor for tensor in network.graph.initializer}
+    zeros = parse(pattern)
+    products = 0
+    for node in network.graph.node:
+        tensor = constants.get(node.input[1]) if node.op_type == "MatMul" else None
+        if tensor is not None and len(tensor.dims) == 2:
+            weight = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weight * zeros.mask(np.abs(weight), zeros.level), tensor.name))
+            products += 1
+    onnx.save(network, tmp_path / "sparse.onnx")
+    feeds = entry.example_inputs()
+    model = tcompile.compile(tmp_path / "sparse.onnx", shapes=fixed(feeds))
+    assert sum(kernel["calls"] for kernel in model.report()["kernels"] if kernel["template"] == template) == products >= 36
+    reference = onnxruntime.InferenceSession(str(tmp_path / "sparse.onnx"), providers=["CPUExecutionProvider"]).run(None, feeds)
+    check(model(**feeds), reference)

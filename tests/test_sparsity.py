@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import tcompile
 from hypothesis import assume, given, settings
@@ -12,6 +13,7 @@ from onnx import helper
 from onnx_models import small
 from tcompile import UsageError
 from tcompile.compiler.api import import_model
+from tcompile.compiler.cli.main import main
 from tcompile.compiler.tvm import is_constant, relax
 from tcompile.passes.base import PassContext, PassReport
 from tcompile.passes.canonicalize import Canonicalize
@@ -292,3 +294,16 @@ def test_any_chain(sizes, text, last, seed):
     for index, weight in enumerate(weights_of(after)):
         assert parse(text).check(weight) if f"fc{index}" in touched else np.array_equal(weight, constants[f"w{index}"])
         assert np.array_equal(weight[weight != 0], constants[f"w{index}"][weight != 0])
+
+
+def test_the_command(tmp_path, capsys):
+    """The flag reaches the pass, and what it does not take ends with exit code 2 and what would be right."""
+    path, out = tmp_path / "chain.onnx", tmp_path / "chain.tcm"
+    onnx.save(onnx_of((64, 128, 10), 128)[0], path)
+    assert main([str(path), "--sparsity", "unstructured:0.95", "-o", str(out)]) == 0
+    step = next(entry for entry in tcompile.load(out).report()["passes"] if entry["name"] == "sparsify")
+    assert step["tables"]["sparse layers"][0]["zeros"] == pytest.approx(0.95, abs=0.01)
+    for text in ("1.0", "-0.5", "block:2", "3:2", "squares"):
+        capsys.readouterr()
+        assert main([str(path), "--sparsity", text, "-o", str(out)]) == 2
+        assert "sparsity" in capsys.readouterr().err
