@@ -63,12 +63,13 @@ class GemmColumns:
         fma = load = latency = shuffles = l2 = 0.0
         for count, vectors in tiles:
             fma += count * nonzero * vectors / target.fma_per_cycle
-            load += count * nonzero * (vectors + 2) / 2.0
+            load += count * nonzero * (vectors + 1) / 2.0
             latency += count * nonzero * max(4.0, vectors / target.fma_per_cycle)
             shuffles += count * vectors * (words + workload.n) * 2.0
-            if vectors * lanes * words * 4.0 > target.l1_bytes / 2:
-                # whole lines in a row: the prefetchers hide a quarter of it
-                l2 += 0.75 * count * nonzero * vectors * lanes * 4.0
+            tile_bytes = vectors * lanes * words * 4.0
+            if tile_bytes > target.l1_bytes / 2:
+                # whole lines in a row: the prefetchers hide a part of it, less of a tile that fills L2
+                l2 += (0.65 + 0.2 * min(1.0, tile_bytes / target.l2_bytes)) * count * nonzero * vectors * lanes * 4.0
         panels = -(-workload.n // lanes)
         stored = nonzero * 8.0
         passes = sum(count for count, _ in tiles)
@@ -78,7 +79,7 @@ class GemmColumns:
             load_cycles=load + shuffles,
             latency_cycles=latency,
             l2_bytes=l2 + stored * passes + 2.0 * m * words * 4.0,
-            l3_bytes=stored * passes,
+            l3_bytes=stored * (passes if stored > target.l2_bytes / 2 else 1),
             dram_bytes=stored,
             scalar_elements=float(m * (workload.n % lanes)),
             tasks=panels * passes,
