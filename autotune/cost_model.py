@@ -73,6 +73,10 @@ class CostModel(Protocol):
         """Predicted latency in microseconds of each candidate."""
         ...
 
+    def latency(self, candidate: Candidate, machine: Machine) -> float:
+        """Predicted latency in microseconds, from closed-form features: for ordering a whole space."""
+        ...
+
     def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
         """The candidate to take, of all that all templates offer for one workload, and its predicted latency in microseconds."""
         ...
@@ -88,6 +92,9 @@ class AnalyticModel:
 
     def predict(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
         return [self.latency_us(candidate.features, machine) for candidate in candidates]
+
+    def latency(self, candidate: Candidate, machine: Machine) -> float:
+        return self.latency_us(candidate.features, machine)
 
     def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
         predicted = self.predict(candidates, machine)

@@ -94,6 +94,11 @@ class LearnedModel:
         rows = features.matrix([features.closed_row(candidate, machine) for candidate in candidates])
         return self._latency(self.closed, rows, candidates, machine)
 
+    def latency(self, candidate: Candidate, machine: Machine) -> float:
+        if family(candidate) not in self.schema.families:
+            return self._analytic.latency(candidate, machine)
+        return self.shortlist([candidate], machine)[0]
+
     def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
         known = [candidate for candidate in candidates if family(candidate) in self.schema.families]
         others = [candidate for candidate in candidates if family(candidate) not in self.schema.families]

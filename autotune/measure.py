@@ -81,6 +81,7 @@ class Contestant:
 
     function: Callable[..., object]
     arguments: list[tuple[object, ...]]
+    output: np.ndarray
     position: int = 0
 
     def run(self, calls: int) -> float:
@@ -104,7 +105,25 @@ def contestant(function: Callable[..., object], operands: Sequence[Operand], mem
         columns.append([from_dlpack(view) for view in views] * (1 if operand.constant else copies))
     output = aligned(operands[-1])
     columns.append([from_dlpack(output)] * copies)
-    return Contestant(function, list(zip(*columns, strict=True)))
+    return Contestant(function, list(zip(*columns, strict=True)), output)
+
+
+def bench(function: Callable[..., object], arguments: Sequence[np.ndarray], constant: Sequence[bool], output: np.ndarray) -> Contestant:
+    """A kernel with its real arguments; those that are constants of the network are copied until they are cold. Arrays need not be aligned."""
+    size = max((array.nbytes for array, fixed in zip(arguments, constant, strict=True) if fixed), default=COLD_BYTES)
+    copies = max(1, min(COLD_COPIES, COLD_BYTES // max(1, size)))
+    columns = []
+    for array, fixed in zip(arguments, constant, strict=True):
+        made = [from_dlpack(_copy(array)) for _ in range(copies if fixed else 1)]
+        columns.append(made if fixed else made * copies)
+    columns.append([from_dlpack(output)] * copies)
+    return Contestant(function, list(zip(*columns, strict=True)), output)
+
+
+def _copy(array: np.ndarray) -> np.ndarray:
+    made = aligned(Operand(array.shape, str(array.dtype)))
+    made[...] = array
+    return made
 
 
 def aligned(operand: Operand) -> np.ndarray:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ...autotune.cost_model import Candidate, Machine
-from ...autotune.measure import COLD_BYTES, Operand
+from ...autotune.measure import Operand, aligned
+from ...autotune.tuner import workload_key
 from ...compiler.tvm import relax, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, analyze, static
 from .candidates import compile_kernels, offers
+from .host import cpuinfo
 from .lower import own_dims, simplify_shapes, templates
 from .sparse_sites import constant_arguments, split_sites
 from .sparse_weights import Constants
@@ -50,34 +51,25 @@ class Task:
         random = np.random.default_rng(seed)
         return [self.values[index] if index in self.values else _random(random, operand) for index, operand in enumerate(self.operands[:-1])]
 
-    def arguments(self, candidate: Candidate, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The inputs as this candidate's kernel takes them: constants packed."""
-        args: list[Any] = list(inputs)
-        for packing in candidate.kernel.packings:
-            packed = packing.pack(args[packing.param])
-            args[packing.param] = list(packed) if isinstance(packed, tuple) else [packed]
-        return list(itertools.chain.from_iterable(arg if isinstance(arg, list) else [arg] for arg in args))
+    def output(self) -> np.ndarray:
+        """An array for the result."""
+        return aligned(self.operands[-1])
 
-    def constant_mask(self, candidate: Candidate) -> list[bool]:
-        """Which of `arguments` are constants of the network."""
-        packed = {packing.param: packing for packing in candidate.kernel.packings}
-        mask = []
-        for index in range(len(self.operands) - 1):
-            count = 1
-            if index in packed:
-                made = packed[index].pack(self.values[index])
-                count = len(made) if isinstance(made, tuple) else 1
-            mask += [index in self.values] * count
-        return mask
+    def arguments(self, candidate: Candidate, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[bool]]:
+        """The inputs as this candidate's kernel takes them, constants packed, and which of them are constants of the network."""
+        packings = {packing.param: packing for packing in candidate.kernel.packings}
+        args: list[np.ndarray] = []
+        constant: list[bool] = []
+        for index, array in enumerate(inputs):
+            packed = packings[index].pack(array) if index in packings else array
+            made = list(packed) if isinstance(packed, tuple) else [packed]
+            args += made
+            constant += [index in self.values] * len(made)
+        return args, constant
 
-    def compile(self, candidate: Candidate) -> Any:
+    def compile(self, candidate: Candidate) -> Callable[..., object]:
         """Machine code of a candidate: a function of the arguments and the output."""
         return compile_kernels({"kernel": candidate.kernel}, self.target)["kernel"]
-
-
-def workload_key(candidates: Sequence[Candidate]) -> str:
-    """The workloads of all templates that compete, in a fixed order."""
-    return "; ".join(sorted({f"{candidate.template} {candidate.workload!r}" for candidate in candidates}))
 
 
 def tasks(module: Any, target: Target) -> list[Task]:
@@ -119,31 +111,19 @@ def with_cores(target: Target, threads: int) -> Target:
     return replace(target, cores=threads)
 
 
-def copies_in_cold_memory(arrays: Sequence[np.ndarray], mask: Sequence[bool], limit: int = 64) -> list[list[np.ndarray]]:
-    """Argument lists whose constants lie at different places, as many as it takes to push them out of L2; activations stay where they are."""
-    size = max((array.nbytes for array, constant in zip(arrays, mask, strict=True) if constant), default=COLD_BYTES)
-    count = max(1, min(limit, COLD_BYTES // max(1, size)))
-    made = [list(arrays)]
-    for _ in range(count - 1):
-        made.append([_aligned(array) if constant else array for array, constant in zip(arrays, mask, strict=True)])
-    return made
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    raw = np.empty(array.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    made = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    made[...] = array
-    return made
+def hardware(target: Target) -> str:
+    """The machine that measurements for a target come from, as the tuning database names it."""
+    model = cpuinfo().get("model name", "") if target.name.startswith("host") else target.name
+    return f"{model or target.mcpu}, {target.mcpu}, {target.vector_bits}-bit vectors, {target.l2_bytes // 1024} KB L2"
 
 
 def _random(random: np.random.Generator, operand: Operand) -> np.ndarray:
     dtype = np.dtype(operand.dtype)
     if dtype.kind == "f":
-        return _aligned(random.standard_normal(operand.shape).astype(dtype))
+        return random.standard_normal(operand.shape).astype(dtype)
     if dtype.kind == "b":
-        return _aligned(random.integers(0, 2, operand.shape).astype(dtype))
-    return _aligned(random.integers(0, 127, operand.shape).astype(dtype))
+        return random.integers(0, 2, operand.shape).astype(dtype)
+    return random.integers(0, 127, operand.shape).astype(dtype)
 
 
 def _static(func: tirx.PrimFunc) -> bool:
