@@ -73,8 +73,8 @@ class CostModel(Protocol):
         """Predicted latency in microseconds of each candidate."""
         ...
 
-    def latency(self, candidate: Candidate, machine: Machine) -> float:
-        """Predicted latency in microseconds, from closed-form features: for ordering a whole space."""
+    def shortlist(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
+        """The same from closed-form features alone: no kernel is emitted, so a whole space may be put in order."""
         ...
 
     def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
@@ -93,8 +93,8 @@ class AnalyticModel:
     def predict(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
         return [self.latency_us(candidate.features, machine) for candidate in candidates]
 
-    def latency(self, candidate: Candidate, machine: Machine) -> float:
-        return self.latency_us(candidate.features, machine)
+    def shortlist(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
+        return self.predict(candidates, machine)
 
     def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
         predicted = self.predict(candidates, machine)

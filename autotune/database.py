@@ -17,7 +17,7 @@ FORMAT = 1
 #: written into the file's header: "this is a tuning database"
 APPLICATION = 0x74636D74
 _COLUMNS = "workload, template, schedule, target, hardware, threads, versions, seed, status, samples_us, default_us"
-_TABLE = f"""create table records (id integer primary key autoincrement, at text default current_timestamp,
+_TABLE = """create table records (id integer primary key autoincrement, at text default current_timestamp,
     workload text not null, template text not null, schedule text not null, target text not null, hardware text not null, threads integer not null,
     versions text not null, seed integer not null, status text not null, samples_us text not null, default_us text not null)"""
 
@@ -26,9 +26,9 @@ _TABLE = f"""create table records (id integer primary key autoincrement, at text
 class Record:
     """One schedule measured for one workload.
 
-    schedule: as the template prints it. target: the manifest's name. hardware: the machine it was measured on. status: "ok", "slower" (verified, but not
-    faster than the default), "wrong" (another result than the default's) or "failed" (did not build or run). samples_us: all measurements;
-    default_us: those of the default schedule, taken in turns with them (empty before a candidate is tried against it).
+    schedule: as the template prints it. target: the manifest's name. hardware: the machine it was measured on. status: "measured" (verified, timed in a generation),
+    "winner" (confirmed to be faster than the default), "slower" (tried against the default alone, not faster), "wrong" (another result than the default's) or
+    "failed" (did not build or run). samples_us: all measurements; default_us: those of the default schedule, taken in turns with them.
     """
 
     workload: str
@@ -103,9 +103,10 @@ class Database:
         return [_record(row) for row in rows]
 
     def best(self, workload: str, *, hardware: str, threads: int) -> Record | None:
-        """The record whose schedule beat the default by most; None when none did. Only verified records count, and the latest of a schedule."""
-        latest = {(record.template, record.schedule): record for record in self.records(workload, hardware=hardware, threads=threads)}
-        able = [record for record in latest.values() if record.status == "ok" and record.default_us]
+        """The record whose schedule beat the default by most; None when none did. Only winners count, and of each schedule the latest trial against the default."""
+        tried = [record for record in self.records(workload, hardware=hardware, threads=threads) if record.status in ("winner", "slower")]
+        latest = {(record.template, record.schedule): record for record in tried}
+        able = [record for record in latest.values() if record.status == "winner" and record.default_us]
         return min(able, key=lambda record: record.median_us / statistics.median(record.default_us), default=None)
 
     def close(self) -> None:

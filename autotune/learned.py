@@ -90,14 +90,10 @@ class LearnedModel:
         return self._latency(self.full, rows, candidates, machine)
 
     def shortlist(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
-        """Latency in microseconds from the closed-form features."""
         rows = features.matrix([features.closed_row(candidate, machine) for candidate in candidates])
-        return self._latency(self.closed, rows, candidates, machine)
-
-    def latency(self, candidate: Candidate, machine: Machine) -> float:
-        if family(candidate) not in self.schema.families:
-            return self._analytic.latency(candidate, machine)
-        return self.shortlist([candidate], machine)[0]
+        learned = self._latency(self.closed, rows, candidates, machine)
+        known = [family(candidate) in self.schema.families for candidate in candidates]
+        return [a if trained else b for a, b, trained in zip(learned, self._analytic.predict(candidates, machine), known, strict=True)]
 
     def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
         known = [candidate for candidate in candidates if family(candidate) in self.schema.families]

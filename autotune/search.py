@@ -14,9 +14,9 @@ from typing import Any
 from .cost_model import Candidate
 
 #: candidates per generation, and how many of the fastest become parents
-GENERATION, PARENTS = 8, 6
-#: shares of a generation: the model's next favourites, crossover of two parents, the rest mutation of one
-FAVOURITES, CROSSED = 0.25, 0.35
+GENERATION, PARENTS = 8, 4
+#: shares of a generation: the model's next favourites, schedules drawn at random, crossover of two parents; the rest is mutation of one
+FAVOURITES, DRAWN, CROSSED = 0.25, 0.15, 0.25
 
 
 def identity(candidate: Candidate) -> tuple[str, str]:
@@ -74,6 +74,9 @@ class Search:
         attempts = 0
         while len(chosen) < count and attempts < 20 * count and parents:
             attempts += 1
+            if self._random.random() < DRAWN:
+                add(self._random.randrange(len(self.candidates)))
+                continue
             one = self._random.choice(parents)
             if self._random.random() < CROSSED:
                 add(self._nearest(self._cross(one, self._random.choice(parents)), taken))
@@ -90,12 +93,15 @@ class Search:
         return [index for _, index in known[:PARENTS]]
 
     def _mutate(self, index: int) -> dict[str, Any]:
-        """One field takes a value that it has somewhere in the template's space."""
+        """One or two fields take another value of those they have in the template's space, a near one more often than not."""
         genes = dict(self._genes[index])
-        name = self._random.choice(sorted(genes))
-        pool = [g for g in self._genes if g["template"] == genes["template"]] if name != "template" else self._genes
-        values = sorted({g.get(name) for g in pool if name in g}, key=repr)
-        genes[name] = self._random.choice(values)
+        for name in self._random.sample(sorted(genes), 1 if self._random.random() < 0.6 else 2):
+            pool = [g for g in self._genes if g["template"] == genes["template"]] if name != "template" else self._genes
+            values = sorted({g[name] for g in pool if name in g}, key=lambda value: (isinstance(value, str), value))
+            place = values.index(genes[name])
+            near, others = values[max(0, place - 2) : place] + values[place + 1 : place + 3], values[:place] + values[place + 1 :]
+            if others:
+                genes[name] = self._random.choice(near if self._random.random() < 0.6 else others)
         return genes
 
     def _cross(self, one: int, other: int) -> dict[str, Any]:

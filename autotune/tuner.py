@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -116,7 +116,8 @@ def _distinct(tasks: Sequence[Task]) -> list[Task]:
     """One task per workload, the calls of equal ones added up."""
     found: dict[str, Task] = {}
     for task in tasks:
-        found.setdefault(task.workload, task)
+        known = found.get(task.workload)
+        found[task.workload] = task if known is None else replace(known, calls=known.calls + task.calls)
     return list(found.values())
 
 
@@ -145,7 +146,7 @@ class _Session:
     def _begin(self) -> None:
         """Build the default, take its result as the reference, and read what earlier sessions found."""
         task, setting, progress = self.task, self.setting, self.progress
-        predicted = [setting.model.latency(candidate, task.machine) for candidate in task.candidates]
+        predicted = setting.model.shortlist(task.candidates, task.machine)
         self.search = Search(task.candidates, predicted, setting.seed)
         self.inputs = task.inputs(setting.seed)
         self.default = self._build(progress.default)
@@ -250,8 +251,8 @@ class TunedModel:
     def predict(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
         return self.fallback.predict(candidates, machine)
 
-    def latency(self, candidate: Candidate, machine: Machine) -> float:
-        return self.fallback.latency(candidate, machine)
+    def shortlist(self, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
+        return self.fallback.shortlist(candidates, machine)
 
     def choose(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
         winner = self.database.best(workload_key(candidates), hardware=self.hardware, threads=self.threads)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +64,9 @@ def compile(
 
     quantize, sparsity, token_keep: compression, each a name or number as on the command line, or a configured pass (`Quantize("int8", smooth=0.5)`).
     calibration: a `.npz` file, a folder of them, or an iterable of inputs (dicts or tuples), on which passes observe the model and the loss is measured.
-    metric: "cosine" (default), "relative" or "top1". max_drop: largest loss allowed. report: write what was done as one HTML page. seed: of every random choice. threads: worker threads of the returned model,
+    metric: "cosine" (default), "relative" or "top1". max_drop: largest loss allowed.
+    tune_trials, time_budget ("10m"): search schedules by measuring, so many candidates per kernel, so long in all; tuning_db: the database to take winners from and to
+    add to. report: write what was done as one HTML page. seed: of every random choice. threads: worker threads of the returned model,
     and what schedules are chosen for (default: all cores).
 
     precision: of products on a GPU: "fp32" (default), "tf32", "fp16" or "bf16". emit_only: sources without a library, for targets that have them.
@@ -71,12 +75,12 @@ def compile(
     ToolchainError for a missing linker or package, VerificationError for a loss above `max_drop`.
     """
     later = dict(target_latency=target_latency, restore_tokens=restore_tokens or None, generate=generate or None)
-    later |= dict(tune_trials=tune_trials or None, time_budget=time_budget, tuning_db=tuning_db)
     if asked := [name for name, value in later.items() if value is not None]:
         raise UsageError(f"not available yet: {', '.join(asked)}; leave {'it' if len(asked) == 1 else 'them'} out")
     target = target if isinstance(target, Target) else Target.parse(target)
     asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
     compression = {flag: value for flag, value in asked.items() if value is not None}
+    database = None if tuning_db is None else Path(tuning_db)
     options = CompileOptions(
         None if recipe is None else Path(recipe), compression, seed=seed, threads=threads, precision=precision, emit_only=emit_only
     )
@@ -87,10 +91,27 @@ def compile(
         options = replace(options, profile=True)
     program = import_model(model, example_inputs=example_inputs, shapes=shapes)
     accuracy = accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads)
-    compiled = compile_program(program, target, options, accuracy)
+    with tuned(program, target, options, accuracy, trials=tune_trials, budget=time_budget, database=database) as found:
+        compiled = compile_program(program, target, found, accuracy)
     if report is not None:
         write_report(report, program, compiled, accuracy)
     return compiled
+
+
+@contextmanager
+def tuned(
+    program: Program, target: Target, options: CompileOptions, accuracy: Accuracy | None, *, trials: int, budget: Any, database: Path | None
+) -> Iterator[CompileOptions]:
+    """The options with a tuning database in them: tuned first where trials or a time budget ask for it, in a temporary file where none is named."""
+    if not trials and budget is None:
+        yield options if database is None else replace(options, tuning_db=database)
+        return
+    from .tuning import TRIALS, parse_budget, tune_program
+
+    with tempfile.TemporaryDirectory(prefix="tcompile-") as folder:
+        path = database if database is not None else Path(folder) / "tuning.db"
+        tune_program(program, target, options, path, accuracy=accuracy, trials=trials or TRIALS, seconds=parse_budget(budget))
+        yield replace(options, tuning_db=path)
 
 
 def compile_program(program: Program, target: Target, options: CompileOptions | None = None, accuracy: Accuracy | None = None) -> CompiledModel:

@@ -16,6 +16,7 @@ class CompileOptions:
     (`{"quantize": "int8", "token_keep": 0.7}`), which win over the recipe's. dump_ir: directory for the module after every pass. seed: of every random
     choice. profile: time every kernel on this machine and report it. threads: worker count the schedules are chosen for, None for all physical cores of the target.
     precision: of products on a GPU, "fp32" | "tf32" | "fp16" | "bf16", None for fp32. emit_only: sources alone, no library.
+    tuning_db: the tuning database whose winners take precedence over predictions.
     """
 
     recipe: Path | None = None
@@ -26,6 +27,7 @@ class CompileOptions:
     threads: int | None = None
     precision: str | None = None
     emit_only: bool = False
+    tuning_db: Path | None = None
 
     def __post_init__(self) -> None:
         if self.recipe is not None and not self.recipe.is_file():

@@ -145,7 +145,7 @@ def test_tampered_artifact(call, tmp_path, model):
 
 
 def test_options_of_later_issues_are_refused_by_name(tmp_path, model):
-    for name, value in {"generate": True, "tune_trials": 10, "target_latency": 3.0}.items():
+    for name, value in {"generate": True, "target_latency": 3.0}.items():
         with pytest.raises(tcompile.UsageError, match=f"not available yet: {name}"):
             tcompile.compile(tmp_path / model, **{name: value})
     with pytest.raises(tcompile.UsageError, match="cannot compile a dict"):

@@ -56,6 +56,7 @@ LAYERS = {
     "compiler.pipeline": "pipeline",
     "compiler.recipe": "pipeline",
     "compiler.steps": "pipeline",
+    "compiler.tuning": "tuning",
     "compiler.importers": "importers",
     "autotune.corpus": "corpus",
     "autotune.corpus_workloads": "corpus",
@@ -82,9 +83,10 @@ ALLOWED = {
     # the command that makes the cost model's corpus is a program of its own: it hands autotune the networks, the CPU's spaces and its builder
     "corpus": {"base", "api", "pipeline", "models", "autotune", "definitions", "cpu", "target manifest"},
     "pipeline": {"base", "importers", "passes", "autotune", "target manifest", "target registry", *BACKENDS},
+    "tuning": {"base", "artifact", "pipeline", "autotune", "target manifest", "cpu"},
     "artifact": {"base", "target manifest", "target registry", "cpu"},  # cpu: which features this host has
-    "api": {"base", "artifact", "pipeline", "importers", "target manifest"},
-    "cli": {"base", "api", "artifact", "pipeline", "importers", "target manifest", "target registry"},
+    "api": {"base", "tuning", "artifact", "pipeline", "importers", "target manifest"},
+    "cli": {"base", "tuning", "api", "artifact", "pipeline", "importers", "target manifest", "target registry"},
     "models": {"base", "api", "models"},
 }
 

@@ -12,7 +12,7 @@ from ..progress import interrupt
 from .terminal import settings
 
 #: verb -> what it does is the docstring of the function of that name in the module of that name
-VERBS = ("compile", "run", "bench", "verify", "inspect", "targets", "doctor")
+VERBS = ("compile", "run", "bench", "verify", "tune", "inspect", "targets", "doctor")
 
 app = typer.Typer(
     name="tcompile",

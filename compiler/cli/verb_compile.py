@@ -30,6 +30,9 @@ def compile_verb(
     max_drop: float | None = typer.Option(None, "--max-drop", help="Largest loss allowed on the calibration data; exit code 5 beyond it."),
     report: Path | None = typer.Option(None, "--report", help="Write what was done as one HTML page, with measured times per layer."),
     recipe: Path | None = typer.Option(None, "--recipe", help="TOML file with the passes to run."),
+    tune_trials: int = typer.Option(0, "--tune-trials", min=0, help="Candidates to measure per kernel before compiling; see docs/tuning.md."),
+    time_budget: str | None = typer.Option(None, "--time-budget", help="How long to tune at most: 90s, 10m, 1.5h."),
+    tuning_db: Path | None = typer.Option(None, "--tuning-db", help="Tuning database: take its winners, and add what is tuned now."),
     dump_ir: Path | None = typer.Option(None, "--dump-ir", help="Write the module after every pass into this directory."),
     precision: str | None = typer.Option(None, "--precision", help="Products on a GPU: fp32 (default), tf32, fp16 or bf16; see docs/cuda.md."),
     emit_only: bool = typer.Option(False, "--emit-only", help="Write the sources without building them (CUDA: nvcc is not needed)."),
@@ -49,7 +52,7 @@ def compile_verb(
     An older artifact at --output is replaced; anything else there is left alone.
     """
     from ...targets.base import Target
-    from ..api import accuracy_on, compile_program, import_model, write_report
+    from ..api import accuracy_on, compile_program, import_model, tuned, write_report
     from ..artifact import SUFFIX
     from ..artifact_writer import writable_path, write
     from ..options import CompileOptions
@@ -67,7 +70,8 @@ def compile_verb(
     options = CompileOptions(recipe, compression, dump_ir, seed, report is not None, threads, precision, emit_only)
     program = import_model(model, shapes=parse_shapes(shape))
     accuracy = accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads)
-    compiled = compile_program(program, resolved, options, accuracy)
+    with tuned(program, resolved, options, accuracy, trials=tune_trials, budget=time_budget, database=tuning_db) as found:
+        compiled = compile_program(program, resolved, found, accuracy)
     artifact = compiled.artifact
     with stage("writing"):
         write(artifact, path)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ...autotune.cost_model import CostModel
+from ...autotune.database import Database
 from ...autotune.learned import default_model
+from ...autotune.tuner import TunedModel
 from ...compiler.feeds import random_feeds
 from ...compiler.progress import stage
 from ...compiler.tvm import relax, tirx
@@ -33,7 +36,7 @@ def lower(steps: Steps) -> Lowered:
     choices: list[cpu_lower.Choice] = []
 
     def kernels(current: Program, context: PassContext) -> Program:
-        module, found = cpu_lower.schedule_kernels(current.module, steps.target, default_model(steps.target.kind))
+        module, found = cpu_lower.schedule_kernels(current.module, steps.target, cost_model(steps))
         choices.extend(found)
         for choice in found:
             context.matched(**{choice.template: 1})
@@ -61,6 +64,16 @@ def lower(steps: Steps) -> Lowered:
         "code_generation": {"seconds": round(generation.seconds, 3)},
     }
     return steps.lowered(report=report, weights=weights, sources=sources, executable=executable)
+
+
+def cost_model(steps: Steps) -> CostModel:
+    """What chooses among candidates: the learned model, behind the winners of a tuning database where one was given."""
+    model, path = default_model(steps.target.kind), steps.options.tuning_db
+    if path is None:
+        return model
+    from .tasks import hardware
+
+    return TunedModel(Database(path, create=False), model, hardware=hardware(steps.target), threads=steps.target.cores)
 
 
 def fuse(steps: Steps) -> None:
