@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-networks check bench clean
+.PHONY: setup demo test test-networks gpu-test check bench clean
 
 setup: $(STAMP)
 
@@ -28,7 +28,12 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto
 
 test-networks: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto -m networks tests/test_networks.py
+	$(BIN)/python -m pytest -q -n auto -m networks tests/test_networks.py tests/test_cuda_networks.py
+
+# correctness on a GPU; skips with the reason where there is none. GPU_PYTHON: an interpreter whose torch has CUDA
+GPU_PYTHON ?= $(BIN)/python
+gpu-test: $(STAMP)
+	$(GPU_PYTHON) -m pytest -q -rs -m "networks or not networks" tests/gpu
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -31,12 +31,25 @@ def program_of(build: Callable[..., Sequence[relax.Expr]], inputs: dict[str, np.
     return Program(tvm.IRModule(dict(module.functions_items())), tuple(specs), tuple(outputs), Provenance("test", "relax"))
 
 
+#: the target in place of the tests' own, where there is a GPU
+TARGETS: list[str] = []
+
+
 def compiled(program: Program, target: str = "cuda:sm_80", precision: str | None = None, **options: Any) -> Any:
     """The lowered program, sources alone unless `emit_only=False`."""
-    return lower(program, Target.parse(target), CompileOptions(precision=precision, **({"emit_only": True} | options)))
+    return lower(
+        program, Target.parse(TARGETS[-1] if TARGETS else target), CompileOptions(precision=precision, **({"emit_only": not RUNNERS} | options))
+    )
 
 
-def emulation(lowered: Any) -> Emulation:
+#: what runs a lowered program: the emulation here, a GPU in tests/gpu
+RUNNERS: list[Callable[[Any], Any]] = []
+
+
+def emulation(lowered: Any) -> Any:
+    """A callable with `error`, as `Emulation` has it."""
+    if RUNNERS:
+        return RUNNERS[-1](lowered)
     return Emulation(lowered.sources, lowered.weights, lowered.inputs, lowered.outputs, lowered.report["memory"]["workspace_bytes"])
 
 

@@ -10,7 +10,7 @@ from cuda_models import compiled, emulation, program_of, run, templates
 from tcompile.compiler.dialect.attention import AttentionAttrs, attention, reference
 from tcompile.compiler.tvm import relax
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation of a GPU needs g++")
 op = relax.op
 RANDOM = np.random.default_rng(7)
 

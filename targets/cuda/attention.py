@@ -83,6 +83,7 @@ def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target
         lines,
         grid=(-(-queries // QUERIES), heads, batch),
         threads=THREADS,
+        resident=2,
         shared_bytes=shared,
         kind="attention",
         workload=workload,

@@ -80,19 +80,20 @@ class Signature:
             self.names[buffer] = f"{'out' if buffer in self.written else 'in'}{len(self.names)}"
         return self.names[buffer]
 
-    def head(self, threads: int) -> str:
-        """The declaration, up to the opening brace; the kernel's name stays open."""
+    def head(self, threads: int, resident: int | None) -> str:
+        """The declaration, up to the opening brace; the kernel's name stays open. resident: blocks that have to fit a multiprocessor, which bounds the registers."""
         params = []
         for buffer, name in self.names.items():
             const = "" if buffer in self.written else "const "
             params.append(f"{const}{ctype(buffer.ty.dtype)}* __restrict__ {name}")
         if self.indexed:
             params += ["int* error", "int site"]
-        return f"TC_KERNEL({threads}) {{name}}({', '.join(params)}) {{{{"
+        bounds = f"{threads}" if resident is None else f"{threads}, {resident}"
+        return f"TC_KERNEL({bounds}) {{name}}({', '.join(params)}) {{{{"
 
-    def kernel(self, body: list[str], *, grid: tuple[int, int, int], threads: int, **rest: Any) -> Kernel:
+    def kernel(self, body: list[str], *, grid: tuple[int, int, int], threads: int, resident: int | None = None, **rest: Any) -> Kernel:
         """The finished kernel; `body` is its lines."""
-        lines = [self.head(threads), *(f"  {line}".replace("{", "{{").replace("}", "}}") for line in body), "}}"]
+        lines = [self.head(threads, resident), *(f"  {line}".replace("{", "{{").replace("}", "}}") for line in body), "}}"]
         if grid[0] > MAX_ELEMENTS or max(grid[1:]) > 65535:
             raise Unsupported(f"a grid of {grid} blocks")
         return Kernel("\n".join(lines), tuple(self.names), self.written, grid, threads, indexed=self.indexed, **rest)

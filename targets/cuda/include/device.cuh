@@ -3,7 +3,8 @@
 #include <cuda_runtime.h>
 
 #define TC_DEVICE __device__ __forceinline__
-#define TC_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// threads per block, and how many blocks should fit a multiprocessor: the registers that a thread may have follow
+#define TC_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define TC_SHARED(type, name)                         \
   extern __shared__ __align__(16) char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)

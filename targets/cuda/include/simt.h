@@ -13,7 +13,7 @@
 
 #define __restrict__
 #define TC_DEVICE inline
-#define TC_KERNEL(threads) extern "C" __attribute__((visibility("hidden"))) void
+#define TC_KERNEL(...) extern "C" __attribute__((visibility("hidden"))) void
 #define TC_SHARED(type, name) type* const name = reinterpret_cast<type*>(tc::simt::machine.shared.data())
 
 struct dim3 {

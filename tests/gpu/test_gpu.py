@@ -1,0 +1,112 @@
+"""On a GPU: every test of the kernels again, whole networks against onnxruntime, streams, graphs and bad indices. `make gpu-test`."""
+
+from __future__ import annotations
+
+import cuda_models
+import numpy as np
+import pytest
+import tcompile
+import test_cuda_kernels
+from tcompile.compiler import artifact
+from tcompile.compiler.compare import agree
+from tcompile.compiler.cuda_runtime import GpuModel
+from tcompile.models.zoo import ZOO
+
+NETWORKS = {
+    "minilm": {"input_ids": (1, 128), "attention_mask": (1, 128)},
+    "vit-s16": {"x": (1, 3, 224, 224)},
+    "resnet50": {"x": (1, 3, 224, 224)},
+    "smollm2": {"input_ids": (1, 128)},
+}
+
+
+class _OnGpu:
+    """A lowered program on the GPU, as the emulation is called."""
+
+    def __init__(self, lowered):
+        self._inputs = lowered.inputs
+        self._model = GpuModel(artifact.build(lowered))
+        self.error = 0
+
+    def __call__(self, *values):
+        import torch
+
+        tensors = [torch.from_numpy(np.array(value)).cuda() for value in values]
+        results = self._model(tensors, self._inputs)
+        self.error = max(int(word.item()) for word in self._model._errors.values())
+        return tuple(item.cpu().numpy() for item in (results if isinstance(results, tuple) else (results,)))
+
+
+KERNEL_TESTS = [
+    (name, [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"])
+    for name, test in sorted(vars(test_cuda_kernels).items())
+    if name.startswith("test_")
+]
+CASES = [(name, case) for name, marks in KERNEL_TESTS for case in (marks[0].args[1] if marks else [()])]
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=[f"{name}-{case[0]}" if case else name for name, case in CASES])
+def test_kernels(gpu, monkeypatch, name, arguments):
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    monkeypatch.setattr(test_cuda_kernels, "RANDOM", np.random.default_rng(7))
+    getattr(test_cuda_kernels, name)(*arguments)
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(gpu, name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    entry = ZOO[name]
+    feeds = {key: value for key, value in entry.example_inputs(**({"seq": 128} if "seq" in entry.dims else {})).items()}
+    model = tcompile.compile(str(entry.onnx_path()), target=gpu, shapes=NETWORKS[name])
+    ours = model(**feeds)
+    session = onnxruntime.InferenceSession(str(entry.onnx_path()))
+    for mine, want in zip(ours if isinstance(ours, tuple) else (ours,), session.run([spec.name for spec in model.outputs], feeds), strict=True):
+        assert agree(mine, want).ok
+
+
+def _mlp(gpu):
+    from onnx_models import mlp
+
+    return tcompile.compile(mlp(5, layers=3), target=gpu), tcompile.compile(mlp(5, layers=3))
+
+
+def test_cuda_tensors_stay_on_the_device_and_follow_torchs_stream(gpu):
+    import torch
+
+    model, plain = _mlp(gpu)
+    x = torch.randn(5, 4)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = model(x.cuda())
+    stream.synchronize()
+    assert y.is_cuda
+    np.testing.assert_allclose(y.cpu().numpy(), plain(x.numpy()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_can_be_captured_in_a_graph(gpu):
+    import torch
+
+    model, plain = _mlp(gpu)
+    x = torch.randn(5, 4, device="cuda")
+    model(x)  # weights on the device
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    x.copy_(torch.randn(5, 4))
+    graph.replay()
+    torch.cuda.synchronize()
+    np.testing.assert_allclose(y.cpu().numpy(), plain(x.cpu().numpy()), rtol=1e-5, atol=1e-6)
+
+
+def test_an_index_out_of_range_is_found_by_check(gpu):
+    import onnx
+
+    nodes = [onnx.helper.make_node("Gather", ["x", "i"], ["y"], name="pick")]
+    x, i = (onnx.helper.make_tensor_value_info(name, kind, dims) for name, kind, dims in (("x", 1, [4, 3]), ("i", 7, [2])))
+    graph = onnx.helper.make_graph(nodes, "gather", [x, i], [onnx.helper.make_tensor_value_info("y", 1, [2, 3])])
+    model = tcompile.compile(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), target=gpu)
+    with pytest.raises(tcompile.TcompileError, match="index out of range.*pick"):
+        model(np.zeros((4, 3), np.float32), np.array([1, 9]))
+    model(np.zeros((4, 3), np.float32), np.array([1, 3]))

@@ -1,0 +1,56 @@
+"""Real networks for the CUDA target: what they become, and, run thread by thread on the CPU (minutes), whether they agree with onnxruntime."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from cuda_models import emulation
+from tcompile.compiler.api import import_model
+from tcompile.compiler.compare import agree
+from tcompile.compiler.options import CompileOptions
+from tcompile.compiler.pipeline import lower
+from tcompile.models.zoo import ZOO
+from tcompile.targets.base import Target
+
+#: network -> dims, calls of each tensor-core template
+NETWORKS = {
+    "minilm": ({"seq": 128}, {"gemm": 36, "attention": 6}),
+    "vit-s16": ({}, {"conv2d": 1, "gemm": 49, "attention": 12}),
+    "resnet50": ({}, {"conv2d": 53, "gemm": 1}),
+    "smollm2": ({"seq": 16}, {"gemm": 211, "attention": 30}),
+}
+
+
+def lowered(name):
+    entry = ZOO[name]
+    feeds = entry.example_inputs(**NETWORKS[name][0])
+    program = import_model(str(entry.onnx_path()), shapes={key: value.shape for key, value in feeds.items()})
+    return lower(program, Target.parse("cuda:sm_90a"), CompileOptions(emit_only=True)), feeds
+
+
+def check_templates(name, code):
+    calls = Counter()
+    for row in code.report["kernels"]:
+        calls[row["template"]] += row["calls"]
+        # what is not a product is no matrix multiplication in disguise: its rows are walked once
+        assert "matmul" not in row["kernel"] or row["template"] == "gemm", row
+    assert {kind: calls[kind] for kind in ("gemm", "conv2d", "attention") if calls[kind]} == NETWORKS[name][1]
+    assert code.report["memory"]["workspace_bytes"] < code.report["memory"]["unshared_bytes"] / 3
+
+
+def test_minilm_has_every_product_on_tensor_cores():
+    check_templates("minilm", lowered("minilm")[0])
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_agree_with_onnxruntime(name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    code, feeds = lowered(name)
+    check_templates(name, code)
+    ours = emulation(code)(*feeds.values())
+    session = onnxruntime.InferenceSession(str(ZOO[name].onnx_path()))
+    for mine, want in zip(ours, session.run([spec.name for spec in code.outputs], feeds), strict=True):
+        assert agree(mine, np.asarray(want)).ok
