@@ -28,7 +28,7 @@ def _mlp() -> torch.nn.Module:
 
 def _cnn() -> torch.nn.Module:
     conv = torch.nn.Conv2d
-    body = [conv(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), ReLU(), torch.nn.MaxPool2d(2), conv(4, 6, 3, stride=2), ReLU()]
+    body = [conv(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), ReLU(), torch.nn.MaxPool2d(3, 2, padding=1), conv(4, 6, 3, stride=2), ReLU()]
     return torch.nn.Sequential(*body, torch.nn.AvgPool2d(2), torch.nn.Flatten(), Linear(6, 10))
 
 

@@ -49,6 +49,8 @@ def bench_verb(
         raise UsageError("--against needs the source model: give it with --model")
     sources = {name: require_file(source_for(name, [*source, model])) for name in names}
     compiled = open_model(model, shape=shape, threads=threads)
+    if compiled.manifest["target"]["kind"] == "fpga":
+        raise UsageError(f"{model} is for an FPGA and is only simulated here, which has no speed; its cycles are in source/plan.txt")
     feeds = feeds_for(compiled, inputs, seed)
     contestants = {"tcompile": lambda: compiled(**feeds)}
     contestants |= {name: prepare(name, path, feeds, compiled.threads) for name, path in sources.items()}

@@ -65,7 +65,7 @@ class Walk:
             node = Node("function", [node], node.size, lambda x: x, "", {"function": affine(1.0, 0.0)})
         self.output = node
         self.nodes = _live(self.output)
-        _fuse_clips(self.nodes, self.output)
+        self.output = _fuse_clips(self.nodes, self.output)
         self.nodes = _live(self.output)
 
     def _bind(self, binding: Any) -> None:
@@ -126,8 +126,8 @@ def _live(output: Node) -> list[Node]:
     return order
 
 
-def _fuse_clips(nodes: list[Node], output: Node) -> None:
-    """A clamp that alone reads a stage which rounds its sums moves into that stage's limits."""
+def _fuse_clips(nodes: list[Node], output: Node) -> Node:
+    """A clamp that alone reads a stage which rounds its sums moves into that stage's limits; returns the output afterwards."""
     readers: dict[int, list[Node]] = {}
     for node in nodes:
         for source in node.inputs:
@@ -135,7 +135,7 @@ def _fuse_clips(nodes: list[Node], output: Node) -> None:
     replaced: dict[int, Node] = {}
     for node in nodes:
         node.inputs = [replaced.get(id(source), source) for source in node.inputs]
-        if node is output or node.kind != "function" or node.params["function"].kind != "clip":
+        if node.kind != "function" or node.params["function"].kind != "clip":
             continue
         source = node.inputs[0]
         if source.kind in ("linear", "add", "matmul", "average") and len(readers[id(source)]) == 1 and not source.params.get("pinned"):
@@ -143,6 +143,7 @@ def _fuse_clips(nodes: list[Node], output: Node) -> None:
             source.clip = (max(low, source.clip[0]), min(high, source.clip[1]))
             source.params["pinned"] = node.params.get("pinned")
             replaced[id(node)] = source
+    return replaced.get(id(output), output)
 
 
 def per_channel(array: np.ndarray, view: View) -> np.ndarray | None:
