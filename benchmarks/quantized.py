@@ -33,7 +33,7 @@ def lee(name: str, count: int) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()][:count]
 
 
-def kept(path: Path, make: Callable[[], Any], threads: int | None = None) -> Any:
+def kept(path: Path, threads: int, make: Callable[[], Any]) -> Any:
     """The compiled model at `path`, made and saved there the first time."""
     if not path.exists():
         make().save(path)
@@ -61,12 +61,12 @@ def minilm(work: Path, options: argparse.Namespace) -> None:
 
     shapes = {"input_ids": (1, length), "attention_mask": (1, length)}
     calibration, test = feeds(lee("lee_background.cor", 24)), feeds(lee("lee.cor", 50))
-    exact = embeddings(kept(work / "minilm.tcm", lambda: tcompile.compile(entry.onnx_path(), shapes=shapes)), test)
+    exact = embeddings(kept(work / "minilm.tcm", options.threads, lambda: tcompile.compile(entry.onnx_path(), shapes=shapes)), test)
     for name, quantize in (("minmax", Quantize()), ("percentile", Quantize(observer="percentile")), ("mse", Quantize(observer="mse"))):
         if options.observers and name not in options.observers.split(","):
             continue
         make = lambda quantize=quantize: tcompile.compile(entry.onnx_path(), shapes=shapes, quantize=quantize, calibration=calibration)  # noqa: E731
-        cosine = (embeddings(kept(work / f"minilm_{name}.tcm", make), test) * exact).sum(1)
+        cosine = (embeddings(kept(work / f"minilm_{name}.tcm", options.threads, make), test) * exact).sum(1)
         print(f"minilm int8, observer {name}: cosine to float32 mean {cosine.mean():.5f}, least {cosine.min():.5f} ({len(test)} texts)", flush=True)
 
 
@@ -88,9 +88,10 @@ def ocr(work: Path, options: argparse.Namespace) -> None:
     calibration = [{"x": render(" ".join(part[6:12])[:34])} for part in words[:24]]
     shapes = {"x": (1, 3, 48, WIDTH)}
     models = {
-        "float32": kept(work / "ocr.tcm", lambda: tcompile.compile(model_path(), shapes=shapes)),
+        "float32": kept(work / "ocr.tcm", options.threads, lambda: tcompile.compile(model_path(), shapes=shapes)),
         "int8": kept(
             work / "ocr_int8.tcm",
+            options.threads,
             lambda: tcompile.compile(model_path(), shapes=shapes, quantize=Quantize(observer=options.ocr_observer), calibration=calibration),
         ),
     }
@@ -112,7 +113,9 @@ def smollm2(work: Path, options: argparse.Namespace) -> None:
     path = ZOO["smollm2"].onnx_path()
     for name, quantize in (("float32", None), ("w8 g32", Quantize("w8")), ("w4 g32", Quantize("w4")), ("w4 g64", Quantize("w4", group=64))):
         model = kept(
-            work / f"smollm2_{name.replace(' ', '_')}.tcm", lambda quantize=quantize: tcompile.compile(path, shapes=shapes, quantize=quantize)
+            work / f"smollm2_{name.replace(' ', '_')}.tcm",
+            options.threads,
+            lambda quantize=quantize: tcompile.compile(path, shapes=shapes, quantize=quantize),
         )
         loss = []
         for row in ids:
@@ -173,9 +176,11 @@ def network(name: str, work: Path, options: argparse.Namespace) -> None:
     shapes = {key: tuple(value.shape) for key, value in samples[0].items()}
     path = entry.onnx_path()
     models = {
-        "float32": kept(work / f"{name}.tcm", lambda: tcompile.compile(path, shapes=shapes, threads=options.threads), options.threads),
+        "float32": kept(work / f"{name}.tcm", options.threads, lambda: tcompile.compile(path, shapes=shapes, threads=options.threads)),
         "int8": kept(
-            work / f"{name}_int8.tcm", lambda: tcompile.compile(path, shapes=shapes, quantize="int8", calibration=samples, threads=options.threads)
+            work / f"{name}_int8.tcm",
+            options.threads,
+            lambda: tcompile.compile(path, shapes=shapes, quantize="int8", calibration=samples, threads=options.threads),
         ),
     }
     outputs = [model(**samples[0]) for model in models.values()]
