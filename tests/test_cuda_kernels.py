@@ -234,6 +234,13 @@ def test_everything_else_runs_on_the_gpu_too():
     assert kinds <= {"map", "rows by thread", "rows by warp", "rows by block", "scan", "gemm"}
 
 
+def test_sine_and_cosine_of_any_size():
+    x = np.concatenate([floats(500), floats(500) * 1e3, floats(500) * 1e9])
+    (sine, cosine), _ = run(lambda emit, x: [emit(op.sin(x)), emit(op.cos(x))], {"x": x})
+    assert np.abs(sine - np.sin(x.astype("float64"))).max() < 2e-7
+    assert np.abs(cosine - np.cos(x.astype("float64"))).max() < 2e-7
+
+
 def test_an_index_out_of_range_is_recorded_with_its_kernel():
     x, index = floats(5, 4), np.array([1, 7, -6], "int64")
     program = program_of(lambda emit, x, i: [emit(op.take(x, i, axis=0))], {"x": x, "i": index})

@@ -62,6 +62,7 @@ def network():
             emit(op.nn.relu(emit(op.nn.conv2d(image, kernel, 1, 1, 1, 1, "NHWC", "HWIO", "NHWC")))),
             emit(attention(q, q, q, causal=True)),
             emit(op.nn.softmax(x)),
+            emit(op.sin(x)),
         ]
 
     return program_of(build, inputs), inputs
@@ -110,7 +111,7 @@ def test_products_are_on_tensor_cores_and_nothing_spills(arch, precision, tmp_pa
 def test_the_library_loads_without_a_gpu_and_refuses_other_tensors():
     lowered = built("sm_80", "fp32")
     main = load_library(lowered.library)["main"]
-    with pytest.raises(RuntimeError, match="expected 12 tensors, got 0"):
+    with pytest.raises(RuntimeError, match="expected 13 tensors, got 0"):
         main()
     sizes = [lowered.report["memory"]["workspace_bytes"], 0]
     tensors = [np.zeros(size, np.uint8) for size in sizes] + [np.zeros(1, np.int32)]

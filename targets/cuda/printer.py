@@ -156,6 +156,9 @@ class Printer:
         name, args, dtype = getattr(expr.op, "name", str(expr.op)), expr.args, str(expr.ty.dtype)
         if name == "prim.if_then_else":
             return f"({self(args[0])} ? {self(args[1])} : {self(args[2])})"
+        if dtype == "float32" and name in ("tirx.sin", "tirx.cos", "tirx.tan"):
+            sine, cosine = (f"tc::{function}({self(args[0])})" for function in ("sine", "cosine"))
+            return {"tirx.sin": sine, "tirx.cos": cosine, "tirx.tan": f"({sine} / {cosine})"}[name]
         if name in _MATH:
             if dtype not in ("float32", "float64"):
                 raise Unsupported(f"{name} of {dtype}")
