@@ -65,8 +65,7 @@ def tune_program(
             )
         model = default_model(target.kind)
         setting = Setting(records, model, target.text, hardware(target), threads, _versions(), trials, seconds, options.seed)
-        with stage("tuning"):
-            return tune(found, setting, show)
+        return tune(found, setting, show)  # no stage: it would raise Ctrl-C again, after the tuner has ended the search for it
     finally:
         records.close()
 
