@@ -217,3 +217,29 @@ def test_emitters_print_from_the_same_plan():
     assert len(lines) == len(table)
     for line, row in zip(lines, table.tolist(), strict=True):
         assert [int(line, 16) >> (8 * place) & 255 for place in range(len(row))] == row
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD,BSHD,BSHD,BHSD"])
+def test_fused_attention_in_every_layout(layout):
+    """Heads before or behind the tokens: the same products."""
+    from tcompile.compiler.dialect.attention import attention
+    from tcompile.compiler.program import Program, Provenance, TensorSpec
+    from tcompile.compiler.tvm import relax
+    from tcompile.targets.fpga.calibrate import observe
+
+    builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType([1, 5, 2, 8], "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            queries = x if layout == "BSHD" else builder.emit(relax.op.permute_dims(x, [0, 2, 1, 3]))
+            out = builder.emit(attention(queries, x, x, scale=0.3, layout=layout))
+            if layout != "BSHD":
+                out = builder.emit(relax.op.permute_dims(out, [0, 2, 1, 3]))
+            out = builder.emit_output(out)
+        builder.emit_func_output(out)
+    specs = tuple((TensorSpec(name, (1, 5, 2, 8), "float32"),) for name in ("x", "y"))
+    sample = np.random.default_rng(0).standard_normal((1, 5, 2, 8), dtype=np.float32)
+    _, (found,) = observe(lower_to_nodes(Program(builder.get(), *specs, Provenance("test", "onnx"))), [sample])
+    heads = sample.transpose(0, 2, 1, 3).astype(np.float64)
+    weights = np.exp(heads @ heads.transpose(0, 1, 3, 2) * 0.3)
+    expected = (weights / weights.sum(-1, keepdims=True) @ heads).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(found, expected.ravel(), rtol=1e-9)

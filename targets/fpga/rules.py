@@ -245,6 +245,13 @@ def _layer_norm(walk: Walk, call: Any, operands: list[Any], source: str) -> View
 @rule("tcompile.attention")
 def _attention(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
     q, k, v = (_view(operand, "queries, keys and values") for operand in operands[:3])
+    layouts = str(call.attrs.layout).split(",")
+    layouts = layouts * 4 if len(layouts) == 1 else layouts
+
+    def swapped(x: np.ndarray) -> np.ndarray:
+        return x.transpose(0, 2, 1, 3)
+
+    q, k, v = (view if layout == "BHSD" else view.rearranged(swapped) for view, layout in zip((q, k, v), layouts, strict=False))
     if len(operands) > 3 or call.attrs.causal or call.attrs.received:
         raise Refused("a mask, causal or received scores; FPGA attention has none of them")
     if k.shape[1] != q.shape[1]:
@@ -252,7 +259,8 @@ def _attention(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
     b, h, s, _ = q.shape
     scores = matmul(q, k.rearranged(lambda x: np.swapaxes(x, -1, -2)), [b, h, s, k.shape[2]], source)
     scale = float(call.attrs.scale)
-    return matmul(softmax(scores.mapped(affine(scale, 0.0)), -1, source), v, [b, h, s, v.shape[3]], source)
+    result = matmul(softmax(scores.mapped(affine(scale, 0.0)), -1, source), v, [b, h, s, v.shape[3]], source)
+    return result if layouts[3] == "BHSD" else result.rearranged(swapped)
 
 
 # ---- shapes
