@@ -1,0 +1,132 @@
+"""All of it in one call, on a ViT trained on digits: fewer tokens, zeros in the weights, int8, measured loss and a report; from the command, from Python and from a recipe."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import tcompile
+from tcompile.compiler.cli.main import main
+from tcompile.compiler.options import CompileOptions
+from tcompile.compiler.recipe import Recipe
+from tcompile.models.datasets import mnist
+from tcompile.models.mnist import accuracy
+from tcompile.models.zoo import ZOO
+from tcompile.passes.quantization.quantize import Quantize
+from tcompile.passes.sparsity.sparsify import Sparsify
+
+pytest.importorskip("torch")
+SHAPE = "x=1x1x28x28"
+FLAGS = ["--quantize", "int8", "--sparsity", "block:0.4", "--token-keep", "0.7"]
+TEST = 200
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The model, calibration data, and everything that one call of the command writes."""
+    folder = tmp_path_factory.mktemp("compression")
+    np.savez(folder / "data.npz", x=mnist()[0].x[:32])
+    model = ZOO["mnist-vit"].onnx_path()
+    code = main(
+        [
+            str(model),
+            *FLAGS,
+            "--shape",
+            SHAPE,
+            "--calibration",
+            str(folder / "data.npz"),
+            "--report",
+            str(folder / "out.html"),
+            "-o",
+            str(folder / "vit.tcm"),
+        ]
+    )
+    assert code == 0
+    return folder
+
+
+def right(model) -> float:
+    """Share of held-out digits that a model of batch 1 gets right."""
+    held_out = mnist()[1]
+    logits = np.concatenate([model(held_out.x[index : index + 1]) for index in range(TEST)])
+    return accuracy(logits, held_out.y[:TEST])
+
+
+def test_the_command_compresses_compiles_and_reports(files):
+    model = tcompile.load(files / "vit.tcm")
+    plain = tcompile.compile(ZOO["mnist-vit"].onnx_path(), shapes={"x": (1, 1, 28, 28)})
+    assert right(model) >= right(plain) - 0.06
+    report = model.report()
+    steps = {entry["name"]: entry for entry in report["passes"]}
+    order = [entry["name"] for entry in report["passes"] if entry.get("lossy")]
+    assert order == ["token-pruning", "sparsify", "quantize"]
+    losses = [steps[name]["loss"]["cosine"] for name in order]
+    assert all(0 < loss < 0.2 for loss in losses)
+    assert report["weights_bytes"] < 0.5 * plain.report()["weights_bytes"]
+    assert any("int8" in str(kernel["workload"]) for kernel in report["kernels"])
+
+
+def test_the_page_shows_every_step(files):
+    text = (files / "out.html").read_text()
+    for part in ("token-pruning", "sparsify", "quantize", "sparse layers", "quantized layers", "times as fast", "measured, us", "cosine"):
+        assert part in text
+    assert not any(mark in text for mark in ("http:", "https:", "src=", "@import", "<script"))
+
+
+def test_python_and_recipe_do_the_same(files, tmp_path):
+    """The artifact's recipe taken back as TOML gives the same weights and code, configured passes the same recipe."""
+    import tomli_w
+
+    want = json.loads((files / "vit.tcm" / "manifest.json").read_text())
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tomli_w.dumps({"pass": [{key: value for key, value in step.items() if value is not None} for step in want["recipe"]["pass"]]}))
+    assert [step["name"] for step in tomllib.loads(recipe.read_text())["pass"]].index("sparsify") > 0
+    shapes, data = {"x": (1, 1, 28, 28)}, files / "data.npz"
+    tcompile.compile(ZOO["mnist-vit"].onnx_path(), shapes=shapes, calibration=data, recipe=recipe).save(tmp_path / "again.tcm")
+    found = json.loads((tmp_path / "again.tcm" / "manifest.json").read_text())
+    assert found["files"]["weights.safetensors"] == want["files"]["weights.safetensors"]
+    assert found["files"]["lib.so"] == want["files"]["lib.so"]
+    configured = {"quantize": Quantize("int8"), "sparsity": Sparsify("block:0.4"), "token_keep": 0.7}
+    assert json.loads(json.dumps(Recipe.of(CompileOptions(compression=configured)).to_dict())) == want["recipe"]
+
+
+def test_a_limit_that_cannot_hold_writes_nothing(files, tmp_path, capsys):
+    output = tmp_path / "vit.tcm"
+    arguments = [
+        str(ZOO["mnist-vit"].onnx_path()),
+        "--token-keep",
+        "0.3",
+        "--shape",
+        SHAPE,
+        "--calibration",
+        str(files / "data.npz"),
+        "--max-drop",
+        "1e-6",
+    ]
+    assert main([*arguments, "-o", str(output)]) == 5
+    assert "max-drop" in capsys.readouterr().err and not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "reason"),
+    [
+        (["--token-keep", "0"], 2, "(0, 1]"),
+        (["--token-keep", "1.5"], 2, "(0, 1]"),
+        (["--sparsity", "1.0"], 2, "below 1"),
+        (["--sparsity", "block:x"], 2, "expected"),
+        (["--quantize", "int5"], 2, "expected one of"),
+        (["--quantize", "int8"], 2, "--calibration"),
+        (["--calibration", "missing.npz"], 2, "no such file"),
+        (["--max-drop", "0.1"], 2, "calibration"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(flags, code, reason, tmp_path, capsys):
+    assert main([str(ZOO["mnist-vit"].onnx_path()), "--shape", SHAPE, *flags, "-o", str(tmp_path / "vit.tcm")]) == code
+    assert reason in capsys.readouterr().err
+
+
+def test_a_model_without_tokens_is_not_supported(tmp_path, capsys):
+    assert main([str(ZOO["mnist-cnn"].onnx_path()), "--shape", SHAPE, "--token-keep", "0.7", "-o", str(tmp_path / "cnn.tcm")]) == 3
+    assert "token" in capsys.readouterr().err
