@@ -65,7 +65,7 @@ def test_the_command_compresses_compiles_and_reports(files):
     losses = [steps[name]["loss"]["cosine"] for name in order]
     assert all(0 < loss < 0.2 for loss in losses)
     assert report["weights_bytes"] < 0.5 * plain.report()["weights_bytes"]
-    assert any("int8" in str(kernel["workload"]) for kernel in report["kernels"])
+    assert any("u8s8" in str(kernel["workload"]) for kernel in report["kernels"])
 
 
 def test_the_page_shows_every_step(files):

@@ -236,8 +236,22 @@ def test_models_without_a_token_axis():
         pruned(program({"x": [2, 6, 8]}, lambda emit, x: op.nn.relu(x)), 0.5)
     with pytest.raises(UnsupportedModel, match="causal"):
         pruned(small(first_token, causal=True), 0.5)
-    with pytest.raises(UnsupportedModel, match=r"a form other than \[batch, tokens, channels\]"):
-        pruned(program({"x": [2, 6, 8]}, _windows), 0.5)
+    window = np.where(np.tri(6, dtype=bool) & ~np.tri(6, k=-3, dtype=bool), 0, -np.inf).astype("float32")[None, None]
+    with pytest.raises(UnsupportedModel, match="causal"):
+        pruned(small(first_token, mask=relax.const(window)), 0.5)
+    pruned(small(first_token, mask=relax.const(np.zeros((1, 1, 6, 6), "float32"))), 0.5)
+
+
+def test_decoders_whose_mask_is_computed_are_refused():
+    """GPT-2's export compares positions while it runs."""
+
+    def build(emit, x):
+        position = emit(op.arange(0, 6, 1, "int64"))
+        seen = emit(op.less_equal(emit(op.reshape(position, [1, 1, 1, 6])), emit(op.reshape(position, [1, 1, 6, 1]))))
+        return first_token(emit, block(emit, x, mask=seen))
+
+    with pytest.raises(UnsupportedModel, match="compares positions"):
+        pruned(program({"x": [2, 6, 8]}, build), 0.5)
 
 
 @pytest.mark.parametrize("method", ["drop", "merge"])

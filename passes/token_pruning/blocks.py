@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...compiler.dialect import attention
 from ...compiler.errors import Blocker
 from ...compiler.tvm import Constant, relax
 from .axes import Axis, Unfollowable, dims, follow, layouts, name_of, operands, same, shown
+
+#: what relates the position of one token to that of another
+_COMPARISONS = ("relax.less", "relax.less_equal", "relax.greater", "relax.greater_equal", "relax.tril", "relax.triu")
+#: an additive mask of no more than this hides a key
+_HIDDEN = -1e4
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,10 @@ def find_blocks(function: Any, source: Any) -> tuple[list[Block], list[Blocker]]
 def _block(steps: Sequence[Any], place: int) -> Block:
     call = steps[place].value
     attrs = attention.attrs_of(call)
-    if attrs.causal:
-        raise Unfollowable("it is causal: every token of a decoder predicts its successor, so none can be dropped")
+    if attrs.causal or len(call.args) == 4 and _may_be_causal(steps, place, call.args[3]):
+        raise Unfollowable(
+            "it is causal, or its mask compares positions while running: every token of a decoder predicts its successor, so none can be dropped"
+        )
     places = [layout.index("S") for layout in layouts(call)]
     tokens, keys = (dims(arg)[s] for arg, s in zip(call.args[:2], places, strict=False))
     if not same(tokens, keys):
@@ -69,6 +78,23 @@ def _block(steps: Sequence[Any], place: int) -> Block:
     raise Unfollowable(trail.reason or "its result is not added to a residual stream along the tokens")
 
 
+def _may_be_causal(steps: Sequence[Any], place: int, mask: Any) -> bool:
+    """A constant mask that hides whatever comes after a query, or one that is computed by comparing queries' positions with those of keys."""
+    if isinstance(mask, Constant):
+        values = mask.value.numpy()
+        queries, keys = values.shape[-2:]
+        hidden = ~values if values.dtype == bool else values <= _HIDDEN
+        return queries == keys > 1 and bool(hidden[..., np.triu(np.ones((queries, keys), bool), 1)].all())
+    before = _ancestors(steps[: place + 1], place, [mask])
+    return any(binding.var in before and name_of(binding.value) in _COMPARISONS and _is_table(binding.var) for binding in steps[:place])
+
+
+def _is_table(var: Any) -> bool:
+    """More than one row and more than one column."""
+    shape = dims(var)
+    return len(shape) >= 2 and not same(shape[-1], 1) and not same(shape[-2], 1)
+
+
 def _feeds(steps: Sequence[Any], residual: Any, call: Any, places: Sequence[int], tokens: Any) -> None:
     """Queries, keys and values are made from the residual stream, token by token."""
     trail = Trail({residual: {1: Axis()}}, tokens)
@@ -81,8 +107,9 @@ def _feeds(steps: Sequence[Any], residual: Any, call: Any, places: Sequence[int]
             )
 
 
-def _ancestors(steps: Sequence[Any], place: int) -> set[Any]:
-    wanted = {arg for arg in operands(steps[place].value)}
+def _ancestors(steps: Sequence[Any], place: int, of: Sequence[Any] | None = None) -> set[Any]:
+    """What the operands of a step, or the variables `of`, are computed from, themselves included."""
+    wanted = set(operands(steps[place].value) if of is None else of)
     for binding in reversed(steps[:place]):
         if binding.var in wanted:
             value = binding.value
