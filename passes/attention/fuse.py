@@ -68,6 +68,7 @@ class _Rewriter(relax.PyExprMutator):
         self.module, self.graph, self.sites = module, graph, sites
         self.missed: list[tuple[Any, str]] = []
         self.count = 0
+        self.name = ""
 
     def apply(self) -> Any:
         main = self.module.get_global_var("main")
@@ -76,6 +77,7 @@ class _Rewriter(relax.PyExprMutator):
 
     def visit_var_binding_(self, binding: Any) -> None:
         site = self.sites.get(binding.var)
+        self.name = binding.var.name
         if site is None:
             super().visit_var_binding_(binding)
             return
@@ -133,7 +135,7 @@ class _Rewriter(relax.PyExprMutator):
             layouts.append("BHSD" if source is None else "BSHD")
         layouts.append("BSHD" if "BSHD" in layouts else "BHSD")
         attrs = replace(attrs, scale=attrs.scale * q.scale * k.scale, layout=layouts[0] if len(set(layouts)) == 1 else ",".join(layouts))
-        out = self.builder_.emit(attention(*values, None if mask is None else self.visit_expr(mask), **asdict(attrs)))
+        out = self.builder_.emit(attention(*values, None if mask is None else self.visit_expr(mask), **asdict(attrs)), self.name)
         # canonicalisation removes it together with its inverse, which almost every attention is followed by
         return self.emit(relax.op.permute_dims(out, list(SWAPPED))) if layouts[3] == "BSHD" else out
 
