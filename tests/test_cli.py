@@ -111,7 +111,7 @@ def test_flags_and_arguments_mirror_each_other():
     arguments = {name for name in inspect.signature(tcompile.compile).parameters}
     assert flags - arguments == {"output", "shape", "dump_ir", "as_json"}  # shape: one of `shapes`
     later = {"target_latency", "restore_tokens", "generate"}
-    assert arguments - flags == {"example_inputs", "shapes", "tune_trials", "time_budget", "tuning_db"} | later
+    assert arguments - flags == {"example_inputs", "shapes"} | later
 
 
 def test_tables_are_compact(call):
