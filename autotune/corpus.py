@@ -3,6 +3,7 @@
     build --work DIR      compile a sample of every workload's schedules (an hour), resuming where it stopped
     measure --work DIR    time what was built, on an idle machine (minutes), and write the corpus file
     train                 train on the corpus file, evaluate by held-out workload, write the model, its schema and docs/cost-model.md's table
+    train --target cuda   the same of the model of what kernels take (or fpga), on its points (benchmarks/cuda_points.py, targets/fpga/measure.py)
 
 The package carries the corpus file, so that `train` alone reproduces the model bit for bit.
 """
@@ -26,10 +27,11 @@ from ..targets.base import Target
 from ..targets.cpu.candidates import compile_kernels
 from ..targets.cpu.tasks import Task, with_cores
 from ..targets.cpu.template import machine
-from . import features
+from . import features, resource_training
 from .cost_model import AnalyticModel, Candidate
 from .learned import PRETRAINED, family
 from .measure import Memory, Operand, contestant, measure
+from .resources import QUANTITIES, read_points
 from .training import publish, read_corpus
 
 CORPUS = PRETRAINED / "cpu-corpus.jsonl.gz"
@@ -159,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for verb in (one, two):
         verb.add_argument("--work", type=Path, required=True, help="folder for the libraries")
     three = verbs.add_parser("train", help="train, evaluate, write model and table")
+    three.add_argument("--target", choices=("cpu", *QUANTITIES), default="cpu", help="kind of target")
     three.add_argument("--output", type=Path, default=PRETRAINED, help="folder of the model")
     three.add_argument("--docs", type=Path, help="Markdown page whose table is replaced")
     for verb in (two, three):
@@ -170,8 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         build(given.work, given.schedules, given.networks.split(",") if given.networks else tuple(ZOO))
     elif given.verb == "measure":
         measure_all(given.work, given.seconds, given.corpus)
-    else:
+    elif given.target == "cpu":
         print(publish(read_corpus(given.corpus), given.output, given.docs))
+    else:
+        print(resource_training.publish(given.target, read_points(resource_training.points_file(given.target)), given.output, given.docs))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -62,6 +62,25 @@ class Candidate:
     def kernel(self) -> Any:
         """The emitted kernel."""
         return self.emit()
+
+
+@dataclass(frozen=True)
+class Design:
+    """One way to compute one workload on a target where space is as scarce as time: its kind, closed-form features by name (machine included), and what the target's own
+    formulas say of each quantity (registers, shared_bytes; cycles, dsp, lut). Names and their order are part of a trained model's schema.
+    """
+
+    kind: str
+    numbers: Mapping[str, float]
+    modelled: Mapping[str, float]
+
+
+class ResourceModel(Protocol):
+    """Predicts what designs take, by the names of the quantities that `Design.modelled` has."""
+
+    name: str
+
+    def predict(self, designs: Sequence[Design]) -> list[dict[str, float]]: ...
 
 
 class CostModel(Protocol):

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from ..compiler.errors import UsageError
 from . import features
-from .cost_model import AnalyticModel, Candidate, CostModel, Machine
+from .cost_model import AnalyticModel, Candidate, CostModel, Machine, ResourceModel
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 #: candidates of one kernel whose TIR is looked at
@@ -29,7 +29,8 @@ LEADERS = 8
 class Schema:
     """What a trained model expects: names of the features in their order, the version of their meaning, the families of kernels it was trained on.
 
-    digest: SHA-256 of the trees by stage, so that model and schema cannot be mixed up.
+    digest: SHA-256 of the trees by stage (or quantity), so that model and schema cannot be mixed up. quantities: of a resource model, which of learned and modelled answers,
+    and the held-out errors that decided it.
     """
 
     version: int
@@ -37,22 +38,24 @@ class Schema:
     families: tuple[str, ...]
     digest: dict[str, str]
     trained_on: dict[str, Any]
+    quantities: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def read(path: Path) -> Schema:
         """Raises UsageError when the file is no schema."""
         try:
             data = json.loads(path.read_text())
-            return Schema(data["version"], tuple(data["names"]), tuple(data["families"]), data["digest"], data["trained_on"])
+            rest = data["digest"], data["trained_on"], data.get("quantities", {})
+            return Schema(data["version"], tuple(data["names"]), tuple(data["families"]), *rest)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is not the schema of a cost model: {error}") from error
 
-    def check(self, path: Path) -> None:
+    def check(self, path: Path, version: int = features.VERSION, names: tuple[str, ...] = features.NAMES) -> None:
         """UsageError unless this build computes the very features that the model was trained on."""
-        if self.version != features.VERSION:
-            raise UsageError(f"{path}: features of version {self.version}, this tcompile computes version {features.VERSION}; train the model again")
-        if self.names != features.NAMES:
-            differ = sorted(set(self.names) ^ set(features.NAMES)) or ["their order"]
+        if self.version != version:
+            raise UsageError(f"{path}: features of version {self.version}, this tcompile computes version {version}; train the model again")
+        if self.names != names:
+            differ = sorted(set(self.names) ^ set(names)) or ["their order"]
             raise UsageError(f"{path}: other features than this tcompile computes ({', '.join(differ[:5])}); train the model again")
 
 
@@ -144,7 +147,15 @@ def read_booster(file: Path, digest: str) -> Any:
     return booster
 
 
+@overload
+def default_model(target: Literal["cpu"] = "cpu") -> CostModel: ...
+@overload
+def default_model(target: Literal["cuda", "fpga"]) -> ResourceModel: ...
 @cache
-def default_model(target: str = "cpu") -> CostModel:
-    """The model that compilations use: the one shipped with the package."""
-    return LearnedModel.load(PRETRAINED, target)
+def default_model(target: str = "cpu") -> CostModel | ResourceModel:
+    """The model shipped with the package: of latency for a CPU, of what a design takes for CUDA and FPGAs."""
+    if target == "cpu":
+        return LearnedModel.load(PRETRAINED)
+    from .resources import LearnedResources
+
+    return LearnedResources.load(PRETRAINED, target)

@@ -185,11 +185,15 @@ def publish(samples: Sequence[Sample], output: Path, docs: Path | None = None) -
     }
     (output / "cpu.json").write_text(json.dumps(schema, indent=1) + "\n")
     if docs is not None:
-        page = docs.read_text()
-        before, _, rest = page.partition(MARKERS[0])
-        _, _, after = rest.partition(MARKERS[1])
-        docs.write_text(f"{before}{MARKERS[0]}\n{text}{MARKERS[1]}{after}")
+        replace_between(docs, MARKERS, text)
     return text
+
+
+def replace_between(page: Path, markers: tuple[str, str], text: str) -> None:
+    """Put `text` between two lines of a page."""
+    before, _, rest = page.read_text().partition(markers[0])
+    _, _, after = rest.partition(markers[1])
+    page.write_text(f"{before}{markers[0]}\n{text}{markers[1]}{after}")
 
 
 def report(samples: Sequence[Sample], picks: Sequence[Picks]) -> str:

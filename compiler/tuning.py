@@ -63,7 +63,7 @@ def tune_program(
             raise UsageError(
                 "no kernel of this model has schedules to choose from: all sizes are known only at run time, or no template takes its operators"
             )
-        model = default_model(target.kind)
+        model = default_model("cpu")
         setting = Setting(records, model, target.text, hardware(target), threads, _versions(), trials, seconds, options.seed)
         return tune(found, setting, show)  # no stage: it would raise Ctrl-C again, after the tuner has ended the search for it
     finally:

@@ -68,7 +68,7 @@ def lower(steps: Steps) -> Lowered:
 
 def cost_model(steps: Steps) -> CostModel:
     """What chooses among candidates: the learned model, behind the winners of a tuning database where one was given."""
-    model, path = default_model(steps.target.kind), steps.options.tuning_db
+    model, path = default_model("cpu"), steps.options.tuning_db
     if path is None:
         return model
     from .tasks import hardware

@@ -32,8 +32,8 @@ class _Operand:
     offset: str = ""
 
 
-def gemm(fused: Fused, target: Target, policy: str) -> Plan:
-    """One kernel; raises Unfusable when the function is not for this template."""
+def gemm(fused: Fused, target: Target, policy: str, tile: TileSchedule | None = None) -> Plan:
+    """One kernel, of this tile or the best; raises Unfusable when the function is not for this template."""
     if fused.core["op"] not in ("matmul", "conv2d"):
         raise Unfusable(f"no tensor-core template for {fused.core['op']}")
     if any(buffer.ty.dtype != "float32" for buffer in (*fused.inputs, fused.accumulator)):
@@ -43,9 +43,14 @@ def gemm(fused: Fused, target: Target, policy: str) -> Plan:
     if any(static(dim) == 0 for param in fused.params for dim in param.shape):
         raise Unfusable("an operand without elements")
     try:
-        return Plan(tuple(fused.params), (_Gemm(fused, target, policy).kernel(),))
+        return Plan(tuple(fused.params), (_Gemm(fused, target, policy).kernel(tile),))
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason
+
+
+def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
+    """The product that a fused function is; raises Unfusable as `gemm` does for other convolutions."""
+    return _Gemm(fused, target, policy).shape
 
 
 class _Gemm:
@@ -59,9 +64,10 @@ class _Gemm:
             self.batch_dims, self.row_dims, self.k, self.a, self.b = self._matrices()
         self.m, self.n, self.batch = math.prod(self.row_dims), self.dims[-1], math.prod(self.batch_dims)
 
-    def kernel(self) -> Kernel:
-        shape = GemmShape(self.batch, self.m, self.k, self.n)
-        tile: TileSchedule = best_tile(shape, self.target, self.policy)
+        self.shape = GemmShape(self.batch, self.m, self.k, self.n, self.a.vector, self.b.vector, "Windows" in self.a.source)
+
+    def kernel(self, tile: TileSchedule | None) -> Kernel:
+        tile = tile or best_tile(self.shape, self.target, self.policy)
         a, b = (self.signature.name(buffer) for buffer in self.fused.inputs)
         lines = [f"using T = {tile.source};"]
         for side, name, operand in (("a", a, self.a), ("b", b, self.b)):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...autotune.cost_model import Design
+from ...autotune.learned import default_model
 from ..base import Target
 
 #: k elements per stage
@@ -16,14 +18,27 @@ _SHARED_BYTES_PER_CYCLE = 128.0
 _L2_BYTES_PER_CYCLE = 48.0
 #: cycles that a block waits per k step where nothing hides them, and around its loop
 _STEP_LATENCY, _BLOCK_LATENCY = 60.0, 1500.0
+#: registers beyond the limit, relative, that the assembler makes do without
+_SQUEEZE = 1.1
+#: registers that one thread may have, and those of a multiprocessor
+THREAD_REGISTERS, FILE_REGISTERS = 255, 65536
+#: 32-bit registers of a fragment of A and of B by number policy (struct A and B in include/tcompile.cuh)
+_FRAGMENTS = {"Fp32": (16, 8), "Tf32": (8, 4), "Fp16": (4, 2), "Bf16": (4, 2)}
+#: counters, pointers and positions; an address and a predicate per copy of a step (rounded from the points in autotune/pretrained/cuda-points.jsonl)
+_OTHER_REGISTERS, _COPY_REGISTERS = 32, 2
 
 
 @dataclass(frozen=True)
 class GemmShape:
+    """batch x m x k x n; va, vb: floats per copy of A and B; windows: A is read through a convolution's windows."""
+
     batch: int
     m: int
     k: int
     n: int
+    va: int = 4
+    vb: int = 4
+    windows: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,55 @@ def predicted_cycles(shape: GemmShape, tile: TileSchedule, target: Target, polic
     return waves * (_BLOCK_LATENCY + steps * (max(arithmetic, shared, level2) * resident + _STEP_LATENCY))
 
 
+def design(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> Design:
+    """A kernel as the resource model sees it; registers are those that a thread holds or spills. Their estimate: two sets of accumulators for fp32, one
+    otherwise, the fragments of a step, its copies, and a constant."""
+    high, wide = tile.bm // tile.wm // 16, tile.bn // tile.wn // 8
+    copies = [size * BK / width / tile.threads for size, width in ((tile.bm, shape.va), (tile.bn, shape.vb))]
+    sets, (a, b) = 2 if policy == "Fp32" else 1, _FRAGMENTS[policy]
+    numbers = {
+        "batch": math.log2(shape.batch),
+        "m": math.log2(shape.m),
+        "k": math.log2(shape.k),
+        "n": math.log2(shape.n),
+        "va": shape.va,
+        "vb": shape.vb,
+        "windows": int(shape.windows),
+        "bm": tile.bm,
+        "bn": tile.bn,
+        "stages": tile.stages,
+        "steps": min(tile.stages, math.ceil(shape.k / BK)),
+        "threads": tile.threads,
+        "register_limit": register_limit(tile),
+        "fragments_high": high,
+        "fragments_wide": wide,
+        "copies_a": copies[0],
+        "copies_b": copies[1],
+        "accumulators": 4 * high * wide,
+        "accumulator_sets": sets,
+        "fragment_registers": a,
+        "bfloat16": int(policy == "Bf16"),
+        "capability": int("".join(filter(str.isdigit, target.name))),
+    }
+    registers = 4 * high * wide * sets + high * a + b + _COPY_REGISTERS * sum(copies) + _OTHER_REGISTERS
+    modelled = {"registers": float(registers), "shared_bytes": float(tile.shared_bytes)}
+    return Design("cuda", {name: float(value) for name, value in numbers.items()}, modelled)
+
+
+def register_limit(tile: TileSchedule) -> int:
+    """Registers a thread can have so that a block fits a multiprocessor."""
+    return min(THREAD_REGISTERS, FILE_REGISTERS // tile.threads)
+
+
+def fitting(shape: GemmShape, tiles: Sequence[TileSchedule], target: Target, policy: str) -> list[TileSchedule]:
+    """Tiles that are predicted neither to spill registers nor to exceed a block's shared memory."""
+    taken = default_model("cuda").predict([design(shape, tile, target, policy) for tile in tiles])
+    limits = [{"registers": _SQUEEZE * register_limit(tile), "shared_bytes": target.shared_bytes} for tile in tiles]
+    return [tile for tile, has, may in zip(tiles, taken, limits, strict=True) if all(has[name] <= limit for name, limit in may.items())]
+
+
 def best_tile(shape: GemmShape, target: Target, policy: str) -> TileSchedule:
-    """The tile of least predicted time."""
-    return min(space(target), key=lambda tile: predicted_cycles(shape, tile, target, policy))
+    """The tile of least predicted time, of those that are predicted to fit; of all when none is."""
+    tiles = space(target)
+    found = fitting(shape, tiles, target, policy) or tiles
+    return min(found, key=lambda tile: predicted_cycles(shape, tile, target, policy))

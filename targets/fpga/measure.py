@@ -1,6 +1,7 @@
 """Measured points of single matrix-vector stages: cycles by Verilator, counts by yosys, every result compared with the integer reference.
 
-python -m tcompile.targets.fpga.measure OUT.json
+python -m tcompile.targets.fpga.measure OUT.json              # the points that cost.py's constants are fitted to
+python -m tcompile.targets.fpga.measure OUT.json unfitted     # others
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from .cost import Folding
 from .network import MatVec, Requant
 from .parts import Resources
 from .plan import Edge, Unit
+from .resources import features
 
 #: rows that run through a stage when its cycles are counted
 ROWS = 16
@@ -41,6 +44,22 @@ CONFIGS = (
     *(Config(*shape) for shape in (*_SAME, (16, 64, 8, 4), (256, 16, 4, 8), (64, 32, 1, 1), (64, 32, 16, 4), (72, 24, 6, 9))),
     *(Config(*shape, (2, 4)) for shape in _SAME),
     *(Config(64, 32, 8, simd, pattern) for simd, pattern in ((1, (1, 4)), (4, (1, 4)), (2, (2, 8)), (2, (1, 2)))),
+)
+#: other stages, to which no constant of cost.py was fitted: the resource model's points besides CONFIGS
+UNFITTED = (
+    *(
+        Config(*shape)
+        for shape in ((96, 48, 8, 4), (48, 96, 12, 2), (256, 64, 8, 4), (32, 32, 4, 4), (128, 16, 2, 8), (384, 32, 4, 2), (64, 64, 16, 1))
+    ),
+    *(Config(*shape) for shape in ((80, 40, 5, 8), (512, 16, 8, 2), (24, 24, 3, 6), (48, 96, 4, 12), (96, 48, 16, 8))),
+    *(Config(*shape, (2, 4)) for shape in ((96, 48, 8, 2), (128, 64, 8, 4), (256, 32, 4, 4))),
+    *(
+        Config(48, 96, 8, 1, (1, 4)),
+        Config(96, 48, 4, 2, (1, 2)),
+        Config(64, 64, 4, 4, (2, 8)),
+        Config(32, 32, 8, 2, (1, 2)),
+        Config(128, 16, 4, 2, (1, 8)),
+    ),
 )
 
 
@@ -83,16 +102,7 @@ def measure(config: Config, family: str | None = "xcup", seed: int = 0) -> dict[
     if not (np.array_equal(one.outputs, expected[:1]) and np.array_equal(many.outputs, expected)):
         raise VerificationError(f"{config}: the RTL differs from the integer reference")
     point: dict[str, Any] = {
-        "features": {
-            "k": config.k,
-            "n": config.n,
-            "pe": config.pe,
-            "simd": config.simd,
-            "keep": (config.pattern or (1, 1))[0],
-            "of": (config.pattern or (1, 1))[1],
-            "acc_bits": stage.acc_bits,
-            "entry_bits": cost.entry_bits(stage),
-        },
+        "features": features(stage, Folding(config.pe, config.simd)),
         "measured": {"cycles_per_row": many.interval, "cycles_one_row": one.total, "source": "RTL simulation (Verilator)"},
         "modelled": {"cycles_per_row": unit.cycles, **unit.resources.to_dict()},
     }
@@ -102,16 +112,16 @@ def measure(config: Config, family: str | None = "xcup", seed: int = 0) -> dict[
     return point
 
 
-def corpus() -> dict[str, Any]:
-    """All points, with the versions of the tools."""
+def corpus(configs: Sequence[Config] = CONFIGS) -> dict[str, Any]:
+    """Their points, with the versions of the tools."""
     tools = {"verilator": [rtl.verilator(), "--version"], "yosys": [rtl.yosys(), "-V"]}
     versions = {name: subprocess.run(command, capture_output=True, text=True).stdout.strip() for name, command in tools.items()}
     points = []
-    for config in CONFIGS:
+    for config in configs:
         points.append(measure(config))
         print(json.dumps(points[-1]), file=sys.stderr)
     return {"rows": ROWS, "versions": versions, "points": points}
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(corpus(), indent=1) + "\n")
+    Path(sys.argv[1]).write_text(json.dumps(corpus(UNFITTED if sys.argv[2:] == ["unfitted"] else CONFIGS), indent=1) + "\n")
