@@ -19,7 +19,7 @@ LEAST_GAIN = 1e-3
 
 
 def points_file(kind: str) -> Path:
-    return PRETRAINED / f"{kind}-points.jsonl"
+    return PRETRAINED / f"{kind}-points.jsonl.gz"
 
 
 def target(points: Sequence[Point], quantity: str) -> np.ndarray:

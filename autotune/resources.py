@@ -7,6 +7,7 @@ workloads, the schema says so and the formula answers.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -102,12 +103,12 @@ def write_points(path: Path, tools: Mapping[str, str], rows: Sequence[Mapping[st
         entry = {"workload": row["workload"], "schedule": row["schedule"], "features": numbers, "modelled": modelled, "measured": row["measured"]}
         lines.append(json.dumps(entry))
     head = json.dumps({"kind": first.kind, "version": VERSION, "tools": tools, "names": list(first.numbers)})
-    path.write_text("\n".join([head, *lines]) + "\n")
+    path.write_bytes(gzip.compress(("\n".join([head, *lines]) + "\n").encode(), mtime=0))
 
 
 def read_points(path: Path) -> list[Point]:
     """The points of a file of `write_points`."""
-    head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    head, *rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     if head["version"] != VERSION:
         raise ValueError(f"{path}: recorded with other features than this tcompile computes")
     return [

@@ -65,9 +65,9 @@ def test_no_point_of_a_held_out_workload_is_trained_on(monkeypatch):
 def test_points_survive_their_file(tmp_path):
     points = POINTS["fpga"]
     write_points(
-        tmp_path / "p.jsonl", {}, [{"workload": p.workload, "schedule": p.schedule, "design": p.design, "measured": p.measured} for p in points]
+        tmp_path / "p.jsonl.gz", {}, [{"workload": p.workload, "schedule": p.schedule, "design": p.design, "measured": p.measured} for p in points]
     )
-    assert read_points(tmp_path / "p.jsonl") == points
+    assert read_points(tmp_path / "p.jsonl.gz") == points
 
 
 def test_other_features_versions_targets_and_files_are_refused(tmp_path):
@@ -85,7 +85,7 @@ def test_other_features_versions_targets_and_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match="features of version 0"):
         LearnedResources.load(tmp_path, "cuda")
     (tmp_path / "cuda.json").write_text(json.dumps(schema))
-    (tmp_path / "cuda-registers.ubj").write_bytes(b"other trees")
+    (tmp_path / "cuda-shared_bytes.ubj").write_bytes(b"other trees")
     with pytest.raises(UsageError, match="does not belong to its schema"):
         LearnedResources.load(tmp_path, "cuda")
 
@@ -111,7 +111,7 @@ def test_the_tile_choice_rejects_what_is_predicted_to_spill():
 
 
 def _spills(point, workload, end):
-    return point.workload == workload and point.schedule.endswith(end) and point.measured["stack_bytes"] > 0 and _in_space(point.schedule)
+    return point.workload == workload and point.schedule.endswith(end) and point.measured["stack_bytes"] > 64 and _in_space(point.schedule)
 
 
 def _in_space(text):

@@ -19,12 +19,12 @@ _L2_BYTES_PER_CYCLE = 48.0
 #: cycles that a block waits per k step where nothing hides them, and around its loop
 _STEP_LATENCY, _BLOCK_LATENCY = 60.0, 1500.0
 #: registers beyond the limit, relative, that the assembler makes do without
-_SQUEEZE = 1.1
+_SQUEEZE = 1.05
 #: registers that one thread may have, and those of a multiprocessor
 THREAD_REGISTERS, FILE_REGISTERS = 255, 65536
 #: 32-bit registers of a fragment of A and of B by number policy (struct A and B in include/tcompile.cuh)
 _FRAGMENTS = {"Fp32": (16, 8), "Tf32": (8, 4), "Fp16": (4, 2), "Bf16": (4, 2)}
-#: counters, pointers and positions; an address and a predicate per copy of a step (rounded from the points in autotune/pretrained/cuda-points.jsonl)
+#: counters, pointers and positions; an address and a predicate per copy of a step (rounded from the points in autotune/pretrained/cuda-points.jsonl.gz)
 _OTHER_REGISTERS, _COPY_REGISTERS = 32, 2
 
 

@@ -1,6 +1,6 @@
 """Matrix-vector stages as autotune's resource model sees them: cycles, DSP and LUT by closed-form features and the formulas of cost.py.
 
-    python -m tcompile.targets.fpga.resources benchmarks/results/fpga_rtl.json benchmarks/results/fpga_rtl_unfitted.json autotune/pretrained/fpga-points.jsonl
+    python -m tcompile.targets.fpga.resources benchmarks/results/fpga_rtl.json benchmarks/results/fpga_rtl_unfitted.json autotune/pretrained/fpga-points.jsonl.gz
 
 makes the model's points of what measure.py found. The planner keeps its formulas: they answer for every kind of stage, and the model was trained on this one.
 """
@@ -43,6 +43,8 @@ def _design(known: Mapping[str, float], modelled: Mapping[str, float]) -> Design
         "products": math.log2(pe * simd),
         "lanes": max(1, simd // known["keep"]) * known["of"] if known["of"] > 1 else simd,
         "words": math.log2(steps * folds),
+        "padding": math.ceil(math.log2(steps * folds)) - math.log2(steps * folds),  # memories of other depths than powers of two are pieced together
+        "in_lut": float(steps * folds <= cost.LUT_MEMORY),
         "acc_bits": known["acc_bits"],
         "entry_bits": known["entry_bits"],
     }
