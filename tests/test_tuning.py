@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def test_a_second_session_resumes(tmp_path, clock):
     assert tune([third], setting(tmp_path / "t.db", trials=12)).progress[0].trials == 0
 
 
-def test_ctrl_c_and_the_budget_keep_what_was_found(tmp_path, clock):
+def test_ctrl_c_and_the_budget_keep_what_was_found(tmp_path, clock, monkeypatch):
     times = [1000.0, 400.0] + [1500.0] * 40
 
     def interrupt(progress):
@@ -229,7 +230,13 @@ def test_ctrl_c_and_the_budget_keep_what_was_found(tmp_path, clock):
     outcome = tune([FakeTask(times)], setting(tmp_path / "t.db", trials=40), interrupt)
     assert outcome.interrupted and outcome.progress[0].best.schedule.a == 1
     assert Database(tmp_path / "t.db").best("fake workload", hardware="h", threads=1) is not None
-    outcome = tune([FakeTask(times)], setting(tmp_path / "u.db", trials=40, seconds=0.01))
+    now = [0.0]
+    monkeypatch.setattr(tuner, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def a_second_later(progress):
+        now[0] += 1
+
+    outcome = tune([FakeTask(times)], setting(tmp_path / "u.db", trials=40, seconds=0.5), a_second_later)
     assert not outcome.interrupted and outcome.progress[0].trials == 8
 
 
