@@ -7,22 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from kernels import attention_module
 from tcompile.compiler.dialect.attention import attention, attrs_of, reference
 from tcompile.compiler.tvm import relax, tirx, tvm
 
 
-def module_of(types, **attrs):
-    builder = relax.BlockBuilder()
-    params = [relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in zip("qkvm", types, strict=False)]
-    with builder.function("main", params):
-        with builder.dataflow():
-            out = builder.emit_output(builder.normalize(attention(*params, **attrs)))
-        builder.emit_func_output(out)
-    return builder.get()
-
-
 def run(arrays, **attrs):
-    executable = relax.build(module_of([(array.shape, str(array.dtype)) for array in arrays], **attrs), tvm.target.Target("llvm"))
+    executable = relax.build(attention_module([(array.shape, str(array.dtype)) for array in arrays], **attrs), tvm.target.Target("llvm"))
     result = relax.VirtualMachine(executable, tvm.cpu())["main"](*(tvm.runtime.tensor(array) for array in arrays))
     return tuple(part.numpy() for part in result) if attrs.get("received") else (result.numpy(),)
 
@@ -70,7 +61,9 @@ def test_unsafe_rows_are_nan():
 
 def test_symbolic_type():
     batch, length = tirx.Var("b", "int64"), tirx.Var("t", "int64")
-    module = module_of([((batch, 4, 1, 16), "float32"), ((batch, 2, length, 16), "float32"), ((batch, 2, length, 32), "float32")], received=True)
+    module = attention_module(
+        [((batch, 4, 1, 16), "float32"), ((batch, 2, length, 16), "float32"), ((batch, 2, length, 32), "float32")], received=True
+    )
     out, received = module["main"].ret_ty.fields
     analyzer = tvm.sym.Analyzer()
     for ty, dims in ((out, [batch, 4, 1, 32]), (received, [batch, length])):
@@ -95,4 +88,4 @@ def test_attrs_come_back():
 )
 def test_wrong_operands(shapes, said):
     with pytest.raises(ValueError, match=said):
-        module_of([(shape, "float32") for shape in shapes], scale=1.0)
+        attention_module([(shape, "float32") for shape in shapes], scale=1.0)

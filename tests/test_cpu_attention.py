@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernels import attention_module
 from machines import HASWELL, runnable
-from tcompile.compiler.dialect.attention import attention, reference
+from tcompile.compiler.dialect.attention import reference
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import analyze
@@ -24,13 +25,7 @@ from tcompile.targets.cpu.ops_attention import OWN
 
 def legalized(types, **attrs):
     """The module of one attention over operands of these (shape, dtype), as functions of TIR."""
-    builder = relax.BlockBuilder()
-    params = [relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in zip("qkvm", types, strict=False)]
-    with builder.function("main", params):
-        with builder.dataflow():
-            out = builder.emit_output(builder.normalize(attention(*params, **attrs)))
-        builder.emit_func_output(out)
-    return legalize(builder.get(), OWN)
+    return legalize(attention_module(types, **attrs), OWN)
 
 
 def kernel_of(module, target, schedule=None, pick=1.0):

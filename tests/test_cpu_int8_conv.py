@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernels import only_kernel
 from machines import runnable
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
-from tcompile.targets.common.fused import Fused, analyze
-from tcompile.targets.common.legalize import legalize
+from tcompile.targets.common.fused import Fused
 from tcompile.targets.cpu.conv_depthwise import DepthwiseSchedule
 from tcompile.targets.cpu.conv_direct import DirectSchedule
 from tcompile.targets.cpu.gemm import GemmSchedule
@@ -61,12 +61,7 @@ def fused_conv(case: Case, requantize: bool = True) -> Fused:
                 y = builder.emit(relax.op.astype(relax.op.clip(relax.op.round(y), 0, 255), "uint8"))
             y = builder.emit_output(y)
         builder.emit_func_output(y, params=[x, w, bias, scale] if requantize else [x, w])
-    module, transform = legalize(builder.get()), relax.transform
-    for step in (transform.AnnotateTIROpPattern(), transform.FuseOps(), transform.FuseTIR(), transform.DeadCodeElimination()):
-        module = step(module)
-    functions = [func for _, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
-    assert len(functions) == 1, "the epilogue was not fused"
-    return analyze(functions[0])
+    return only_kernel(builder.get())
 
 
 def assembly(fused: Fused, schedule: Any, target: Target) -> str:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import only_kernel
 from machines import runnable, widest
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
-from tcompile.targets.common.fused import analyze
-from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
@@ -50,12 +49,7 @@ def fused(lead, m, k, n, epilogue="none"):
                 y = builder.emit(relax.op.astype(y, "uint8"))
             y = builder.emit_output(y)
         builder.emit_func_output(y, params=params)
-    module, transform = legalize(builder.get()), relax.transform
-    for step in (transform.AnnotateTIROpPattern(), transform.FuseOps(), transform.FuseTIR(), transform.DeadCodeElimination()):
-        module = step(module)
-    functions = [func for _, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
-    assert len(functions) == 1, "the epilogue was not fused"
-    return analyze(functions[0])
+    return only_kernel(builder.get())
 
 
 def reference(epilogue, x, w, *rest):

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernels import only_kernel
 from machines import runnable
 from tcompile.compiler.dialect.weight_only import reference, weight_only_matmul
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.passes.quantization.formats import GroupedInt
 from tcompile.targets.base import Target
-from tcompile.targets.common.fused import analyze
-from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import TIR_PIPELINE
 from tcompile.targets.cpu.weight_only import WeightOnly
@@ -35,12 +34,7 @@ def fused(m: Any, k: int, n: int, made: GroupedInt) -> Any:
             y = builder.emit(weight_only_matmul(x, packed, scales, *zeros, bits=made.bits, group=made.group))
             y = builder.emit_output(relax.op.nn.relu(relax.op.add(y, bias)))
         builder.emit_func_output(y)
-    module, transform = legalize(builder.get()), relax.transform
-    for step in (transform.AnnotateTIROpPattern(), transform.FuseOps(), transform.FuseTIR(), transform.DeadCodeElimination()):
-        module = step(module)
-    functions = [func for _, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
-    assert len(functions) == 1, "the epilogue was not fused"
-    return analyze(functions[0])
+    return only_kernel(builder.get())
 
 
 def compiled(kernel: Any, target: Target) -> Any:
