@@ -78,8 +78,7 @@ def compile(
     if asked := [name for name, value in later.items() if value is not None]:
         raise UsageError(f"not available yet: {', '.join(asked)}; leave {'it' if len(asked) == 1 else 'them'} out")
     target = target if isinstance(target, Target) else Target.parse(target)
-    asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
-    compression = {flag: value for flag, value in asked.items() if value is not None}
+    compression = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
     database = None if tuning_db is None else Path(tuning_db)
     options = CompileOptions(
         None if recipe is None else Path(recipe), compression, seed=seed, threads=threads, precision=precision, emit_only=emit_only

@@ -66,7 +66,7 @@ def render(artifact: Artifact, *, original_bytes: int, timings: Mapping[str, Tim
         original_bytes=original_bytes,
         weight_bytes=sum(array.nbytes for array in artifact.weights.values()),
         timings={name: timing.median * 1e3 for name, timing in (timings or {}).items()},
-        recipe=tomli_w.dumps(_without_none(manifest["recipe"])),
+        recipe=tomli_w.dumps(manifest["recipe"]),
     )
 
 
@@ -86,13 +86,6 @@ def _layers(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     total = sum(times) or 1.0
     rows = [row | {"share": time / total} for row, time in zip(rows, times, strict=True)]
     return sorted(rows, key=lambda row: -row["share"])
-
-
-def _without_none(value: Any) -> Any:
-    """TOML has no null: options that are unset are left out."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _size(count: int) -> str:

@@ -28,8 +28,8 @@ class Recipe:
     passes: tuple[Pass, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The form that a TOML recipe and the artifact's manifest share."""
-        return {"pass": [{"name": step.name, **step.options()} for step in self.passes]}
+        """The form that a TOML recipe and the artifact's manifest share; options that are unset are left out, as TOML has no null."""
+        return {"pass": [{"name": step.name, **{key: value for key, value in step.options().items() if value is not None}} for step in self.passes]}
 
     @staticmethod
     def default() -> Recipe:
@@ -42,6 +42,8 @@ class Recipe:
         recipe = Recipe.load(options.recipe) if options.recipe is not None else Recipe.default()
         flags = {cls.flag: cls for cls in PASSES.values() if cls.flag}
         for flag, value in options.compression.items():
+            if value is None:
+                continue
             if flag not in flags:
                 raise UsageError(f"no pass takes '{flag}': expected one of {', '.join(sorted(flags)) or 'none'}")
             recipe = recipe.having(flags[flag].from_flag(value))

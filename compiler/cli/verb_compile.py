@@ -65,8 +65,7 @@ def compile_verb(
     resolved = Target.parse(target)
     if report is not None:
         writable_page(report)
-    asked = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
-    compression = {flag: value for flag, value in asked.items() if value is not None}
+    compression = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
     options = CompileOptions(recipe, compression, dump_ir, seed, report is not None, threads, precision, emit_only)
     program = import_model(model, shapes=parse_shapes(shape))
     accuracy = accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads)
