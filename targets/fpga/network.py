@@ -40,8 +40,8 @@ class Stage:
         raise NotImplementedError
 
     def n_in(self, port: int) -> int:
-        """Elements that it takes at a port."""
-        raise NotImplementedError
+        """Elements that it takes at a port; as many as it gives, unless a kind of stage says otherwise."""
+        return self.n_out
 
     @property
     def raw(self) -> bool:
@@ -177,9 +177,6 @@ class Add(Stage):
     def n_out(self) -> int:
         return self.count
 
-    def n_in(self, port: int) -> int:
-        return self.count
-
     def reference(self, *streams: np.ndarray) -> np.ndarray:
         total = sum((x.astype(np.int64) - z) * m for x, z, m in zip(streams, self.zeros, self.multipliers, strict=True))
         return np.clip(integer.rounded_shift(np.asarray(total), self.shift) + self.zero, self.low, self.high)
@@ -194,9 +191,6 @@ class Table(Stage):
 
     @property
     def n_out(self) -> int:
-        return self.count
-
-    def n_in(self, port: int) -> int:
         return self.count
 
     def reference(self, *streams: np.ndarray) -> np.ndarray:
@@ -243,9 +237,6 @@ class Softmax(Stage):
     def n_out(self) -> int:
         return self.rows * self.length
 
-    def n_in(self, port: int) -> int:
-        return self.n_out
-
     def reference(self, *streams: np.ndarray) -> np.ndarray:
         return integer.softmax(streams[0].reshape(self.rows, self.length), self.table).ravel()
 
@@ -268,9 +259,6 @@ class LayerNorm(Stage):
     @property
     def n_out(self) -> int:
         return self.rows * self.length
-
-    def n_in(self, port: int) -> int:
-        return self.n_out
 
     def reference(self, *streams: np.ndarray) -> np.ndarray:
         x = streams[0].reshape(self.rows, self.length)
