@@ -66,6 +66,12 @@ class Program:
             return self
         return replace(self, module=module)
 
+    def with_main(self, main: relax.Function) -> Program:
+        """The same program with another `main`; the module it had stays as it was."""
+        module = self.module.clone()
+        module.update_func(module.get_global_var("main"), main)
+        return self.with_module(module)
+
     @property
     def main(self) -> relax.Function:
         return self.module["main"]

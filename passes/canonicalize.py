@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..compiler.program import Program
-from ..compiler.tvm import Constant, mutator, relax, tvm
+from ..compiler.tvm import mutator, relax, tvm
 from .base import Pass, PassContext
 from .folding import fold_constants
+from .products import constant_value
 
 _VIEWS = {"relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze"}
 
@@ -45,10 +46,6 @@ def _same_shape(a: Any, b: Any) -> bool:
         return False
     analyzer = tvm.sym.Analyzer()
     return all(analyzer.can_prove_equal(p, q) for p, q in zip(x, y, strict=True))
-
-
-def _array(expr: Any) -> np.ndarray | None:
-    return expr.value.numpy() if isinstance(expr, Constant) else None
 
 
 @mutator
@@ -146,7 +143,7 @@ def _neutral(value: float) -> Callable[[_Peephole, Any], Any]:
     """x op value == x, for a constant filled with `value` that does not broaden x."""
 
     def rule(self: _Peephole, call: Any) -> Any:
-        constant = _array(call.args[1])
+        constant = constant_value(call.args[1])
         if constant is not None and constant.size <= 4096 and _same_shape(call, call.args[0]) and np.all(constant == value):
             self._count("identity")
             return call.args[0]
@@ -158,11 +155,11 @@ def _neutral(value: float) -> Callable[[_Peephole, Any], Any]:
 def _fold_scale(self: _Peephole, call: Any) -> Any:
     """conv(x, W) * s -> conv(x, W * s): the scale half of a batch-norm."""
     for scale_arg, other in ((call.args[1], call.args[0]), (call.args[0], call.args[1])):
-        scale = _array(scale_arg)
+        scale = constant_value(scale_arg)
         conv = self._defining(other, "relax.nn.conv2d")
         if scale is None or conv is None or conv.attrs.data_layout != "NCHW" or self.uses.get(other, 2) > 1:
             continue
-        weight = _array(conv.args[1])
+        weight = constant_value(conv.args[1])
         if weight is None or scale.size not in (1, weight.shape[0]) or (scale.size > 1 and scale.shape[-3:] != (weight.shape[0], 1, 1)):
             continue
         self._count("scale_into_weight")

@@ -31,10 +31,8 @@ class RecognizeNormalizations(Pass):
         main = rewriter.visit_expr(program.main)
         if not rewriter.found:
             return program
-        module = program.module.clone()
-        module.update_func(module.get_global_var("main"), main)
         context.matched(**rewriter.found)
-        return program.with_module(relax.transform.DeadCodeElimination()(module))
+        return program.with_module(relax.transform.DeadCodeElimination()(program.with_main(main).module))
 
 
 @relax.expr_functor.mutator

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...compiler.tvm import is_constant, relax, tirx, tvm
+from ..products import variables
 
 
 class Graph:
@@ -21,9 +22,9 @@ class Graph:
                 self.bindings.append(binding)
                 if isinstance(binding, relax.VarBinding):
                     self.defined[binding.var] = binding.value
-                    for var in _variables(binding.value):
+                    for var in variables(binding.value):
                         self.users.setdefault(var, []).append(binding)
-        self.returned.update(_variables(function.body.body))
+        self.returned.update(variables(function.body.body))
 
     def root(self, expr: Any) -> Any:
         """The variable or constant behind renamings."""
@@ -60,17 +61,6 @@ class Graph:
 
     def same_dims(self, a: Sequence[Any], b: Sequence[Any]) -> bool:
         return len(a) == len(b) and all(self.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _variables(expr: Any) -> list[Any]:
-    """Variables that an expression reads, each as often as it does."""
-    if isinstance(expr, relax.Var):
-        return [expr]
-    if isinstance(expr, relax.Call):
-        return [var for arg in expr.args for var in _variables(arg)]
-    if isinstance(expr, relax.Tuple):
-        return [var for field in expr.fields for var in _variables(field)]
-    return _variables(expr.tuple_value) if isinstance(expr, relax.TupleGetItem) else []
 
 
 def shape(expr: Any) -> list[Any] | None:

@@ -18,8 +18,8 @@ import numpy as np
 from ...compiler.program import Program
 from ...compiler.tvm import mutator, relax
 from ..base import Pass, PassContext
+from ..products import VIEWS, Graph, Site, analyze, constant_value, operator, product_bias
 from .formats import Affine, Encoded
-from .graph import VIEWS, Graph, Site, analyze, constant_value, operator, product_bias
 from .rewrite import dequantized, integer_product, quantized
 
 #: operators that give codes for codes: they move elements, or take the largest
@@ -68,9 +68,7 @@ class _Recognizer(relax.PyExprMutator):
                 self.totals[site.total] = site
         program = self.graph.program
         main = self.visit_expr(program.main)
-        module = program.module.clone()
-        module.update_func(module.get_global_var("main"), main)
-        return program.with_module(relax.transform.DeadCodeElimination()(module))
+        return program.with_module(relax.transform.DeadCodeElimination()(program.with_main(main).module))
 
     def emit(self, expr: Any) -> Any:
         return self.builder_.emit(expr, self.name)

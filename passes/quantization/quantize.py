@@ -13,10 +13,11 @@ from ...compiler.errors import UsageError, VerificationError
 from ...compiler.metrics import checked, drop
 from ...compiler.program import Program
 from ..base import Pass, PassContext
+from ..observing import returning
+from ..products import Graph, Site, analyze, is_static, operator, patches
 from .formats import Affine
-from .graph import Graph, Site, analyze, is_static, operator, patches
 from .observe import KEPT, OBSERVERS, Statistics, chosen_range
-from .rewrite import Quantizer, returning, simulation, weight_format
+from .rewrite import Quantizer, simulation, weight_format
 from .smooth import smooth
 from .weight_only import WEIGHT_ONLY, quantize_weights
 

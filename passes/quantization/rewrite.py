@@ -1,4 +1,4 @@
-"""Rewriting products into integers, and the two programs a quantizer runs first: one that also returns what it wants to see, one that simulates codes in float32.
+"""Rewriting products into integers, and the program a quantizer runs first, which simulates codes in float32.
 
     x_u8 = clip(round(x / sx) + zx)                     once per tensor, shared by all its readers
     acc  = x_u8 * w_s8 + (round(bias / (sx sw)) - zx colsum(w))      int32, exact
@@ -17,8 +17,8 @@ import numpy as np
 
 from ...compiler.program import Program, TensorSpec
 from ...compiler.tvm import mutator, relax
+from ..products import Graph, Site
 from .formats import Affine, Encoded, Int8
-from .graph import Graph, Site
 
 op = relax.op
 
@@ -109,9 +109,7 @@ class Quantizer(relax.PyExprMutator):
             extra = list(self.flags.values())
             main = relax.Function([*main.params, *extra], main.body, main.ret_ty, attrs=main.attrs)
             inputs = (*inputs, *(TensorSpec(flag.name, (1,), "bool") for flag in extra))
-        module = program.module.clone()
-        module.update_func(module.get_global_var("main"), main)
-        module = relax.transform.DeadCodeElimination()(module)
+        module = relax.transform.DeadCodeElimination()(program.with_main(main).module)
         return replace(program.with_module(module), inputs=inputs)
 
     def emit(self, expr: Any) -> Any:
@@ -192,42 +190,3 @@ def simulation(graph: Graph, ranges: Mapping[Any, Affine], chosen: Sequence[Site
     """The program with one more input per site, `flag0`, `flag1`, ... [1] bool: whether that site works on rounded values."""
     flags = {site.var: relax.Var(f"flag{index}", relax.TensorType([1], "bool")) for index, site in enumerate(chosen)}
     return Quantizer(graph, ranges, chosen, chained, flags).apply()
-
-
-@mutator
-class _Exporter(relax.PyExprMutator):
-    """Makes outputs of the dataflow blocks out of some of their variables."""
-
-    def __init__(self, module: Any, wanted: Sequence[Any]):
-        super().__init__(module)
-        self.wanted = {var for var in wanted if isinstance(var, relax.DataflowVar)}
-        self.exported: dict[Any, Any] = {}
-
-    def visit_var_binding_(self, binding: Any) -> None:
-        super().visit_var_binding_(binding)
-        if binding.var in self.wanted:
-            self.exported[binding.var] = self.builder_.emit_output(self.visit_expr(binding.var), f"{binding.var.name}_seen")
-
-
-def returning(program: Program, wanted: Sequence[Any]) -> Program:
-    """The program that returns its outputs and then the values of the variables `wanted` of `main`."""
-    exporter = _Exporter(program.module, wanted)
-    main = exporter.visit_expr(program.main)
-    result = main.body.body
-    kind = result.ty
-    count = len(kind.fields) if isinstance(kind, relax.TupleType) else 0
-    blocks = list(main.body.blocks)
-    if count and not isinstance(result, relax.Tuple):
-        fields = [relax.Var(f"field{index}", kind.fields[index]) for index in range(count)]
-        blocks.append(relax.BindingBlock([relax.VarBinding(var, relax.TupleGetItem(result, index)) for index, var in enumerate(fields)]))
-        outputs: list[Any] = list(fields)
-    else:
-        outputs = list(result.fields) if count else [result]
-    seen = [exporter.exported[var] if var in exporter.exported else exporter.visit_expr(var) for var in wanted]
-    values = [*outputs, *seen]
-    everything = relax.Var("observed", relax.TupleType([value.ty for value in values]))
-    blocks.append(relax.BindingBlock([relax.VarBinding(everything, relax.Tuple(values))]))
-    observed = relax.Function(main.params, relax.SeqExpr(blocks, everything), everything.ty, attrs=main.attrs)
-    module = program.module.clone()
-    module.update_func(module.get_global_var("main"), observed)
-    return program.with_module(module)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ...compiler.program import Program
-from ...compiler.tvm import mutator, relax, tirx
-from .graph import VIEWS, Graph, Site, constant_value, operator
+from ...compiler.tvm import relax, tirx
+from ..constants import with_constants
+from ..products import VIEWS, Graph, Site, constant_value, operator
 from .observe import Statistics
 
 NORMS = ("relax.nn.layer_norm", "relax.nn.rms_norm")
@@ -85,32 +86,6 @@ def factors(statistics: Statistics, sites: list[Site], strength: float) -> np.nd
     return np.clip(factor, 1e-3, 1e3).astype(np.float32)
 
 
-@mutator
-class _Smoother(relax.PyExprMutator):
-    def __init__(self, program: Program, edits: Mapping[Any, Mapping[int, np.ndarray]]):
-        super().__init__(program.module)
-        self.program, self.edits = program, edits
-        self.current: Mapping[int, np.ndarray] = {}
-
-    def apply(self) -> Program:
-        main = self.visit_expr(self.program.main)
-        module = self.program.module.clone()
-        module.update_func(module.get_global_var("main"), main)
-        return self.program.with_module(module)
-
-    def visit_var_binding_(self, binding: Any) -> None:
-        self.current = self.edits.get(binding.var, {})
-        super().visit_var_binding_(binding)
-
-    def visit_call_(self, call: Any) -> Any:
-        edits, self.current = self.current, {}
-        call = super().visit_call_(call)
-        if not edits:
-            return call
-        args = [relax.const(np.ascontiguousarray(edits[index]), "float32") if index in edits else arg for index, arg in enumerate(call.args)]
-        return relax.Call(call.op, args, call.attrs)
-
-
 def smooth(graph: Graph, statistics: Mapping[Any, Statistics], strength: float) -> tuple[Program, dict[Any, np.ndarray]]:
     """The smoothed program, and by operand variable (of the graph given) the factor it is divided by. statistics: by operand variable."""
     edits: dict[Any, dict[int, np.ndarray]] = {}
@@ -138,4 +113,4 @@ def smooth(graph: Graph, statistics: Mapping[Any, Statistics], strength: float) 
             before = edits.get(site.var, {}).get(1)
             edits.setdefault(site.var, {})[1] = (site.weight if before is None else before) * factor[:, None]
             done[site.x] = factor
-    return (_Smoother(graph.program, edits).apply() if edits else graph.program), done
+    return with_constants(graph.program, edits), done

@@ -11,8 +11,8 @@ from ...compiler.dialect.weight_only import weight_only_matmul
 from ...compiler.program import Program
 from ...compiler.tvm import mutator, relax
 from ..base import PassContext
+from ..products import Site, analyze
 from .formats import GroupedInt
-from .graph import Site, analyze
 
 #: option -> bits
 WEIGHT_ONLY = {"w8": 8, "w4": 4}
@@ -45,9 +45,7 @@ class _WeightOnly(relax.PyExprMutator):
 
     def apply(self) -> Program:
         main = self.visit_expr(self.program.main)
-        module = self.program.module.clone()
-        module.update_func(module.get_global_var("main"), main)
-        return self.program.with_module(relax.transform.DeadCodeElimination()(module))
+        return self.program.with_module(relax.transform.DeadCodeElimination()(self.program.with_main(main).module))
 
     def visit_var_binding_(self, binding: Any) -> None:
         self.site = self.sites.get(binding.var)

@@ -10,10 +10,11 @@ import numpy as np
 
 from ...compiler.errors import UsageError
 from ...compiler.program import Program
-from ...compiler.tvm import mutator, relax, tirx
+from ...compiler.tvm import relax, tirx
 from ..base import Pass, PassContext
-from ..quantization.graph import VIEWS, Graph, Site, analyze
-from ..quantization.rewrite import returning
+from ..constants import with_constants
+from ..observing import returning
+from ..products import VIEWS, Graph, Site, analyze
 from .allocation import LEVELS, ROWS, Layer, allocate, predicted_us
 from .patterns import Pattern, parse
 
@@ -70,15 +71,16 @@ class Sparsify(Pass):
         edits, rows = {}, []
         for site, level in zip(sites, levels, strict=True):
             keep = pattern.mask(scores[site.var], level, per_output=self.criterion == "wanda")
-            edits[site.var] = np.where(keep, site.weight, np.float32(0))
-            rows.append(_row(site, edits[site.var], scores[site.var], keep, pattern, context))
+            pruned = np.where(keep, site.weight, np.float32(0))
+            edits[site.var] = {1: pruned}
+            rows.append(_row(site, pruned, scores[site.var], keep, pattern, context))
         context.table("sparse layers", rows)
-        zeros = sum(int(np.count_nonzero(weight == 0)) for weight in edits.values())
+        zeros = sum(int(np.count_nonzero(weights[1] == 0)) for weights in edits.values())
         context.note(
-            f"{zeros / sum(weight.size for weight in edits.values()):.3f} of the weights of {len(sites)} layers are zero ({pattern}, {self.criterion})"
+            f"{zeros / sum(weights[1].size for weights in edits.values()):.3f} of the weights of {len(sites)} layers are zero ({pattern}, {self.criterion})"
         )
         context.matched(layers=len(sites))
-        return _Rewriter(program, edits).apply()
+        return with_constants(program, edits)
 
     def _wanted(self, graph: Graph, context: PassContext) -> list[Site]:
         products = [site for site in graph.sites if site.kind == "matmul"]
@@ -175,37 +177,3 @@ def _heads(graph: Graph) -> set[Any]:
         elif isinstance(value, relax.Var):
             pending.append(value)
     return found
-
-
-@mutator
-class _Rewriter(relax.PyExprMutator):
-    """Puts new weights (second argument) into the calls of `main`; equal ones of one constant are shared as before."""
-
-    def __init__(self, program: Program, edits: Mapping[Any, np.ndarray]):
-        super().__init__(program.module)
-        self.program, self.edits = program, edits
-        self.current: np.ndarray | None = None
-        self.made: dict[Any, list[tuple[np.ndarray, Any]]] = {}
-
-    def apply(self) -> Program:
-        main = self.visit_expr(self.program.main)
-        module = self.program.module.clone()
-        module.update_func(module.get_global_var("main"), main)
-        return self.program.with_module(module)
-
-    def visit_var_binding_(self, binding: Any) -> None:
-        self.current = self.edits.get(binding.var)
-        super().visit_var_binding_(binding)
-
-    def visit_call_(self, call: Any) -> Any:
-        weight, self.current = self.current, None
-        old = call.args[1] if weight is not None else None
-        call = super().visit_call_(call)
-        if weight is None:
-            return call
-        known = self.made.setdefault(old, [])
-        constant = next((made for array, made in known if np.array_equal(array, weight)), None)
-        if constant is None:
-            constant = relax.const(np.ascontiguousarray(weight), "float32")
-            known.append((weight, constant))
-        return relax.Call(call.op, [call.args[0], constant, *call.args[2:]], call.attrs)

@@ -1,4 +1,4 @@
-"""What a quantizer sees of a program: the products by constant weights, and for each of them the tensor whose codes it reads."""
+"""What compressing passes see of a program: the products by constant weights, and for each of them the tensor that it reads."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.program import Program
-from ...compiler.tvm import is_constant, relax, tirx
+from ..compiler.program import Program
+from ..compiler.tvm import is_constant, relax, tirx
 
 #: operators that only rename elements: codes pass through them unchanged, and they cost nothing
 VIEWS = ("relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze")
