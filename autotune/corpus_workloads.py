@@ -14,7 +14,6 @@ from ..compiler.tvm import relax
 from ..models.zoo import ZOO
 from ..targets.base import Target
 from ..targets.common import legalize
-from ..targets.common.ops_linear import matmul
 from ..targets.cpu.tasks import Task, fused_module, tasks
 
 #: m, k, n of GEMMs with a weight
@@ -96,7 +95,7 @@ def gemm(m: int, k: int, n: int, epilogue: str = "relu", batch: int | None = Non
     """A module whose `main` is epilogue(x [m, k] @ w [k, n] + b); with a batch both are activations."""
     x = relax.Var("x", relax.TensorType((m, k) if batch is None else (batch, m, k), "float32"))
     w = _weight(k, n) if batch is None else relax.Var("w", relax.TensorType((batch, k, n), "float32"))
-    return _module([x] if batch is None else [x, w], lambda builder: builder.emit_te(matmul, x, w), n, epilogue)
+    return _module([x] if batch is None else [x, w], relax.op.matmul(x, w), n, epilogue)
 
 
 def convolution(
@@ -112,7 +111,7 @@ def convolution(
     """A module whose `main` is epilogue(conv2d(x [n, h, w, ci]) + b)."""
     data = relax.Var("x", relax.TensorType(x, "float32"))
     weight = _weight(*kernel, x[3] // groups, co)
-    return _module([data], lambda _: relax.op.nn.conv2d(data, weight, strides, padding, dilation, groups, "NHWC", "HWIO", "NHWC"), co, epilogue)
+    return _module([data], relax.op.nn.conv2d(data, weight, strides, padding, dilation, groups, "NHWC", "HWIO", "NHWC"), co, epilogue)
 
 
 def _weight(*shape: int) -> Any:
@@ -123,7 +122,7 @@ def _module(params: list[Any], core: Any, width: int, epilogue: str) -> Any:
     builder = relax.BlockBuilder()
     with builder.function("main", params):
         with builder.dataflow():
-            y = builder.emit(relax.op.add(builder.emit(core(builder)), _weight(width)))
+            y = builder.emit(relax.op.add(builder.emit(core), _weight(width)))
             if epilogue != "none":
                 y = builder.emit(relax.op.nn.relu(y) if epilogue == "relu" else relax.op.sigmoid(y))
             y = builder.emit_output(y)
