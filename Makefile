@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-networks gpu-test check bench clean
+.PHONY: setup demo test test-aten test-conformance support-page test-networks fuzz gpu-test check bench clean
 
 setup: $(STAMP)
 
@@ -27,8 +27,26 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto
 
+# docs/operators.md and docs/pytorch.md, from the tables of results
+support-page: $(STAMP)
+	$(BIN)/python tests/conformance/support.py
+	$(BIN)/python -W ignore tests/aten/support.py
+
+# torch's samples of its core operators, a process per variant and dtype; ATEN="--update" writes the table
+test-aten: $(STAMP)
+	$(BIN)/python -W ignore tests/aten/run.py $(ATEN)
+
+# the ONNX backend suite, every test in a process of its own; CONFORMANCE="--update" writes the table
+test-conformance: $(STAMP)
+	$(BIN)/python tests/conformance/run.py $(CONFORMANCE)
+	$(BIN)/python tests/conformance/run.py --dynamic $(CONFORMANCE)
+
+# mutated models, each in a process of its own; FUZZ="--seed 1 --processes 8" for others
+fuzz: $(STAMP)
+	$(BIN)/python -W ignore tests/fuzz/run.py --count 10000 $(FUZZ)
+
 test-networks: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto -m networks tests/test_networks.py tests/test_cuda_networks.py
+	$(BIN)/python -m pytest -q -n auto -m networks --ignore=tests/gpu
 
 # correctness on a GPU; skips with the reason where there is none. GPU_PYTHON: an interpreter whose torch has CUDA
 GPU_PYTHON ?= $(BIN)/python
@@ -40,8 +58,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# BENCH="--deepsparse PYTHON" adds the engine of an environment that has deepsparse==1.8.0
 bench: $(STAMP)
-	$(BIN)/python benchmarks/networks.py --output benchmarks/results/networks.json --docs docs/performance.md
+	$(BIN)/python benchmarks/networks.py $(BENCH) --output benchmarks/results/networks.json --docs docs/performance.md
+	$(BIN)/python benchmarks/networks.py $(BENCH) --precision bf16 --output benchmarks/results/networks_bf16.json --docs docs/performance.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

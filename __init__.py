@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompiledModel", "TcompileError", "ToolchainError", "UnsupportedModel", "UsageError", "VerificationError", "compile", "load"]
+__all__ = ["CompiledModel", "TcompileError", "ToolchainError", "UnsupportedModel", "UsageError", "VerificationError", "compile", "inspect", "load"]
 
 if TYPE_CHECKING:
     from .compiler.api import compile, load
     from .compiler.errors import TcompileError, ToolchainError, UnsupportedModel, UsageError, VerificationError
+    from .compiler.inspection import inspect
     from .compiler.runtime import CompiledModel
 
 #: public name -> module that defines it; imported on first use, so that `import tcompile` costs nothing
 _HOMES = {name: ".compiler.errors" for name in __all__ if name.endswith(("Error", "Model"))}
-_HOMES |= {"CompiledModel": ".compiler.runtime", "compile": ".compiler.api", "load": ".compiler.runtime"}
+_HOMES |= {"CompiledModel": ".compiler.runtime", "compile": ".compiler.api", "inspect": ".compiler.inspection", "load": ".compiler.runtime"}
 
 
 def __getattr__(name: str) -> Any:

@@ -72,6 +72,11 @@ class TirFeatures:
 NAMES: tuple[str, ...] = tuple(entry.name for entry in fields(TirFeatures))
 
 
+def _is_ramp(indices: Any) -> bool:
+    """True for an access of several lanes; that to a scalar has no index at all."""
+    return len(indices) > 0 and isinstance(indices[-1], tirx.Ramp)
+
+
 def tir_features(func: tirx.PrimFunc) -> TirFeatures:
     """Features of a scheduled kernel."""
     walk = _Walk()
@@ -153,7 +158,7 @@ class _Walk:
         self._expression(node.value, weight, lanes)
         if node.buffer in self.registers:
             return
-        wide = lanes > 1 or isinstance(node.indices[-1], tirx.Ramp)
+        wide = lanes > 1 or _is_ramp(node.indices)
         self._add("vector_stores" if wide else "scalar_stores", weight)
 
     def _allocate(self, node: Any, weight: float, lanes: int, depth: int) -> None:
@@ -197,7 +202,7 @@ class _Walk:
             return
         if kind is TensorLoad:
             if expr.source not in self.registers:
-                wide = lanes > 1 or isinstance(expr.indices[-1], tirx.Ramp)
+                wide = lanes > 1 or _is_ramp(expr.indices)
                 self._add("vector_loads" if wide else "scalar_loads", weight)
                 if self.inner:
                     self.inner[-1].loads.append((expr, wide))

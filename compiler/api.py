@@ -23,6 +23,7 @@ from .options import CompileOptions
 from .program import TensorSpec
 from .progress import stage
 from .runtime import CompiledModel, load
+from .shapes import normalize_shapes
 from .timing import interleaved
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def compile(
     add to. report: write what was done as one HTML page. seed: of every random choice. threads: worker threads of the returned model,
     and what schedules are chosen for (default: all cores).
 
-    precision: of products on a GPU: "fp32" (default), "tf32", "fp16" or "bf16". emit_only: sources without a library, for targets that have them.
+    precision: of products: "fp32" (default) or "bf16", on a GPU also "tf32" or "fp16". emit_only: sources without a library, for targets that have them.
 
     Raises UnsupportedModel with every blocker at once, UsageError for a wrong request (also for an option whose feature is not available yet),
     ToolchainError for a missing linker or package, VerificationError for a loss above `max_drop`.
@@ -202,6 +203,7 @@ def build_artifact(program: Program, target: Target, options: CompileOptions, ac
 
 def import_model(model: Any, *, example_inputs: Any = None, shapes: Mapping[str, Any] | None = None) -> Program:
     """The Program of anything that `compile` takes. Raises UsageError for a kind of model that it does not."""
+    shapes = normalize_shapes(shapes)
     with stage("importing"):
         if isinstance(model, (str, os.PathLike)) and Path(model).suffix != ".pt2":
             from .importers.onnx import import_onnx

@@ -177,11 +177,12 @@ def _changed(path: Path) -> VerificationError:
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+    entry = {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+    return entry if spec.carrier is None else {**entry, "carrier": spec.carrier}
 
 
 def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"]) for entry in entries)
+    return tuple(TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"], entry.get("carrier")) for entry in entries)
 
 
 def _provenance(provenance: Provenance) -> dict[str, str]:

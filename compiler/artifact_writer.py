@@ -87,7 +87,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 #: keys of a report whose values differ from run to run
-MEASUREMENTS = frozenset({"seconds", "measured_us"})
+MEASUREMENTS = frozenset({"seconds", "measured_us", "limit_us"})
 
 
 def _without_measurements(value: Any) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from .element_types import encode, numpy_dtype
 from .errors import UsageError
 from .program import DimRange, TensorSpec
 from .tvm_runtime import from_dlpack
-from .weights import ALIGNMENT, aligned, numpy_dtype
+from .weights import ALIGNMENT, aligned
 
 
 class Binder:
@@ -58,7 +59,7 @@ class Binder:
                 raise UsageError(f"input '{spec.name}': expected dtype {spec.dtype}, got {_dtype_name(value)}; convert it first")
             if value.shape != static:
                 self._check_shape(spec, tuple(value.shape), bound)
-            tensors.append(_tensor(value))
+            tensors.append(_tensor(value if spec.carrier is None else _carried(value, spec)))
         return tensors
 
     def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...], bound: dict[str, int]) -> None:
@@ -107,6 +108,15 @@ def without_elements(value: Any) -> Any:
     shape = tuple(value.shape)
     strides = [value.dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return from_dlpack(np.ndarray(shape, numpy_dtype(_dtype_name(value)), aligned(np.empty(ALIGNMENT, np.uint8)), 0, strides))
+
+
+def _carried(value: Any, spec: TensorSpec) -> np.ndarray:
+    """A tensor of a type that the program only stores, as the integers that hold it."""
+    if not isinstance(value, np.ndarray):
+        torch = sys.modules["torch"]
+        plain = {1: torch.uint8, 2: torch.int16}.get(numpy_dtype(spec.dtype).itemsize)
+        value = value.contiguous().view(plain).numpy().view(numpy_dtype(spec.dtype))
+    return encode(value)
 
 
 def _tensor(value: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .element_types import numpy_dtype
 from .errors import UsageError
 from .program import DimRange, TensorSpec
-from .weights import numpy_dtype
 
 #: one call's inputs by name
 Feeds = dict[str, np.ndarray]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .element_types import numpy_dtype
 from .errors import UsageError
 from .program import DimRange, TensorSpec
-from .weights import numpy_dtype
 
 
 def random_feeds(inputs: Sequence[TensorSpec], dims: Mapping[str, DimRange], *, seed: int = 0) -> dict[str, np.ndarray]:

@@ -60,7 +60,7 @@ def render(artifact: Artifact, *, original_bytes: int, timings: Mapping[str, Tim
         artifact=artifact,
         manifest=manifest,
         steps=steps,
-        layers=_layers(report.get("kernels", [])),
+        layers=slowest(report.get("kernels", [])),
         losses=next((entry["loss"] for entry in reversed(passes) if entry.get("loss")), {}),
         lossy=any(entry.get("lossy") for entry in passes),
         original_bytes=original_bytes,
@@ -75,7 +75,7 @@ def _options(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "name"}
 
 
-def _layers(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def slowest(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per kernel, all its calls together, slowest first; shares are of the measured time, of the predicted one where nothing was measured."""
     rows = []
     for kernel in kernels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ Peer = Callable[[], list[np.ndarray]]
 SOURCES = {
     "onnxruntime": (".onnx", "an ONNX file (.onnx)"),
     "openvino": (".onnx", "an ONNX file (.onnx)"),
+    "openvino-bf16": (".onnx", "an ONNX file (.onnx)"),
     "torch": (".pt2", "the same model as a .pt2 file, made by torch.export.save(torch.export.export(module, inputs), 'NAME.pt2')"),
 }
 
@@ -71,10 +73,10 @@ def _onnxruntime(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> 
     return lambda: session.run(None, dict(feeds))
 
 
-def _openvino(model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Peer:
+def _openvino(model: Path, feeds: Mapping[str, np.ndarray], threads: int, precision: str = "f32") -> Peer:
     openvino = _require("openvino")
     core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(core.read_model(str(model)), "CPU", settings).create_infer_request()
     tensors = {name: openvino.Tensor(np.ascontiguousarray(value)) for name, value in feeds.items()}
 
@@ -110,4 +112,9 @@ def _require(package: str) -> Any:
         raise ToolchainError(f"{package} is not installed; `pip install tcompile[bench]` brings the peers") from error
 
 
-PEERS: dict[str, Callable[[Path, Mapping[str, np.ndarray], int], Peer]] = {"onnxruntime": _onnxruntime, "openvino": _openvino, "torch": _torch}
+PEERS: dict[str, Callable[[Path, Mapping[str, np.ndarray], int], Peer]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "openvino-bf16": partial(_openvino, precision="bf16"),
+    "torch": _torch,
+}

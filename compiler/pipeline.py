@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 from ..passes.base import PassReport
+from ..passes.registry import PASSES
 from ..targets.base import Target
 from ..targets.registry import BACKENDS
 from .accuracy import Accuracy
-from .errors import UsageError, VerificationError
+from .control import drivers
+from .errors import Blocker, UnsupportedModel, UsageError, VerificationError
 from .lowered import Lowered
 from .options import CompileOptions
 from .program import Program
@@ -27,9 +29,23 @@ def lower(program: Program, target: Target, options: CompileOptions, accuracy: A
 
 def graph_passes(program: Program, target: Target, options: CompileOptions, accuracy: Accuracy | None = None) -> Steps:
     """The program after the recipe's passes, ready for the target's lowering; errors as in `lower`."""
-    if target.kind != "cuda" and (options.precision is not None or options.emit_only):
-        raise UsageError(f"--precision and --emit-only are for CUDA targets; leave them out for {target.text}")
+    if target.kind != "cuda" and options.emit_only:
+        raise UsageError(f"--emit-only is for CUDA targets; leave it out for {target.text}")
+    if target.kind not in ("cpu", "cuda") and options.precision is not None:
+        raise UsageError(f"--precision is for CPU and CUDA targets; leave it out for {target.text}")
+    carried = [spec for spec in (*program.inputs, *program.outputs) if spec.carrier is not None]
+    if carried and target.kind != "cpu":
+        raise UnsupportedModel([Blocker(spec.name, "graph boundary", f"elements of type {spec.dtype} are for CPU targets") for spec in carried])
+    if target.kind != "cpu" and (found := sorted(drivers(program.module))):
+        raise UnsupportedModel(
+            [
+                Blocker(node, operator, f"control flow that is decided while the model runs is for CPUs, not for {target.text}")
+                for node, operator in found
+            ]
+        )
     recipe = Recipe.of(options)
+    if target.kind == "cpu" and options.precision is not None:  # on a GPU the lowering chooses
+        recipe = recipe.having(PASSES["precision"].from_flag(options.precision))
     steps = Steps(program, target, options, BACKENDS[target.kind].scope, accuracy, recipe.to_dict())
     for graph_pass in recipe.passes:
         before = steps.program

@@ -10,6 +10,12 @@ if TYPE_CHECKING:  # the runtime reads specs from here and must load without the
     from .tvm import relax, tvm
 
 
+#: no dim is larger: slices to "the end" are written with this or more
+LARGEST_DIM = 10**9
+#: bytes of the largest tensor that a program may hold
+LARGEST_BYTES = 1 << 40
+
+
 @dataclass(frozen=True)
 class DimRange:
     """Range of a symbolic dimension; `max` is None when unbounded. `opt` is the size the schedules are chosen for."""
@@ -24,11 +30,15 @@ class DimRange:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of an input or output. A dim is an int, or a str naming a symbolic dim (expressions of symbols as text in outputs)."""
+    """Name, shape and dtype of an input or output. A dim is an int, or a str naming a symbolic dim (expressions of symbols as text in outputs).
+
+    carrier: the type in which the program holds elements that it only stores (`element_types`), None where that is `dtype`.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+    carrier: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"

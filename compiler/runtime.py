@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 from . import threads as pool
 from .artifact import Artifact, read, require_host
 from .binding import Binder, is_torch, without_elements
-from .errors import TcompileError
+from .element_types import decode
+from .errors import TcompileError, UsageError
 from .program import DimRange, TensorSpec
 from .tvm_runtime import Executable, array, config_threadpool, from_dlpack, load_executable
 
@@ -87,8 +89,8 @@ class CompiledModel:
         taken = {tensor.data_ptr() for tensor in tensors}
         to_torch = bool(args) and is_torch(args[0])
         if len(self.outputs) == 1:
-            return self._own(result[0] if isinstance(result, array) else result, taken, to_torch)
-        return tuple(self._own(output, taken, to_torch) for output in result)
+            return self._own(result[0] if isinstance(result, array) else result, taken, to_torch, self.outputs[0])
+        return tuple(self._own(output, taken, to_torch, spec) for output, spec in zip(result, self.outputs, strict=True))
 
     def check(self) -> None:
         """On a GPU: wait for it, and raise TcompileError when a call since the last check met an index out of range. CPUs raise in the call itself."""
@@ -117,7 +119,7 @@ class CompiledModel:
             self._local.main = executable.main()
             return self._local.main
 
-    def _own(self, output: Any, taken: set[int], to_torch: bool) -> Any:
+    def _own(self, output: Any, taken: set[int], to_torch: bool, spec: TensorSpec) -> Any:
         """`output` for the caller; a copy where the model passed an input or weight through, or returns one tensor twice."""
         pointer = output.data_ptr()
         shared = pointer in taken or pointer in self._weight_pointers
@@ -126,8 +128,12 @@ class CompiledModel:
             import torch
 
             result = torch.from_dlpack(output)
+            if spec.carrier is not None:
+                result = _torch_of(result, spec)
             return result.clone() if shared else result
         value = np.from_dlpack(output)
+        if spec.carrier is not None:
+            value = decode(value, spec.dtype)
         return value.copy() if shared else value
 
     def save(self, path: str | Path) -> Path:
@@ -159,8 +165,26 @@ class CompiledModel:
         return f"CompiledModel({inputs} -> {outputs}; {self.manifest['target']['text']})"
 
 
+def _torch_of(carrier: Any, spec: TensorSpec) -> Any:
+    """A torch tensor of the type that `carrier` holds. UsageError where torch has no such type."""
+    import torch
+
+    dtype = getattr(torch, spec.dtype, None)
+    if dtype is None or "float" not in spec.dtype or spec.dtype == "float4_e2m1fn":
+        raise UsageError(f"output '{spec.name}': torch has no tensors of type {spec.dtype}; give the inputs as numpy arrays")
+    return carrier.view(dtype)
+
+
+#: what the VM says of a dim that is not what the program needs; the node is written there by `targets.cpu.shape_checks`
+_WRONG_DIM = re.compile(r"Check failed: .* \((-?\d+) vs\. (-?\d+)\) :\s*(node '.*'): match_cast error,\s+shape\[(\d+)\]")
+
+
 def _last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    wrong = _WRONG_DIM.search(lines[-1]) if lines else None
+    if wrong:
+        found, wanted, node, axis = wrong.groups()
+        return f"{node}: dim {axis} is {found}, {wanted} is needed"
     return lines[-1] if lines else type(error).__name__
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "operator_attrs",
     "register_operator",
     "relax",
+    "relax_functions",
     "s_tir",
     "structural_map",
     "structural_walk",
@@ -80,3 +81,9 @@ def register_operator(name: str, arguments: tuple[str, ...], infer: Callable[[An
 def operator_attrs(**values: Any) -> Any:
     """Attributes of a call of an operator that `register_operator` made: booleans, numbers, strings."""
     return tvm.ir.make_node("ir.DictAttrs", **values)
+
+
+def relax_functions(module: tvm.IRModule) -> list[tuple[tvm.ir.GlobalVar, relax.Function]]:
+    """`main`, and the functions that drivers of control flow call (`tvm_control.py`), by name."""
+    found = [(variable, function) for variable, function in module.functions_items() if isinstance(function, relax.Function)]
+    return sorted(found, key=lambda entry: entry[0].name_hint)

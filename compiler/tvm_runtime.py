@@ -56,6 +56,7 @@ def _load_runtime() -> None:
 
 _load_runtime()
 config_threadpool = tvm_ffi.get_global_func("runtime.config_threadpool")
+
 _load_library = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")
 
 
@@ -69,7 +70,9 @@ class Executable:
         """A new VM's `main`: (*input tensors, weights array) -> tensor or array of tensors."""
         machine = self._module["vm_load_executable"]()
         machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
-        return machine["main"]
+        from .tvm_control import entry  # needs what this module loads
+
+        return entry(machine)
 
 
 def load_executable(library: bytes) -> Executable:

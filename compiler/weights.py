@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .element_types import numpy_dtype
 from .errors import UsageError, VerificationError
 
 ALIGNMENT = 64
@@ -37,15 +38,6 @@ _NAMES = {
     "float64": "F64",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """numpy's dtype of that name; bfloat16 comes from ml_dtypes."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
 
 
 def serialize(weights: Mapping[str, np.ndarray]) -> Iterator[bytes | memoryview]:

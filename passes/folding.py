@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..compiler.element_types import numpy_dtype
 from ..compiler.tvm import Constant, mutator, relax, tvm
-from ..compiler.weights import numpy_dtype
 
 #: results larger than this stay in the program unless they are a mere rearrangement of one constant (elements)
 LIMIT = 1 << 20

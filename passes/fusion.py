@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..compiler.program import Program
-from ..compiler.tvm import mutator, relax, tirx, tvm
+from ..compiler.tvm import mutator, relax, structural_walk, tirx, tvm
 from .base import Pass, PassContext
 from .origins import kernel_origins
 
@@ -30,7 +30,7 @@ class FuseEpilogues(Pass):
         before = _kernel_calls(program)
         annotated = _Spread(transform.AnnotateTIROpPattern()(program.module)).apply()
         with tvm.transform.PassContext(config={"relax.FuseOps.max_depth": self.depth}):
-            grouped = transform.FuseOps()(annotated)
+            grouped = _after_their_sizes(transform.FuseOps()(annotated))
         nodes = kernel_origins(annotated, grouped, program.origins)
         module = transform.DeadCodeElimination()(transform.FuseTIR()(grouped))
         fused = program.with_module(_with_nodes(module, nodes))
@@ -125,3 +125,69 @@ def _kernel_calls(program: Program) -> int:
 
     relax.analysis.post_order_visit(program.main, visit)
     return count
+
+
+def _after_their_sizes(module: Any) -> Any:
+    """`main` with every binding after the casts that define the sizes in it: grouping looks at tensors alone, and moves a kernel in front of them."""
+    main = module["main"]
+    if not any(
+        isinstance(binding, relax.MatchCast) and isinstance(binding.ty, relax.ShapeType) for block in main.body.blocks for binding in block.bindings
+    ):
+        return module
+    blocks = [type(block)(_sorted(list(block.bindings))) for block in main.body.blocks]
+    ordered = relax.Function(main.params, relax.SeqExpr(blocks, main.body.body), main.ret_ty, main.is_pure, main.attrs)
+    module = module.clone()
+    module.update_func(module.get_global_var("main"), ordered)
+    return module
+
+
+def _sorted(bindings: list[Any]) -> list[Any]:
+    """A topological order by variables and sizes, as near to the given one as can be."""
+    maker: dict[Any, int] = {}
+    for index, binding in enumerate(bindings):
+        maker[binding.var] = index
+        if isinstance(binding, relax.MatchCast) and isinstance(binding.ty, relax.ShapeType):
+            for size in binding.ty.values or ():
+                if isinstance(size, tirx.Var):
+                    maker.setdefault(size, index)
+    order: list[Any] = []
+    done: set[int] = set()
+    for start in range(len(bindings)):
+        stack = [start]
+        while stack:
+            index = stack[-1]
+            missing = [maker[name] for name in _reads(bindings[index]) if name in maker and maker[name] not in done and maker[name] != index]
+            if missing and index not in done:
+                stack += missing
+                continue
+            stack.pop()
+            if index not in done:
+                done.add(index)
+                order.append(bindings[index])
+    return order
+
+
+def _reads(binding: Any) -> list[Any]:
+    """The variables and the sizes that a binding needs."""
+    found: list[Any] = []
+
+    def dims(values: Any) -> None:
+        for value in values or ():
+            structural_walk(value, (tirx.Var, found.append))
+
+    def visit(node: Any) -> None:
+        if isinstance(node, relax.Var):
+            found.append(node)
+        elif isinstance(node, relax.ShapeExpr):
+            dims(node.values)
+
+    relax.analysis.post_order_visit(binding.value, visit)
+    for kind in _tensor_types(binding.var.ty):
+        dims(kind.shape.values if isinstance(kind.shape, relax.ShapeExpr) else ())
+    return found
+
+
+def _tensor_types(kind: Any) -> list[Any]:
+    if isinstance(kind, relax.TupleType):
+        return [inner for field in kind.fields for inner in _tensor_types(field)]
+    return [kind] if isinstance(kind, relax.TensorType) else []

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..compiler.element_types import numpy_dtype
 from ..compiler.program import Program
 from ..compiler.tvm import is_constant, relax, tvm
-from ..compiler.weights import numpy_dtype
 from .base import Pass, PassContext
 
 

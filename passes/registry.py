@@ -7,11 +7,13 @@ from .base import Pass
 from .canonicalize import Canonicalize
 from .layout import ChannelsLast
 from .normalization import RecognizeNormalizations
+from .precision import Precision
 from .quantization.qdq import RecognizeQdq
 from .quantization.quantize import Quantize
 from .sparsity.sparsify import Sparsify
 from .token_pruning.prune import TokenPruning
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, FuseAttention, TokenPruning, Sparsify, Quantize, ChannelsLast)
+    cls.name: cls
+    for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, FuseAttention, TokenPruning, Sparsify, Quantize, Precision, ChannelsLast)
 }

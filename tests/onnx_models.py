@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper, save
@@ -58,3 +60,15 @@ def small(nodes, inputs: dict, outputs: list[str], constants: dict[str, np.ndarr
     tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()]
     graph = helper.make_graph(nodes, "small", [info(name, spec) for name, spec in inputs.items()], results, tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def one_node(op: str, inputs: Mapping[str, tuple[int, Sequence[Any]]], types: Sequence[int] = (TensorProto.FLOAT,), **attributes: Any) -> ModelProto:
+    """A model of opset 21 whose only node is called the_node. inputs: name -> (element type, dims); types: those of the outputs y0, y1, ..."""
+    names = [f"y{index}" for index in range(len(types))]
+    graph = helper.make_graph(
+        [helper.make_node(op, list(inputs), names, name="the_node", **attributes)],
+        "g",
+        [helper.make_tensor_value_info(name, kind, dims) for name, (kind, dims) in inputs.items()],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(names, types, strict=True)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -22,6 +22,7 @@ from tcompile.passes.canonicalize import Canonicalize
 from tcompile.passes.normalization import RecognizeNormalizations
 from tcompile.passes.registry import PASSES
 from tcompile.targets.base import Target
+from torch_modules import Sdpa
 
 op = relax.op
 LOWEST = float(np.finfo("float32").min)
@@ -231,15 +232,6 @@ def test_any_chain_of_changes(chain, seed):
     arrays = inputs(program)
     assert report.matches == {"attention": 1} or "regroup" in chain or len(report.notes) == 1
     np.testing.assert_allclose(execute(result, arrays), execute(program, arrays), rtol=1e-4, atol=1e-5)
-
-
-class Sdpa(torch.nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.options = options
-
-    def forward(self, q, k, v, mask=None):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **self.options)
 
 
 @pytest.mark.parametrize(("shapes", "mask", "options"), [

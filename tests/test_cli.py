@@ -142,6 +142,20 @@ def test_bench_with_a_file_for_each_peer(call, folder):
     assert code == 0 and set(json.loads(out)["results"]) == {"tcompile", "torch"}
 
 
+def test_bench_sets_kernels_beside_the_roofline(call):
+    code, out, _ = call("bench", "mlp.onnx", "--layers", "5", "--rounds", "1", "--json")
+    (kernel,) = json.loads(out)["kernels"]
+    # [2, 4] @ [4, 3] and a relu: two operations per multiply-add, and operands, weights (packed) and result once each
+    assert code == 0 and kernel["template"] == "gemm" and kernel["flops"] == 2 * 2 * 4 * 3 + 2 * 3
+    assert kernel["bytes"] >= 4 * (2 * 4 + 4 * 3 + 2 * 3) and kernel["measured_us"] > 0 and kernel["share"] == 1
+    assert kernel["limit_us"] > 0
+    code, out, _ = call("bench", "mlp.onnx", "--layers", "5", "--rounds", "1")
+    assert code == 0 and "of the roofline" in out and "GFLOP/s" in out
+    call("compile", "mlp.onnx", "-o", "mlp.tcm")
+    code, _, err = call("bench", "mlp.tcm", "--layers", "5")
+    assert code == 2 and "source model" in err
+
+
 def test_version_and_bare_help(call):
     assert call("--version")[:2] == (0, tcompile.__version__ + "\n")
     code, out, _ = call("--help")

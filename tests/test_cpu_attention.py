@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -172,3 +173,18 @@ def test_inner_loops_are_fma_without_spills(machine, schedule, register):
         assert len(re.findall(rf"vfmadd\w+ps.*%{register}", block)) >= count
         assert not re.search(rf"\(%rsp\).*%{register}", block) and not re.search(rf"%{register}\d+, .*\(%rsp\)", block)
         assert "call" not in block
+
+
+@pytest.mark.parametrize("sizes", [size for size in AWKWARD if size[5] % 2 == 0] + [(1, 2, 1, 33, 129, 34, 40)], ids=str)
+@pytest.mark.parametrize(("mask", "attrs"), [("none", {}), ("padding", {"layout": "BSHD"}), ("bool", {"scale": 0.3}), ("none", {"causal": True})])
+@pytest.mark.parametrize("target", runnable())
+def test_bfloat16(sizes, mask, attrs, target):
+    """Scores are those of the rounded operands, probabilities lose eight bits."""
+    layouts = (attrs.get("layout", "BHSD"),) * 4
+    arrays = operands(*sizes, mask=mask, layouts=layouts)
+    arrays = [array.astype(ml_dtypes.bfloat16) if place < 3 else array for place, array in enumerate(arrays)]
+    (found,) = run(arrays, target, pick=0.6, **attrs)
+    assert found.dtype == np.float32
+    q, k, v, *rest = (array if array.dtype == bool else array.astype(np.float64) for array in arrays)
+    error = np.abs(found - reference(q, k, v, *rest, **attrs))
+    assert (error <= 2**-8 * reference(q, k, np.abs(v), *rest, **attrs) + 1e-5).all()

@@ -41,8 +41,9 @@ def network(name: str):
     return import_model(module, example_inputs=feeds), feeds, [value.numpy() for value in values]
 
 
-@pytest.mark.parametrize("name", ["ppocr-cls", "bert-base"])
-@pytest.mark.parametrize("machine", ["haswell", "skylake-avx512"])
+@pytest.mark.parametrize(
+    ("machine", "name"), [pytest.param("haswell", "ppocr-cls", marks=pytest.mark.networks), ("haswell", "bert-base"), ("skylake-avx512", "bert-base")]
+)
 def test_runs_here_and_is_pure(name, machine):
     target = Target.parse(f"cpu:{machine}")
     program, feeds, want = network(name)

@@ -213,8 +213,8 @@ def test_bad_requests():
         Target.parse("cuda:sm_75")
     with pytest.raises(UsageError, match="expected one of fp32, tf32, fp16, bf16"):
         tcompile.compile(mlp(), target="cuda", precision="fp8", emit_only=True)
-    with pytest.raises(UsageError, match="for CUDA targets"):
-        tcompile.compile(mlp(), target="cpu", precision="tf32")
+    with pytest.raises(UsageError, match="--emit-only is for CUDA targets"):
+        tcompile.compile(mlp(), target="cpu", emit_only=True)
     with pytest.raises(UnsupportedModel, match=r"open sizes \(n\); the CUDA target takes fixed ones: give --shape x=1x4"):
         tcompile.compile(mlp("n"), target="cuda", emit_only=True)
 

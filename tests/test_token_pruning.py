@@ -300,7 +300,7 @@ def _torch():
     return pytest.importorskip("token_pruning_reference")
 
 
-@pytest.mark.parametrize(("method", "pool"), [("drop", "token"), ("drop", "avg"), ("merge", "token")])
+@pytest.mark.parametrize(("method", "pool"), [pytest.param("drop", "token", marks=pytest.mark.networks), ("drop", "avg"), ("merge", "token")])
 def test_vit_agrees_with_pytorch(method, pool):
     reference = _torch()
     import torch
@@ -338,7 +338,7 @@ def small_bert(tmp_path_factory) -> tuple[Path, object]:
     return path, module
 
 
-@pytest.mark.parametrize("method", ["drop", "merge"])
+@pytest.mark.parametrize("method", ["drop", pytest.param("merge", marks=pytest.mark.networks)])
 def test_bert_with_open_dims_agrees_with_pytorch(small_bert, method):
     reference = _torch()
     import torch
@@ -358,7 +358,7 @@ def test_bert_with_open_dims_agrees_with_pytorch(small_bert, method):
         np.testing.assert_allclose(result[seen], expected.numpy()[seen], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["drop", "merge"])
+@pytest.mark.parametrize("method", [pytest.param("drop", marks=pytest.mark.networks), "merge"])
 def test_trained_vit_keeps_its_accuracy(method):
     """Within one point on 1,000 held-out digits, and exactly what PyTorch says of them."""
     reference = _torch()

@@ -9,8 +9,8 @@ from ..feeds import random_feeds, read_feeds
 from ..runtime import CompiledModel, load
 
 
-def open_model(model: Path, *, shape: list[str], threads: int | None, target: str = "cpu") -> CompiledModel:
-    """The artifact `model` loaded, or the source model `model` compiled in memory."""
+def open_model(model: Path, *, shape: list[str], threads: int | None, target: str = "cpu", profile: bool = False) -> CompiledModel:
+    """The artifact `model` loaded, or the source model `model` compiled in memory; profile: its kernels are timed, see the report."""
     if model.suffix == SUFFIX:
         return load(model, threads=threads)
     from ...targets.base import Target
@@ -19,7 +19,7 @@ def open_model(model: Path, *, shape: list[str], threads: int | None, target: st
     from .verb_compile import parse_shapes, require_file
 
     program = import_model(require_file(model), shapes=parse_shapes(shape))
-    return compile_program(program, Target.parse(target), CompileOptions(threads=threads)).start()
+    return compile_program(program, Target.parse(target), CompileOptions(threads=threads, profile=profile)).start()
 
 
 def feeds_for(model: CompiledModel, inputs: list[str], seed: int) -> dict:

@@ -34,7 +34,9 @@ def compile_verb(
     time_budget: str | None = typer.Option(None, "--time-budget", help="How long to tune at most: 90s, 10m, 1.5h."),
     tuning_db: Path | None = typer.Option(None, "--tuning-db", help="Tuning database: take its winners, and add what is tuned now."),
     dump_ir: Path | None = typer.Option(None, "--dump-ir", help="Write the module after every pass into this directory."),
-    precision: str | None = typer.Option(None, "--precision", help="Products on a GPU: fp32 (default), tf32, fp16 or bf16; see docs/cuda.md."),
+    precision: str | None = typer.Option(
+        None, "--precision", help="Of products: fp32 (default) or bf16; on a GPU also tf32 or fp16, see docs/cuda.md."
+    ),
     emit_only: bool = typer.Option(False, "--emit-only", help="Write the sources without building them (CUDA: nvcc is not needed)."),
     seed: int = Seed,
     as_json: bool = Json,

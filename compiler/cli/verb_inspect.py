@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from ..errors import UnsupportedModel
 from .terminal import Json, Shape, guarded, print_json, print_table
 
 
 @guarded
 def inspect_verb(
-    path: Path = typer.Argument(..., help="Artifact (.tcm) or ONNX file.", show_default=False),
+    path: Path = typer.Argument(..., help="Artifact (.tcm), ONNX file, or .pt2 file of torch.export.", show_default=False),
     check: bool = typer.Option(False, "--check", help="Artifact: hash every file, weights included."),
+    target: str = typer.Option("cpu", "--target", help="Whose peak rates and bandwidth the times are for: cpu (this machine), cpu:haswell, ..."),
+    count: int = typer.Option(20, "--layers", min=0, help="So many layers, those that take longest; 0: all. JSON has all."),
     shape: list[str] = Shape,
     as_json: bool = Json,
 ) -> None:
-    """Show the inputs, outputs and operators of an ONNX model with everything that stands in the way of compiling it; or an artifact's manifest.
+    """Show a model's inputs, outputs, operators and parameters, the arithmetic and memory traffic of its layers with the least time they take on a machine, and everything that
+    stands in the way of compiling it; or an artifact's manifest.
 
-    No code is loaded. Exit code 3 when the model has blockers, 5 when an artifact is damaged.
+    Nothing is compiled or run. Exit code 3 when the model has blockers, 5 when an artifact is damaged. Dynamic dims are counted at their `opt`, else their least size.
 
     Examples:
 
       tcompile inspect model.onnx
+
+      tcompile inspect bert.onnx --shape input_ids=1x1..128..512 --target cpu:haswell --json
 
       tcompile inspect model.tcm --check
     """
     if path.suffix == ".tcm":
         _inspect_artifact(path, check, as_json)
     else:
-        _inspect_onnx(path, shape, as_json)
+        _inspect_model(path, shape, target, count, as_json)
 
 
 def _inspect_artifact(path: Path, check: bool, as_json: bool) -> None:
@@ -52,46 +55,48 @@ def _inspect_artifact(path: Path, check: bool, as_json: bool) -> None:
     print_table(["package", "version"], manifest["versions"].items())
 
 
-def _inspect_onnx(path: Path, shape: list[str], as_json: bool) -> None:
-    from ..api import import_model
+def _inspect_model(path: Path, shape: list[str], target: str, count: int, as_json: bool) -> None:
+    from ..inspection import inspect, refusal
     from .verb_compile import parse_shapes, require_file
 
-    require_file(path)
-    failure: UnsupportedModel | None = None
-    try:
-        program = import_model(path, shapes=parse_shapes(shape))
-        blockers, tensors = [], {"inputs": [_tensor(spec) for spec in program.inputs], "outputs": [_tensor(spec) for spec in program.outputs]}
-    except UnsupportedModel as error:
-        if not any(blocker.op for blocker in error.blockers):  # not a graph at all: there is nothing to show
-            raise
-        blockers, tensors, failure = error.blockers, {"inputs": [], "outputs": []}, error
-    summary: dict[str, Any] = {**tensors, "operators": _operators(path), "blockers": [vars(blocker) for blocker in blockers]}
+    summary = inspect(require_file(path), target, shapes=parse_shapes(shape))
     if as_json:
         print_json(summary)
     else:
         _print_tensors(summary["inputs"], summary["outputs"])
         print_table(["operator", "count"], summary["operators"].items())
-        print(f"blockers: {len(blockers) or 'none, this model compiles'}")
+        if "layers" in summary:
+            _print_layers(summary, count)
+        print(f"blockers: {len(summary['blockers']) or 'none, this model compiles'}")
+    failure = refusal(summary)
     if failure is not None:
         raise failure
 
 
-def _operators(path: Path) -> dict[str, int]:
-    """Operator -> count, most frequent first, straight from the file; weights are not read."""
-    import onnx
+def _print_layers(summary: dict[str, Any], count: int) -> None:
+    if summary["dims"]:
+        rows = [
+            [name, dim["range"], dim["size"], f"{dim['flops_factor']:.2f}", f"{dim['bytes_factor']:.2f}"] for name, dim in summary["dims"].items()
+        ]
+        print_table(["dim", "range", "counted at", "operations if doubled", "bytes if doubled"], rows)
+    slowest = sorted(summary["layers"], key=lambda layer: -layer["milliseconds"])
+    rows = [
+        [layer["name"], " ".join(dict.fromkeys(layer["operators"])), *_costs(layer), f"{layer['intensity']:.1f}", layer["bound"]]
+        for layer in (slowest[:count] if count else slowest)
+    ]
+    print_table(["layer", "operators", "MFLOP", "MB", "ms", "FLOP/byte", "bound"], rows)
+    parameters, (flops, size, milliseconds) = summary["parameters"], _costs(summary["total"])
+    print(f"parameters: {parameters['count']} ({parameters['bytes']} bytes)")
+    print(f"all {len(slowest)} layers: {flops} MFLOP, {size} MB; at least {milliseconds} ms on {summary['target']}, each layer at the peak rates")
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.node)
-    return dict(counts.most_common())
 
-
-def _tensor(spec: Any) -> dict[str, Any]:
-    return {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+def _costs(entry: dict[str, Any]) -> list[str]:
+    return [f"{entry['flops'] / 1e6:.3f}", f"{entry['bytes'] / 1e6:.3f}", f"{entry['milliseconds']:.4f}"]
 
 
 def _print_tensors(inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
     rows = [
-        [kind, entry["name"], entry["dtype"], "x".join(str(dim) for dim in entry["shape"])]
+        [kind, entry["name"], entry["dtype"], "?" if entry["shape"] is None else "x".join(str(dim) for dim in entry["shape"])]
         for kind, group in (("in", inputs), ("out", outputs))
         for entry in group
     ]

@@ -44,7 +44,8 @@ def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | No
 
     mask: broadcasts to [B, H, S, T]; float: added to the scores; bool: True where a key is seen. attrs: fields of AttentionAttrs; `scale` is 1 / sqrt(D) by default.
     With received=True the result is a tuple (out, received [B, T]): the attention that each key receives, the mean of its probabilities over heads and queries.
-    With layout="BSHD" q, k, v and out have their second and third dims swapped.
+    With layout="BSHD" q, k, v and out have their second and third dims swapped. Operands of bfloat16 are multiplied as such, the probabilities rounded to it; scores, sums and
+    out are float32.
     """
     if "scale" not in attrs:
         attrs["scale"] = 1.0 / math.sqrt(int(q.ty.shape[3]))
@@ -57,7 +58,7 @@ def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | No
 
 def attrs_of(call: relax.Call) -> AttentionAttrs:
     """The attributes of an attention call."""
-    return AttentionAttrs(**{name: type(default)(call.attrs[name]) for name, default in asdict(AttentionAttrs()).items()})
+    return AttentionAttrs(**{name: type(default)(call.attrs[name]) for name, default in asdict(AttentionAttrs()).items()})  # pyright: ignore[reportOptionalSubscript]
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,16 @@ def _infer(builder: Any, call: Any) -> Any:
         agree(f"{what} of k and v", k[position], v[position])
     if isinstance(q[1], tirx.IntImm) and isinstance(k[1], tirx.IntImm) and int(q[1]) % int(k[1]):
         raise ValueError(f"{NAME}: {int(q[1])} heads of q cannot share {int(k[1])} heads of k")
-    out = relax.TensorType(_plain([*q[:3], v[3]], attrs.layouts[3]), call.args[0].ty.dtype)
+    dtype = result_dtype(call.args[0])
+    out = relax.TensorType(_plain([*q[:3], v[3]], attrs.layouts[3]), dtype)
     if not attrs.received:
         return out
-    return relax.TupleType([out, relax.TensorType([q[0], k[2]], call.args[0].ty.dtype)])
+    return relax.TupleType([out, relax.TensorType([q[0], k[2]], dtype)])
+
+
+def result_dtype(q: relax.Expr) -> str:
+    """Operands of bfloat16 give float32, all others their own type."""
+    return "float32" if str(q.ty.dtype) == "bfloat16" else str(q.ty.dtype)
 
 
 def _plain(dims: list[Any], layout: str) -> list[Any]:
@@ -116,7 +123,8 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
     q, k, v = call.args[:3]
     mask = call.args[3] if len(call.args) == 4 else None
     q, k, v = (x if layout == "BHSD" else emit(op.permute_dims(x, SWAPPED)) for x, layout in zip((q, k, v), attrs.layouts, strict=False))
-    dtype = str(q.ty.dtype)
+    dtype = result_dtype(q)
+    q, k, v = (x if str(x.ty.dtype) == dtype else emit(op.astype(x, dtype)) for x in (q, k, v))
     dims = dims_of(*(list(x.ty.shape) for x in (q, k, v)), ("BHSD",) * 3)
     k, v = (_repeat(emit, x, dims.heads) for x in (k, v))
     scores = emit(op.multiply(emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2])))), relax.const(attrs.scale, dtype)))
@@ -147,9 +155,9 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
 def _repeat(emit: Any, x: relax.Expr, heads: Any) -> relax.Expr:
     """[B, Hk, T, D] -> [B, H, T, D]."""
     batch, own, length, width = x.ty.shape
-    groups = int(heads) // int(own)
-    if groups == 1:
+    if tvm.sym.Analyzer().can_prove_equal(own, heads):  # dims of the batch that were folded into the heads may be symbols
         return x
+    groups = tvm.sym.Analyzer().simplify(tirx.floordiv(heads, own))
     spread = emit(relax.op.broadcast_to(emit(relax.op.reshape(x, [batch, own, 1, length, width])), [batch, own, groups, length, width]))
     return emit(relax.op.reshape(spread, [batch, heads, length, width]))
 

@@ -25,7 +25,7 @@ def weight_only_matmul(
 
 def attrs_of(call: relax.Call) -> tuple[int, int]:
     """(bits, group) of a call."""
-    return int(call.attrs["bits"]), int(call.attrs["group"])
+    return int(call.attrs["bits"]), int(call.attrs["group"])  # pyright: ignore[reportOptionalSubscript]
 
 
 def _infer(builder: Any, call: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..control import FUNCTION_PREFIX
+from ..program import LARGEST_BYTES
 from ..tvm import relax, tirx
 
-#: bytes of the largest tensor that a program may hold
-LARGEST_BYTES = 1 << 40
+#: of one tensor, as in numpy
+MOST_DIMS = 64
 
 
 class ImpossibleTensor(ValueError):
@@ -25,6 +27,33 @@ class NamingBuilder(relax.BlockBuilder):
         super().__init__()
         self.node = ""
         self.origins: dict[str, str] = {}
+        #: how many functions for drivers there are, and to how many nodes loops were unrolled
+        self.functions = self.unrolled = 0
+        self._added: list[Any] = []
+        #: loop -> which dims of its carried tensors change from one iteration to the next: (tensor, axis)
+        self.varying: dict[tuple[str, ...], set[tuple[int, int]]] = {}
+
+    def add_driven(self, function: relax.Function) -> str:
+        """Add a function for drivers. Returns its name."""
+        name = f"{FUNCTION_PREFIX}{self.functions}"
+        named: Any = function.with_attr("global_symbol", name)
+        if self.functions < len(self._added):
+            self.update_func(self._added[self.functions], named)
+        else:
+            self._added.append(self.add_func(named, name))
+        self.functions += 1
+        return name
+
+    def abandon(self, first: int) -> None:
+        """Forget the functions for drivers from number `first` on: nothing calls them."""
+        self.functions = first
+
+    def get(self) -> Any:
+        """The module."""
+        module = super().get()
+        for variable in self._added[self.functions :]:
+            del module[variable]
+        return module
 
     def emit(self, expr: Any, name_hint: str = "") -> Any:
         """Bind under `name_hint`, by default the node's name."""
@@ -55,7 +84,9 @@ class NamingBuilder(relax.BlockBuilder):
 
 
 def check_size(dims: Sequence[int | str], dtype: str) -> None:
-    """Raise ImpossibleTensor for a negative dim, or where the static dims alone make more than `LARGEST_BYTES`."""
+    """Raise ImpossibleTensor for more dims than `MOST_DIMS`, for a negative one, or where the static dims alone make more than `LARGEST_BYTES`."""
+    if len(dims) > MOST_DIMS:
+        raise ImpossibleTensor(f"a tensor has {len(dims)} dims; at most {MOST_DIMS} are supported")
     shape = f"[{', '.join(str(dim) for dim in dims)}]"
     size = max(1, int("".join(char for char in dtype if char.isdigit()) or "8") // 8)
     for dim in dims:
@@ -67,5 +98,5 @@ def check_size(dims: Sequence[int | str], dtype: str) -> None:
 
 
 def _free(name: str) -> str:
-    """The builder gives functions and variables their names from one pool, in which `main` has to stay free."""
-    return f"{name}_" if name == "main" else name
+    """The builder gives functions and variables their names from one pool, in which `main` and the names of functions for drivers have to stay free."""
+    return f"v{name}" if name == "main" or name.startswith(FUNCTION_PREFIX) else name

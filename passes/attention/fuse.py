@@ -69,6 +69,7 @@ class _Rewriter(relax.PyExprMutator):
         self.missed: list[tuple[Any, str]] = []
         self.count = 0
         self.name = ""
+        self._swapped_after = False
 
     def apply(self) -> Any:
         main = self.module.get_global_var("main")
@@ -77,7 +78,7 @@ class _Rewriter(relax.PyExprMutator):
 
     def visit_var_binding_(self, binding: Any) -> None:
         site = self.sites.get(binding.var)
-        self.name = binding.var.name
+        self.name, self._swapped_after = binding.var.name, self._only_swapped(binding.var)
         if site is None:
             super().visit_var_binding_(binding)
             return
@@ -91,6 +92,14 @@ class _Rewriter(relax.PyExprMutator):
         if wanted is not None and not self.graph.same_dims(shape(made) or (), wanted):
             made = relax.op.reshape(made, wanted)
         self.builder_.emit_normalized(relax.VarBinding(binding.var, self.builder_.normalize(made)))
+
+    def _only_swapped(self, var: Any) -> bool:
+        """All that is done with a variable is to change its second and third dim."""
+        uses = self.graph.uses(var)
+        swaps = (
+            self.graph.name(use.value) == "permute_dims" and _axes(use.value) == list(SWAPPED) for use in uses if isinstance(use.value, relax.Call)
+        )
+        return bool(uses) and not self.graph.escapes(var) and sum(swaps) == len(uses)
 
     def emit(self, expr: Any) -> Any:
         """Bind an expression over variables of the source program or of the new one."""
@@ -133,7 +142,7 @@ class _Rewriter(relax.PyExprMutator):
             source = self._before_transpose(operand, (lead[0], heads))
             values.append(self._value(operand, (lead[0], heads)) if source is None else self.visit_expr(source))
             layouts.append("BHSD" if source is None else "BSHD")
-        layouts.append("BSHD" if "BSHD" in layouts else "BHSD")
+        layouts.append("BSHD" if "BSHD" in layouts or self._swapped_after else "BHSD")
         attrs = replace(attrs, scale=attrs.scale * q.scale * k.scale, layout=layouts[0] if len(set(layouts)) == 1 else ",".join(layouts))
         out = self.builder_.emit(attention(*values, None if mask is None else self.visit_expr(mask), **asdict(attrs)), self.name)
         # canonicalisation removes it together with its inverse, which almost every attention is followed by

@@ -11,6 +11,8 @@
             for (i, e) in tiles: acc[i][e] = out[i][e] * shrink[i];  for j: acc[i][e] += p[j][i] * v[j, e]
         out /= total
 
+bfloat16: the products are over words of two d, and of two keys (see `dot`); p is rounded pair by pair, the pairs of v are put together once per block.
+
 With the queries in the lanes neither k nor v is transposed, and the softmax needs no sum across lanes. Running maximum and sum: Milakov and Gimelshein, "Online
 normalizer calculation for softmax" (2018); the order of the loops: Dao, "FlashAttention-2" (2023).
 """
@@ -21,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...autotune.cost_model import KernelFeatures
-from ...compiler.dialect.attention import dims_of
 from ..base import Target
 from ..common.fused import Fused, Unfusable, static
 from .attention_emit import AttentionEmitter
+from .dot import dot_for
 from .emit import balanced, kernel
+from .ops_attention import sizes
 from .template import Kernel
 
 #: sizes assumed for what is known at run time only
@@ -46,11 +49,12 @@ class AttentionWorkload:
     mask: str
     causal: bool
     received: bool
+    kind: str = "f32"
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         extra = f"{' causal' if self.causal else ''}{f' mask {self.mask}' if self.mask != 'none' else ''}{' received' if self.received else ''}"
-        return f"attention {self.batch}x{heads}x{self.queries}x{self.keys}x{self.depth}x{self.width}{extra}"
+        return f"attention {'' if self.kind == 'f32' else f'{self.kind} '}{self.batch}x{heads}x{self.queries}x{self.keys}x{self.depth}x{self.width}{extra}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Attention:
     def workload(self, fused: Fused, constants: frozenset[int]) -> AttentionWorkload:
         if fused.core["op"] != "attention":
             raise Unfusable("not an attention")
-        dims = dims_of(*(buffer.shape for buffer in fused.inputs[:3]), fused.core["layouts"])
+        dims = sizes(fused.core, [buffer.shape for buffer in fused.inputs])
         heads, kv_heads, depth, width = (static(dim) for dim in (dims.heads, dims.kv_heads, dims.depth, dims.width))
         if heads is None or kv_heads is None or depth is None or width is None:
             raise Unfusable("heads or widths known at run time only")
@@ -88,6 +92,7 @@ class Attention:
             fused.core["mask"],
             fused.core["causal"],
             fused.core["received"],
+            "f32" if str(fused.inputs[0].ty.dtype) == "float32" else "bf16",
         )
 
     def space(self, workload: AttentionWorkload, target: Target) -> Sequence[AttentionSchedule]:
@@ -114,33 +119,37 @@ class Attention:
         tiles = [size for _, size in balanced(-(-queries // lanes), nv)]
         wide = -(-width // lanes)
         seen = keys / 2 if workload.causal and queries > nv * lanes else keys
-        rate, broadcast = target.fma_per_cycle, 0.5 if target.vector_bits == 512 else 1.0
+        dot = dot_for(workload.kind, target)
+        broadcast = dot.broadcast_loads if dot.grouped else 0.5 if target.vector_bits == 512 else 1.0
+        # per word of one or two numbers
+        rate, group = target.fma_per_cycle / dot.instructions, dot.group
         fma = load = latency = 0.0
         for size in tiles:
-            scores = seen * depth * (2 if workload.received else 1)
+            scores = seen * depth / group * (2 if workload.received else 1)
             fma += scores * size / rate
             load += scores * (broadcast + size / schedule.mr) / 2.0
             latency += scores / schedule.mr * max(4.0, schedule.mr * size / rate)
-            products = seen * size * lanes
+            products = seen / group * size * lanes
             fma += products * wide / rate
             load += products * (broadcast * -(-wide // schedule.columns) + wide / schedule.rows) / 2.0
             latency += products * -(-wide // schedule.columns) / schedule.rows * max(4.0, schedule.rows * schedule.columns / rate)
             # the exponential, and the rescaling of the output between blocks
-            fma += seen * size * 24.0 + -(-seen // schedule.block) * size * lanes * wide * 4.0
+            fma += seen * size * (24.0 if group == 1 else 32.0) + -(-seen // schedule.block) * size * lanes * wide * 4.0
             load += seen * size * 4.0 + depth * size * lanes * 2.0
         block_bytes = 4.0 * schedule.block * (nv * lanes + wide * lanes)
-        l2 = len(tiles) * seen * 4.0 * (depth + width) + (0 if block_bytes < 0.75 * target.l1_bytes else len(tiles) * seen * 8.0 * nv * lanes)
+        l2 = len(tiles) * seen * 4.0 / group * (depth + width) + (0 if block_bytes < 0.75 * target.l1_bytes else len(tiles) * seen * 8.0 * nv * lanes)
         return KernelFeatures(
             flops=2.0 * heads * queries * seen * (depth + width),
             fma_cycles=heads * fma,
             load_cycles=heads * load,
             latency_cycles=heads * latency,
             l2_bytes=heads * l2,
-            l3_bytes=4.0 * heads * (queries + keys) * (depth + width),
+            l3_bytes=4.0 / group * heads * (queries + keys) * (depth + width),
             tasks=heads * len(tiles),
         )
 
     def build(self, fused: Fused, workload: AttentionWorkload, schedule: AttentionSchedule, target: Target) -> Kernel:
-        with kernel(fused, {}) as (builder, buffers):
-            AttentionEmitter(fused, buffers, schedule).emit()
+        dot = dot_for(workload.kind, target)
+        with kernel(fused, {}, dot) as (builder, buffers):
+            AttentionEmitter(fused, buffers, schedule, dot).emit()
         return Kernel(builder.get())  # pyright: ignore[reportArgumentType]

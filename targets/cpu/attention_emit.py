@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ...compiler.dialect.attention import dims_of
 from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, static
-from .dot import splat, vector
+from .attention_views import element
+from .dot import Dot, splat, vector
 from .emit import Accumulators, balanced, tasks
 from .math import call_exp_nonpositive
+from .ops_attention import sizes
 
 if TYPE_CHECKING:
     from .attention import AttentionSchedule
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 class AttentionEmitter:
     """State of one kernel; all sizes and positions are int64 expressions, `lane` counts queries within a tile."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AttentionSchedule):
-        self.schedule, self.lanes, self.core = schedule, schedule.lanes, fused.core
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AttentionSchedule, dot: Dot):
+        self.schedule, self.lanes, self.core, self.dot = schedule, schedule.lanes, fused.core, dot
         self.q, self.k, self.v, *rest = (buffers[buffer] for buffer in fused.inputs)
         self.mask = rest[0] if rest else None
         outputs = [buffers[param] for param in fused.params if hasattr(param, "shape")][-fused.core["outputs"] :]
         self.out, self.received = outputs[0], outputs[1] if len(outputs) == 2 else None
-        dims = dims_of(*(buffer.shape for buffer in fused.inputs[:3]), fused.core["layouts"])
+        dims = sizes(fused.core, [buffer.shape for buffer in fused.inputs])
         self.batch, self.queries, self.keys = dims.batch, dims.queries, dims.keys
         self.heads, self.depth, self.width = (int(dim) for dim in (dims.heads, dims.depth, dims.width))
         self.groups = self.heads // int(dims.kv_heads)
@@ -82,16 +83,16 @@ class AttentionEmitter:
 
     def _index(self, operand: int, b: Any, h: Any, s: Any, d: Any) -> tuple[Any, ...]:
         """Indices of q (operand 0), k, v or the output (3)."""
-        return (b, h, s, d) if self.core["layouts"][operand] == "BHSD" else (b, s, h, d)
+        return element(self.core["rows"][operand], b, h, s, d)
 
     def _kv_head(self, h: Any) -> Any:
         return h if self.groups == 1 else T.bind(T.floordiv(h, T.int64(self.groups)))
 
     def _panel(self, b: Any, h: Any, first: Any, nv: int) -> Any:
-        """[D, queries]: scaled q^T of one tile; beyond the last query it repeats that."""
-        lanes, scale = self.lanes, float(self.core["scale"])
-        panel = T.alloc_buffer((self.depth, nv * lanes), "float32")
-        whole = self.depth // lanes if lanes > 1 else 0
+        """[D / group, queries]: q^T of one tile in words, scaled if they are floats; beyond the last query it repeats that."""
+        lanes, words = self.lanes, self.dot.words(self.depth)
+        panel = T.alloc_buffer((words, nv * lanes), self.dot.word)
+        whole = words // lanes if lanes > 1 else 0
         everything = vector(T.int64(0), lanes)
 
         def row(lane: Any) -> Any:
@@ -99,24 +100,30 @@ class AttentionEmitter:
 
         with T.serial(T.int64(nv)) as v, T.serial(T.int64(whole)) as block:
             left = T.bind(v * T.int64(lanes))
-            rows = [T.alloc_buffer((lanes,), "float32") for _ in range(lanes)]
+            rows = [T.alloc_buffer((lanes,), self.dot.word) for _ in range(lanes)]
             for i in range(lanes):
-                place = vector(block * T.int64(lanes), lanes)
-                T.buffer_store(rows[i], self.q[self._index(0, b, h, row(left + T.int64(i)), place)] * splat(T.float32(scale), lanes), [everything])
+                T.buffer_store(rows[i], self._query(b, h, row(left + T.int64(i)), block * T.int64(lanes), lanes), [everything])
             for i, column in enumerate(self._transposed(rows)):
                 T.buffer_store(panel, column[everything], [block * T.int64(lanes) + T.int64(i), vector(left, lanes)])
-        if edge := self.depth - whole * lanes:
+        if edge := words - whole * lanes:
             with T.serial(T.int64(nv * lanes)) as lane, T.serial(T.int64(edge)) as d:
-                depth = T.bind(d + T.int64(whole * lanes))
-                T.buffer_store(panel, self.q[self._index(0, b, h, row(lane), depth)] * T.float32(scale), [depth, lane])
+                word = T.bind(d + T.int64(whole * lanes))
+                T.buffer_store(panel, self._query(b, h, row(lane), word, 1), [word, lane])
         return panel
+
+    def _query(self, b: Any, h: Any, row: Any, word: Any, count: int) -> Any:
+        """`count` consecutive words of a row of q."""
+        if self.dot.grouped:
+            place = vector(word * T.int64(self.dot.group), count * self.dot.group)
+            return T.reinterpret("int32" if count == 1 else f"int32x{count}", self.q[self._index(0, b, h, row, place)])
+        return self.q[self._index(0, b, h, row, vector(word, count))] * splat(T.float32(float(self.core["scale"])), count)
 
     def _transposed(self, rows: list[Any]) -> list[Any]:
         """The columns of as many vectors as each has lanes: blocks of twice the size change places at every step."""
         lanes, everything = self.lanes, vector(T.int64(0), self.lanes)
         step = 1
         while step < lanes:
-            fresh = [T.alloc_buffer((lanes,), "float32") for _ in range(lanes)]
+            fresh = [T.alloc_buffer((lanes,), self.dot.word) for _ in range(lanes)]
             low = [lane + lanes - step if lane & step else lane for lane in range(lanes)]
             high = [lane + lanes if lane & step else lane + step for lane in range(lanes)]
             for i in range(lanes):
@@ -163,18 +170,20 @@ class AttentionEmitter:
         kv = self._kv_head(h)
 
         def tile(offset: Any, size: int) -> None:
-            acc = Accumulators(size, nv, self.lanes)
+            acc, dot = Accumulators(size, nv, self.lanes, self.dot), self.dot
             acc.fill()
             key = T.bind(start + offset)
-            with T.serial(T.int64(self.depth)) as d:
-                queries = [T.bind(panel[d, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(nv)]
-                acc.multiply(range(size), lambda i: self.k[self._index(1, b, kv, key + i, d)], queries)
+            with T.serial(T.int64(dot.words(self.depth))) as word:
+                queries = [T.bind(panel[word, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(nv)]
+                acc.multiply(range(size), lambda i: dot.read(self.k, lambda d: self._index(1, b, kv, key + i, d), word * dot.group), queries)
 
             def finish(hide: bool) -> None:
                 for i in range(size):
                     for v in range(nv):
-                        if self.mask is not None or hide:
-                            score = self._masked(acc.load(i, v), b, h, key + i, first, v)
+                        if self.mask is not None or hide or dot.grouped:
+                            score = acc.load(i, v)
+                            score = score * splat(T.float32(float(self.core["scale"])), self.lanes) if dot.grouped else score
+                            score = self._masked(score, b, h, key + i, first, v)
                             acc.store(i, v, self._hidden(score, key + i, first, v) if hide else score)
                         use(acc, offset + i, i, v)
 
@@ -222,8 +231,9 @@ class AttentionEmitter:
         lanes, queries, padded = self.lanes, nv * self.lanes, self.wide * self.lanes
         panel = self._panel(b, h, first, nv)
         scores = T.alloc_buffer((self.schedule.block, queries), "float32")
-        # whole vectors are read where they are
-        values = T.alloc_buffer((self.schedule.block, padded), "float32") if self.width % lanes else None
+        # whole vectors of floats are read where they are
+        values = T.alloc_buffer((self.dot.words(self.schedule.block), padded), self.dot.word) if self.width % lanes or self.dot.grouped else None
+        weights = T.alloc_buffer((self.dot.words(self.schedule.block), queries), self.dot.word) if self.dot.grouped else scores
         out = T.alloc_buffer((queries, padded), "float32")
         top, total, shrink = (T.alloc_buffer((queries,), "float32") for _ in range(3))
         places = [vector(T.int64(v * lanes), lanes) for v in range(nv)]
@@ -259,6 +269,8 @@ class AttentionEmitter:
                     T.buffer_store(sums[v], sums[v][everything] + scores[j, place], [everything])
             for v, place in enumerate(places):
                 T.buffer_store(total, total[place] * shrink[place] + sums[v][everything], [place])
+            if self.dot.grouped:
+                self._pair_weights(weights, scores, count, places)
             if values is not None:
                 self._copy_values(values, b, h, start, count)
             kv = self._kv_head(h)
@@ -266,22 +278,48 @@ class AttentionEmitter:
             def value(j: Any, place: Any) -> Any:
                 return values[j, place] if values is not None else self.v[self._index(2, b, kv, start + j, place)]
 
-            self._accumulate(out, scores, value, shrink, count, queries)
+            self._accumulate(out, weights, value, shrink, T.ceildiv(count, T.int64(self.dot.group)), queries)
         self._finish(b, h, first, nv, out, top, total, statistics)
 
+    def _words(self, count: Any) -> Iterator[tuple[Any, int]]:
+        """Loops over the words of `count` rows: (number of the word, rows that it has)."""
+        group, known = self.dot.group, static(count)
+        with T.serial(T.floordiv(count, T.int64(group))) as word:
+            yield word, group
+        if group > 1 and (known is None or known % group):
+            with T.If(T.floormod(count, T.int64(group)) > T.int64(0)), T.Then():
+                yield T.floordiv(count, T.int64(group)), 1
+
+    def _pair_weights(self, weights: Any, scores: Any, count: Any, places: list[Any]) -> None:
+        """The probabilities of two keys each as one word."""
+        for word, rows in self._words(count):
+            for place in places:
+                low = scores[word * T.int64(2), place]
+                high = scores[word * T.int64(2) + T.int64(1), place] if rows == 2 else splat(T.float32(0), self.lanes)
+                T.buffer_store(weights, self.dot.pair(low, high, self.lanes), [word, place])
+
     def _copy_values(self, values: Any, b: Any, h: Any, start: Any, count: Any) -> None:
-        """v of one block, its rows side by side and filled up to whole vectors."""
+        """v of one block in words, its rows side by side and filled up to whole vectors."""
         kv, lanes = self._kv_head(h), self.lanes
-        with T.serial(count) as j:
-            row = T.bind(start + j)
-            for e in range(self.width // lanes):
-                T.buffer_store(values, self.v[self._index(2, b, kv, row, vector(T.int64(e * lanes), lanes))], [j, vector(T.int64(e * lanes), lanes)])
-            if rest := self.width % lanes:
-                edge = self.width - rest
+        whole, rest = divmod(self.width, lanes)
+
+        def words(word: Any, rows: int, e: Any, size: int) -> Any:
+            parts = [self.v[self._index(2, b, kv, start + word * T.int64(self.dot.group) + T.int64(i), vector(e, size))] for i in range(rows)]
+            if not self.dot.grouped:
+                return parts[0]
+            kinds = ("uint16", "int32") if size == 1 else (f"uint16x{size}", f"int32x{size}")
+            low, *high = (T.Cast(kinds[1], T.reinterpret(kinds[0], part)) for part in parts)
+            return low | (high[0] << splat(T.int32(16), size)) if high else low
+
+        for word, rows in self._words(count):
+            for e in range(whole):
+                place = T.int64(e * lanes)
+                T.buffer_store(values, words(word, rows, place, lanes), [word, vector(place, lanes)])
+            if rest:
                 with T.serial(T.int64(rest)) as e:
-                    T.buffer_store(values, self.v[self._index(2, b, kv, row, e + T.int64(edge))], [j, e + T.int64(edge)])
+                    T.buffer_store(values, words(word, rows, e + T.int64(whole * lanes), 1), [word, e + T.int64(whole * lanes)])
                 with T.serial(T.int64(lanes - rest)) as e:
-                    T.buffer_store(values, T.float32(0), [j, e + T.int64(self.width)])
+                    T.buffer_store(values, tirx.const(0, self.dot.word), [word, e + T.int64(self.width)])
 
     def _accumulate(self, out: Any, scores: Any, value: Callable[[Any, Any], Any], shrink: Any, count: Any, queries: int) -> None:
         """out[i, e] = out[i, e] * shrink[i] + sum over keys of p[key, i] * v[key, e]."""
@@ -296,7 +334,7 @@ class AttentionEmitter:
                     edge = T.bind(T.floordiv(index, T.int64(len(starts))) * T.int64(columns * lanes) + T.int64(edges[0] * lanes))
                     row = T.bind(T.floormod(index, T.int64(len(starts))) * T.int64(size) + T.int64(starts[0]))
                     places = [vector(edge + T.int64(e * lanes), lanes) for e in range(columns)]
-                    acc = Accumulators(size, columns, lanes)
+                    acc = Accumulators(size, columns, lanes, self.dot)
                     acc.fill(lambda i, e: out[row + T.int64(i), places[e]] * splat(shrink[row + T.int64(i)], lanes))  # noqa: B023
                     with T.serial(count) as j:
                         acc.multiply(range(size), lambda i: scores[j, row + T.int64(i)], [T.bind(value(j, place)) for place in places])  # noqa: B023

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ...compiler.tvm import PIPELINE_MAP, Constant, link_executable, mutator, relax, tirx, tvm
+from ...compiler.control import DRIVER_PREFIX
+from ...compiler.dialect.opaque import reveal_shapes
+from ...compiler.tvm import PIPELINE_MAP, Constant, link_executable, mutator, relax, relax_functions, tirx, tvm
 from ..base import Target
-from .lower import tvm_target
+from .lower import code_generation, tvm_target
 from .math import TIR_PIPELINE
+from .shape_checks import bound_storage, name_checks
 
 #: names of the functions that Relax's code generator makes of the program's own functions
 _HOST_PREFIX = "__vmtir__"
@@ -18,7 +22,7 @@ _DECLARATIONS = "__declarations"
 
 
 def lift_weights(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """Replace every tensor constant of `main` by a field of one tuple parameter, appended after the inputs.
+    """Replace every tensor constant by a field of one tuple parameter, appended after the inputs of `main` and of the functions that drivers call.
 
     Returns the module and the arrays in the order of the tuple; names say the kernel that reads the weight first.
     """
@@ -38,15 +42,24 @@ class _Lifter(relax.PyExprMutator):
         self.fields: dict[int, Any] = {}
 
     def apply(self) -> Any:
-        main = self.module["main"]
-        self._collect(main)
-        self.parameter = relax.Var("weights", relax.TupleType(self.types))
-        body = self.visit_expr(main.body)
-        function = relax.Function([*main.params, self.parameter], body, main.ret_ty, main.is_pure, main.attrs)
-        self.builder_.update_func(self.module.get_global_var("main"), function)
+        functions = relax_functions(self.module)
+        for _, function in functions:
+            self._collect(function)
+        for variable, function in functions:
+            self.parameter = relax.Var("weights", relax.TupleType(self.types))
+            body = self.visit_expr(function.body)
+            lifted = relax.Function([*function.params, self.parameter], body, function.ret_ty, function.is_pure, function.attrs)
+            self.builder_.update_func(variable, lifted)
         return self.builder_.get()
 
-    def _collect(self, main: Any) -> None:
+    def visit_call_(self, call: Any) -> Any:
+        """Drivers hand the weights on."""
+        call = super().visit_call_(call)
+        if getattr(call.op, "name", "") != "relax.call_pure_packed" or not str(call.args[0].global_symbol).startswith(DRIVER_PREFIX):
+            return call
+        return relax.Call(call.op, [*call.args, self.parameter], call.attrs, call.ty_args)
+
+    def _collect(self, function: Any) -> None:
         def visit(expr: Any) -> None:
             if not (isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir"):
                 return
@@ -56,7 +69,7 @@ class _Lifter(relax.PyExprMutator):
                     self.weights[f"{self.position[arg]:04d}.{expr.args[0].name_hint}"] = arg.value.numpy()
                     self.types.append(arg.ty)
 
-        relax.analysis.post_order_visit(main, visit)
+        relax.analysis.post_order_visit(function, visit)
 
     def visit_generic_const_(self, constant: Any) -> Any:
         position = self.position.get(constant)
@@ -65,16 +78,16 @@ class _Lifter(relax.PyExprMutator):
         return self.builder_.emit(relax.TupleGetItem(self.parameter, position))
 
 
-def build(module: Any, target: Target) -> tuple[Any, dict[str, str]]:
-    """Compile a memory-planned module. Returns the executable and the emitted code by file name."""
-    return executable(module, target), {"kernels.tir.py": _kernel_text(module)}
+def build(module: Any, target: Target, origins: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """Compile a memory-planned module. Returns the executable and the emitted code by file name. origins: see `Program`."""
+    return executable(module, target, origins=origins), {"kernels.tir.py": _kernel_text(module)}
 
 
-def executable(module: Any, target: Target, mode: str = "compiled") -> Any:
+def executable(module: Any, target: Target, mode: str = "compiled", origins: Mapping[str, str] | None = None) -> Any:
     """The executable of a memory-planned module; in mode "bytecode" the VM interprets `main`, so that it can be watched call by call."""
     transform = relax.transform
-    code = tvm_target(target)
-    with code, tvm.transform.PassContext(opt_level=3):
+    code, module = tvm_target(target), bound_storage(reveal_shapes(module), origins or {})
+    with code, code_generation():
         for step in (
             transform.LowerAllocTensor(),
             transform.KillAfterLastUse(),
@@ -84,6 +97,7 @@ def executable(module: Any, target: Target, mode: str = "compiled") -> Any:
             transform.AttachGlobalSymbol(),
         ):
             module = step(module)
+        module = name_checks(module, origins or {})
         builder = relax.ExecBuilder()
         functions = relax.vm_build._vmcodegen(builder, module, mode)
         return link_executable(builder, code, _machine_code(functions, target))

@@ -41,9 +41,9 @@ def _candidate(template: KernelTemplate, fused: Fused, workload: Any, schedule: 
 
 def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
     """Machine code of several kernels in one module: `compiled[name](*tensors)`; `compiled.export_library(path)` links it."""
-    from .lower import tvm_target
+    from .lower import code_generation, tvm_target
     from .math import TIR_PIPELINE
 
     module = tvm.IRModule({name: kernel.func.with_attr("global_symbol", name) for name, kernel in kernels.items()})
-    with tvm.transform.PassContext(opt_level=3):
+    with code_generation():
         return tvm.compile(module, target=tvm_target(target), tir_pipeline=TIR_PIPELINE)

@@ -35,7 +35,7 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
                     steps = rows_of_taps * words * count * times
                     busy = live * columns * dot.instructions / target.fma_per_cycle
                     fma += steps * busy
-                    load += steps * (live * (2.0 if dot.group == 2 else 1.0) + columns) / 2.0
+                    load += steps * (live * dot.broadcast_loads + columns) / 2.0
                     latency += steps * max(4.0, busy)
     repeats = n * workload.groups
     # loop set-up, the row's address arithmetic and the epilogue cost about this many cycles per tile
@@ -116,7 +116,7 @@ def depthwise_features(workload: ConvWorkload, pixels: int, lanes: int, rows: in
     dot = dot_for(workload.kind, target)
     size = float(dot.activation_bytes)
     # bytes are widened to int32 by the shuffle port
-    widen = 2.0 if dot.integer else 1.0
+    widen = 2.0 if dot.grouped else 1.0
     vectors = -(-workload.ci // lanes)
     stride, dilation = workload.strides[1], workload.dilation[1]
     tiles = balanced(out_w, pixels)

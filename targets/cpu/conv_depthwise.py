@@ -49,6 +49,8 @@ class ConvDepthwise:
         workload = conv_workload(fused, constants)
         if not workload.depthwise:
             raise Unfusable("not depthwise")
+        if workload.kind == "bf16":
+            raise Unfusable("depthwise in bfloat16: bound by memory")
         if workload.kind != "f32" and workload.ci < 4:
             raise Unfusable("fewer channels than an integer vector has lanes")
         return workload
@@ -70,17 +72,14 @@ class ConvDepthwise:
     def build(self, fused: Fused, workload: ConvWorkload, schedule: DepthwiseSchedule, target: Target) -> Kernel:
         dot = dot_for(workload.kind, target)
         packings: tuple[Packing, ...] = ()
-        if dot.integer:
+        if dot.grouped:
             # one code per word: its product with an activation widened to 32 bit is the only one that is not zero
             w = fused.inputs[1]
             position = fused.param_index(w)
             assert position is not None
             shape = (workload.kh, workload.kw, 1, workload.co)
             packings = (Packing(position, shape, lambda codes: codes.astype(np.int32), "int32"),)
-        with kernel(fused, {packing.param: packing.shape for packing in packings}, {packing.param: dot.word for packing in packings}) as (
-            builder,
-            buffers,
-        ):
+        with kernel(fused, {packing.param: packing.shape for packing in packings}, dot) as (builder, buffers):
             _Emitter(fused, buffers, workload, schedule, dot).emit()
         return Kernel(builder.get(), packings)
 
@@ -163,7 +162,7 @@ class _Emitter:
 
             def load(column: Any) -> Any:
                 value = self.x[vector(base + column * T.int64(workload.ci), lanes)]
-                return T.bind(T.cast(value, f"int32x{lanes}") if self.dot.integer else value)
+                return T.bind(T.cast(value, f"int32x{lanes}") if self.dot.grouped else value)
 
             def filters(tap: Any) -> Any:
                 return T.bind(self.filters[kh, tap, T.int64(0), vector(channel, lanes)])

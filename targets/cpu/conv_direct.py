@@ -80,9 +80,9 @@ class ConvDirect:
         shape = (workload.groups * -(-workload.co_group // nr), workload.kh, row.total, nr)
         turned = (workload.kh, workload.kw, workload.ci_group, workload.co)
         # the sections of a row depend on where its tiles end
-        key = f"conv{nr}g{workload.groups}{'' if not dot.integer else dot.name if row.even else f'{dot.name}{row.runs}'}"
+        key = f"conv{nr}g{workload.groups}{'' if not dot.grouped else dot.name if row.even else f'{dot.name}{row.runs}'}"
         packing = Packing(position, shape, lambda w: pack_conv(w.reshape(turned), workload.groups, nr, row), key)
-        with kernel(fused, {position: shape}, {position: dot.word}) as (builder, buffers):
+        with kernel(fused, {position: shape}, dot) as (builder, buffers):
             _Emitter(fused, buffers, workload, schedule, row).emit()
         return Kernel(builder.get(), (packing,))
 

@@ -40,7 +40,7 @@ class ConvPointwise:
         assert position is not None
         nr, dot = schedule.nv * schedule.lanes, dot_for(workload.kind, target)
         packing = pack_gemm(position, workload.ci, workload.co, nr, dot)
-        with kernel(fused, {position: packing.shape}, {position: dot.word}) as (builder, buffers):
+        with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
             pixels = list(fused.output.shape[:3])
             flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
             address = _reader(workload, x, pixels)

@@ -1,8 +1,8 @@
-"""What one step of a register tile multiplies: one float32 per lane, or a group of integer products that an instruction adds up to int32.
+"""What one step of a register tile multiplies: one float32 per lane, or a group of short numbers whose products are added up to int32 or float32.
 
-A step reads one *word* of the activations, spread over all lanes, and one word of the weights per lane. float32: a word is an element. u8 x s8: a word holds `group`
-consecutive k, and packed weights are int32 words, so that kernels index them exactly as floats, K / group of them. A product is exact in every case: `vpmaddubsw`,
-which adds pairs with saturation, is not used.
+A step reads one *word* of the activations, spread over all lanes, and one word of the weights per lane. float32: a word is an element. u8 x s8 and bfloat16: a word holds
+`group` consecutive k, and packed weights are int32 words, so that kernels index them exactly as floats, K / group of them. Integer products are exact in every case:
+`vpmaddubsw`, which adds pairs with saturation, is not used. Products of bfloat16 are exact too; their sums round to float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Unfusable
+from ..common.ops_cast import rounded_bits
 
 
 def vector(base: Any, lanes: int) -> Any:
@@ -36,31 +37,48 @@ def fma(a: Any, b: Any, c: Any, lanes: int) -> Any:
 class Dot:
     """One way to multiply and add.
 
-    name: "f32", "vnni" (vpdpbusd: 4 products a lane) or "madd" (vpmaddwd, vpaddd: 2 products of 16 bit). group: consecutive k in a word. activation: element type
-    of what is read; word: type of a packed weight word and of an accumulator. instructions: per step of one accumulator. weight_bytes: of one packed code.
+    name: "f32", "vnni" (vpdpbusd: 4 products a lane), "madd" (vpmaddwd, vpaddd: 2 products of 16 bit), "bf16" (vdpbf16ps: 2 products a lane) or "bf16fma" (the same by two
+    multiply-adds). group: consecutive k in a word. activation: element type of what is read. accumulator: type of a sum. instructions: per step of one accumulator.
+    weight_bytes: of one packed number. broadcast: loads that a word of the activations costs.
     """
 
     name: str
     activation: str
-    word: str
+    accumulator: str
     group: int
     instructions: int
     weight_bytes: int
+    broadcast_loads: float = 1.0
 
     @property
-    def integer(self) -> bool:
-        return self.word == "int32"
+    def grouped(self) -> bool:
+        """Words hold several elements."""
+        return self.group > 1
+
+    @property
+    def word(self) -> str:
+        """Type of a packed weight word."""
+        return "int32" if self.grouped else "float32"
+
+    @property
+    def activation_bits(self) -> int:
+        return {"uint8": 8, "bfloat16": 16, "float32": 32}[self.activation]
 
     @property
     def activation_bytes(self) -> int:
-        return 1 if self.integer else 4
+        return self.activation_bits // 8
+
+    @property
+    def llvm(self) -> str:
+        """What a kernel imports, see `kernel`."""
+        return _BF16_LLVM if self.name == "bf16" else ""
 
     def zero(self) -> Any:
-        return T.int32(0) if self.integer else T.float32(0)
+        return T.int32(0) if self.accumulator == "int32" else T.float32(0)
 
     def min_lanes(self) -> int:
         """Fewest lanes of a vector: the instructions exist for 128 bits and more."""
-        return 4 if self.integer else 1
+        return 1 if self.name in ("f32", "bf16fma") else 4
 
     def words(self, k: int) -> int:
         """Words that hold k elements."""
@@ -69,19 +87,24 @@ class Dot:
     def read(self, x: Any, address: Callable[[Any], tuple[Any, ...]], k: Any) -> Any:
         """The word of `group` elements of buffer x from `address(k)`, consecutive in memory."""
         *lead, last = address(k)
-        if self.group == 1:
+        if not self.grouped:
             return x[(*lead, last)]
-        return T.reinterpret("int32" if self.group == 4 else "uint16", x[(*lead, vector(last, self.group))])
+        return T.reinterpret(self._word_read, x[(*lead, vector(last, self.group))])
 
     def read_part(self, x: Any, address: Callable[[Any], tuple[Any, ...]], k: Any, count: int) -> Any:
         """The word of the `count` < group elements from `address(k)`, nothing behind them read."""
-        kind = "int32" if self.group == 4 else "uint16"
+        kind, bits = self._word_read, self.activation_bits
         word: Any = None
         for position in range(count):
-            part = T.cast(x[address(k + position)], kind)
-            part = part << T.cast(T.int32(8 * position), kind) if position else part
+            element = x[address(k + position)]
+            part = T.cast(T.reinterpret("uint16", element) if bits == 16 else element, kind)
+            part = part << T.cast(T.int32(bits * position), kind) if position else part
             word = part if word is None else word | part
         return word
+
+    @property
+    def _word_read(self) -> str:
+        return "int32" if self.activation_bits * self.group == 32 else "uint16"
 
     def broadcast(self, word: Any, lanes: int) -> Any:
         """The word on every lane, as `multiply_add` takes it."""
@@ -94,7 +117,15 @@ class Dot:
         """acc + a * b, or acc + the sum of the products of each lane's group."""
         if self.name == "f32":
             return fma(a, b, acc, lanes)
+        if self.name == "bf16":
+            return T.call_pure_extern(_typed("float32", lanes), f"tcompile_dpbf16ps_{32 * lanes}", acc, a, b)
         kind = _typed("int32", lanes)
+        if self.name == "bf16fma":
+            low, high = splat(T.int32(16), lanes), splat(T.int32(-65536), lanes)
+            floats = _typed("float32", lanes)
+            for half in (lambda word: word << low, lambda word: word & high):
+                acc = fma(T.reinterpret(floats, half(a)), T.reinterpret(floats, half(b)), acc, lanes)
+            return acc
         if self.name == "vnni":
             name = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256", 4: "llvm.x86.avx512.vpdpbusd.128"}[lanes]
             octets = f"int8x{4 * lanes}"
@@ -103,17 +134,67 @@ class Dot:
         halves = f"int16x{2 * lanes}"
         return acc + T.call_llvm_pure_intrin(kind, T.llvm_lookup_intrinsic_id(name), T.reinterpret(halves, a), T.reinterpret(halves, b))
 
-    def pack_words(self, codes: np.ndarray) -> np.ndarray:
-        """codes: [..., W, group, N] (int8; zero filled to whole groups) -> words [..., W, N]."""
-        if self.group == 1:
-            return codes[..., 0, :]
-        wide = np.ascontiguousarray(np.moveaxis(codes, -2, -1)).astype(np.int8 if self.group == 4 else np.int16)
-        return wide.view(np.int32)[..., 0]
+    def pair(self, low: Any, high: Any, lanes: int) -> Any:
+        """The words of two vectors of float32 rounded to bfloat16, `low` first in k."""
+        if self.name == "bf16" and lanes in _PAIRED:
+            return T.call_pure_extern(f"int32x{lanes}", f"tcompile_bf16_pairs_{32 * lanes}", low, high)
+        kind = _typed("uint32", lanes)
+        words = (rounded_bits(low, kind) >> splat(T.uint32(16), lanes)) | (rounded_bits(high, kind) & splat(T.uint32(0xFFFF0000), lanes))
+        return T.reinterpret(_typed("int32", lanes), words)
 
+    def pack_words(self, codes: np.ndarray) -> np.ndarray:
+        """codes: [..., W, group, N] (int8 or bfloat16; zero filled to whole groups) -> words [..., W, N]."""
+        if not self.grouped:
+            return codes[..., 0, :]
+        wide = np.ascontiguousarray(np.moveaxis(codes, -2, -1))
+        return (wide.astype(np.int16) if self.name == "madd" else wide).view(np.int32)[..., 0]
+
+
+#: lanes of the vectors for which `pair` has functions
+_PAIRED = (8, 16)
+
+
+def _bf16_functions() -> str:
+    """LLVM functions of vcvtneps2bf16 and vdpbf16ps on words: TVM widens bfloat16 arguments of an intrinsic to float32, so they have to be hidden from it."""
+    text = ""
+    for lanes in _PAIRED:
+        floats, words, shorts, halves, bits = f"<{lanes} x float>", f"<{lanes} x i32>", f"<{lanes} x i16>", f"<{lanes} x bfloat>", 32 * lanes
+        shift = f"<{', '.join(['i32 16'] * lanes)}>"
+        text += f"""
+declare {halves} @llvm.x86.avx512bf16.cvtneps2bf16.{bits}({floats})
+define linkonce_odr {words} @tcompile_bf16_pairs_{bits}({floats} %low, {floats} %high) alwaysinline nounwind {{
+  %a = call {halves} @llvm.x86.avx512bf16.cvtneps2bf16.{bits}({floats} %low)
+  %b = call {halves} @llvm.x86.avx512bf16.cvtneps2bf16.{bits}({floats} %high)
+  %c = bitcast {halves} %a to {shorts}
+  %d = bitcast {halves} %b to {shorts}
+  %e = zext {shorts} %c to {words}
+  %f = zext {shorts} %d to {words}
+  %g = shl {words} %f, {shift}
+  %r = or {words} %e, %g
+  ret {words} %r
+}}
+"""
+    for lanes in (4, 8, 16):
+        floats, words, halves, bits = f"<{lanes} x float>", f"<{lanes} x i32>", f"<{2 * lanes} x bfloat>", 32 * lanes
+        text += f"""
+declare {floats} @llvm.x86.avx512bf16.dpbf16ps.{bits}({floats}, {halves}, {halves})
+define linkonce_odr {floats} @tcompile_dpbf16ps_{bits}({floats} %sum, {words} %a, {words} %b) alwaysinline nounwind {{
+  %x = bitcast {words} %a to {halves}
+  %y = bitcast {words} %b to {halves}
+  %r = call {floats} @llvm.x86.avx512bf16.dpbf16ps.{bits}({floats} %sum, {halves} %x, {halves} %y)
+  ret {floats} %r
+}}
+"""
+    return text
+
+
+_BF16_LLVM = _bf16_functions()
 
 F32 = Dot("f32", "float32", "float32", 1, 1, 4)
 VNNI = Dot("vnni", "uint8", "int32", 4, 1, 1)
-MADD = Dot("madd", "uint8", "int32", 2, 2, 2)
+MADD = Dot("madd", "uint8", "int32", 2, 2, 2, broadcast_loads=2.0)
+BF16 = Dot("bf16", "bfloat16", "float32", 2, 1, 2)
+BF16_FMA = Dot("bf16fma", "bfloat16", "float32", 2, 2, 2, broadcast_loads=2.0)
 
 
 def integer_dot(target: Target) -> Dot:
@@ -122,17 +203,21 @@ def integer_dot(target: Target) -> Dot:
 
 
 def dot_kind(inputs: tuple[Any, ...], accumulator: Any) -> str:
-    """ "f32" or "u8s8" for a core's two operands; raises Unfusable for other types."""
+    """ "f32", "bf16" or "u8s8" for a core's two operands; raises Unfusable for other types."""
     types = (*(str(buffer.ty.dtype) for buffer in inputs[:2]), str(accumulator.ty.dtype))
     if types == ("float32", "float32", "float32"):
         return "f32"
+    if types == ("bfloat16", "bfloat16", "float32"):
+        return "bf16"
     if types == ("uint8", "int8", "int32"):
         return "u8s8"
-    raise Unfusable(f"neither float32 nor uint8 x int8 -> int32: {' x '.join(types[:2])} -> {types[2]}")
+    raise Unfusable(f"neither float32, bfloat16 -> float32 nor uint8 x int8 -> int32: {' x '.join(types[:2])} -> {types[2]}")
 
 
 def dot_for(kind: str, target: Target) -> Dot:
     """The dot product by which `target` computes a kind of `dot_kind`."""
+    if kind == "bf16":
+        return BF16 if "bfloat16" in target.formats else BF16_FMA
     return F32 if kind == "f32" else integer_dot(target)
 
 

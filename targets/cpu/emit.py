@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ...compiler.tvm import IRBuilder, T
@@ -12,7 +12,7 @@ from ..common.fused import Fused, is_identity, loads, product, same_dims, static
 from .dot import F32, Dot, splat, vector
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
-ATTRS = {"tirx.noalias": True, "tirx.disable_storage_rewrite": True, "tcompile.scheduled": True}
+ATTRS = {"tirx.noalias": True, "tcompile.scheduled": True}
 
 #: operations of the epilogue of one tile up to which it is unrolled
 UNROLLED_EPILOGUE = 192
@@ -29,14 +29,19 @@ def i64(value: Any) -> Any:
 
 
 @contextmanager
-def kernel(fused: Fused, replaced: dict[int, tuple[int, ...]], dtypes: dict[int, str] | None = None) -> Iterator[tuple[IRBuilder, dict[Any, Any]]]:
-    """Open a PrimFunc with the parameters of `fused`; `replaced` gives packed parameters their new shape, `dtypes` those that change it their element type.
+def kernel(
+    fused: Fused, replaced: dict[int, tuple[int, ...]], dot: Dot = F32, dtypes: dict[int, str] | None = None
+) -> Iterator[tuple[IRBuilder, dict[Any, Any]]]:
+    """Open a PrimFunc with the parameters of `fused`; `replaced` gives packed parameters their new shape, `dot` says what multiplies and
+    so the element type of packed parameters, `dtypes` that of parameters packed otherwise.
 
     Yields the builder and a map from the fused function's buffers to the new ones.
     """
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_attr(dict(ATTRS))
-        yield builder, declare(fused.params, replaced, dtypes)
+        buffers = declare(fused.params, replaced, dict.fromkeys(replaced, dot.word) | (dtypes or {}))
+        with T.attr(T.int32(0), "pragma_import_llvm", dot.llvm) if dot.llvm else nullcontext():
+            yield builder, buffers
 
 
 def declare(params: Sequence[Any], replaced: dict[int, tuple[int, ...]], dtypes: dict[int, str] | None = None) -> dict[Any, Any]:
@@ -139,7 +144,7 @@ class Accumulators:
 
     def __init__(self, mr: int, nv: int, lanes: int, dot: Dot = F32):
         self.mr, self.nv, self.lanes, self.dot = mr, nv, lanes, dot
-        self.buffers = [T.alloc_buffer((mr * lanes,), dot.word) for _ in range(nv)]
+        self.buffers = [T.alloc_buffer((mr * lanes,), dot.accumulator) for _ in range(nv)]
 
     def fill(self, value: Callable[[int, int], Any] | None = None) -> None:
         """Set every register to `value(row, column vector)`, zero by default."""

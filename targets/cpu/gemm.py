@@ -7,7 +7,7 @@
                 acc[i][v] += A[io*mr + i, k] * panel[k][v]      # nv loads of B, mr broadcasts of A, mr * nv FMAs
             C = epilogue(acc)
 
-u8 x s8 -> int32 is the same nest over groups of k: K / 4 words of four codes, one `vpdpbusd` per accumulator and step (see dot.py).
+u8 x s8 -> int32 and bfloat16 -> float32 are the same nest over groups of k: K / 4 words of four codes, one `vpdpbusd` per accumulator and step (see dot.py).
 
 The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (the loop order of BLIS without its K blocking, which gained nothing at these sizes).
 """
@@ -73,7 +73,7 @@ class Gemm:
         if packed and (static(b.shape[0]) is None or static(b.shape[1]) is None):
             raise Unfusable("a constant of unknown size")
         if kind != "f32" and not packed:
-            raise Unfusable("integer weights that are not constant")
+            raise Unfusable("operands of fewer bits, and weights that are not constant")
         return GemmWorkload(
             static(product(batch)), static(product(rows)), static(b.shape[-2]), static(b.shape[-1]), packed, fused.epilogue_text(), kind
         )
@@ -104,7 +104,7 @@ class Gemm:
         wide, rest = divmod(n, nv * lanes)
         panels = wide + (rest > 0)
         # AVX512 reads a float and spreads it within the multiply-add; pairs of bytes are widened by a shuffle of its own
-        broadcast = (1.0 if dot.group == 4 else 2.0) if dot.integer else 0.5 if target.vector_bits == 512 else 1.0
+        broadcast = dot.broadcast_loads if dot.grouped else 0.5 if target.vector_bits == 512 else 1.0
         for rows, count in tiles.items():
             for vectors, columns in ((nv, wide), (-(-rest // lanes), 1)):
                 if rows and vectors and count and columns:
@@ -142,10 +142,7 @@ class Gemm:
         if workload.packed:
             assert position is not None and workload.k is not None and workload.n is not None
             packings = (pack_gemm(position, workload.k, workload.n, nr, dot),)
-        with kernel(fused, {packing.param: packing.shape for packing in packings}, {packing.param: dot.word for packing in packings}) as (
-            builder,
-            buffers,
-        ):
+        with kernel(fused, {packing.param: packing.shape for packing in packings}, dot) as (builder, buffers):
             a, b = fused.inputs
             _, batch, rows = _split(fused)
             flat = T.decl_buffer((product([*batch, *rows]), a.shape[-1]), dot.activation, data=buffers[a].data)
@@ -169,13 +166,13 @@ def pack_gemm(position: int, k: int, n: int, nr: int, dot: Dot) -> Packing:
 
     def pack(weight: np.ndarray) -> np.ndarray:
         weight = weight.reshape(k, n)
-        if not dot.integer:
+        if not dot.grouped:
             return pack_panels(weight, nr)
         padded = np.zeros((dot.words(k) * dot.group, n), weight.dtype)
         padded[:k] = weight
         return pack_panels(dot.pack_words(padded.reshape(dot.words(k), dot.group, n)), nr)
 
-    return Packing(position, (-(-n // nr), dot.words(k), nr), pack, f"panels{nr}" if not dot.integer else f"{dot.name}{nr}")
+    return Packing(position, (-(-n // nr), dot.words(k), nr), pack, f"panels{nr}" if not dot.grouped else f"{dot.name}{nr}")
 
 
 def _split(fused: Fused) -> tuple[Any, list[Any], list[Any]]:
@@ -348,7 +345,7 @@ class GemmEmitter:
                 k = start + step
                 part.multiply(range(mr), lambda i: dot.read(self.a, rows[i], k * dot.group), [T.bind(panel(k, v)) for v in range(nv)])
 
-        if dot.integer:
+        if dot.grouped:
             assert known is not None
             words, rest = divmod(known, dot.group)
             if words:

@@ -56,7 +56,9 @@ def _emit(func: tirx.PrimFunc, nests: list[Nest], flat: Flat, target: Target) ->
                 if source in buffers:
                     views[planned] = T.decl_buffer(tuple(planned.shape), planned.ty.dtype, data=buffers[source].data)
                 elif planned in used:
-                    views[planned] = T.alloc_buffer(tuple(planned.shape), planned.ty.dtype)
+                    # TVM turns a temporary of booleans into vectors of int8, and then trips over its use as a condition
+                    dtype = "int8" if str(planned.ty.dtype) == "bool" else planned.ty.dtype
+                    views[planned] = T.alloc_buffer(tuple(planned.shape), dtype)
             for nest in nests:
                 emitter = Emitter(nest, views, target)
                 emitter.emit()

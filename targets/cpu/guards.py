@@ -1,7 +1,8 @@
 """Run-time checks before operators that could read or write out of bounds, or trap, on bad data.
 
     take, gather_elements, gather_nd, scatter_elements, scatter_nd, index_tensor    an index outside of -size..size-1
-    reverse_sequence                                                                a length outside of 0..size
+    reverse_sequence, recurrent                                                     a length outside of 0..size
+    tensor_to_shape                                                                 a size outside of 0..LARGEST_DIM
     divide, mod, floor_divide, floor_mod on integers                                a divisor of zero, and the lowest integer by -1
 
 Each such operand goes through a small serial kernel of its own, which asserts and hands on what the operator may use unchecked: indices made
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.program import Program
-from ...compiler.tvm import Constant, IRBuilder, T, mutator, relax, tirx
+from ...compiler.dialect import recurrent
+from ...compiler.program import LARGEST_DIM, Program
+from ...compiler.tvm import Constant, IRBuilder, T, mutator, relax, relax_functions, tirx
 from ...passes.base import PassContext
 from ..common.fused import product, static
 from .emit import i64
@@ -49,10 +51,11 @@ class _Guards(relax.PyExprMutator):
         self.checked: dict[Any, Any] = {}
 
     def apply(self) -> Any:
-        body = self.visit_expr(self.module["main"])
+        for variable, function in relax_functions(self.module):
+            self.checked = {}
+            self.builder_.update_func(variable, self.visit_expr(function))
         if not self.counts:
             return self.module
-        self.builder_.update_func(self.module.get_global_var("main"), body)
         return self.builder_.get()
 
     def visit_var_binding_(self, binding: Any) -> None:
@@ -77,8 +80,15 @@ class _Guards(relax.PyExprMutator):
         elif name == "relax.index_tensor":
             fields = [self.builder_.emit(relax.TupleGetItem(operands[1], at)) for at in range(len(operands[1].ty.fields))]
             operands[1] = relax.Tuple([self._indices(field, [size], name) for field, size in zip(fields, operands[0].ty.shape, strict=False)])
+        elif name == "relax.tensor_to_shape":
+            # the call into the VM itself: what TVM makes of the operator declares other symbols than the importer's
+            return relax.op.call_pure_packed("vm.builtin.tensor_to_shape", self._sizes(operands[0], name), ty_args=call.ty)
         elif name == "relax.reverse_sequence":
             operands[1] = self._lengths(operands[1], operands[0].ty.shape[call.attrs.seq_axis], name)
+        elif name == recurrent.NAME:
+            attrs = recurrent.attrs_of(call)
+            if "lengths" in attrs.operands.split():
+                operands[-1] = self._lengths(operands[-1], operands[0].ty.shape[attrs.x_order.index("T")], name)
         if all(new.same_as(old) for new, old in zip(operands, call.args, strict=True)):
             return call
         return relax.Call(call.op, operands, call.attrs, call.ty_args)
@@ -101,6 +111,12 @@ class _Guards(relax.PyExprMutator):
             return inspect
 
         return self._check(indices, "int64", list(sizes), check, f"an index lies outside of {limits}", name)
+
+    def _sizes(self, sizes: Any, name: str) -> Any:
+        def check(_: Sequence[Any]) -> Check:
+            return lambda value, _: (value, tirx.Or(value < 0, value > LARGEST_DIM))
+
+        return self._check(sizes, "int64", [], check, f"a size lies outside of 0..{LARGEST_DIM}", name)
 
     def _lengths(self, lengths: Any, size: Any, name: str) -> Any:
         def check(sizes: Sequence[Any]) -> Check:
@@ -133,7 +149,7 @@ class _Guards(relax.PyExprMutator):
     def _check(self, operand: Any, dtype: str, sizes: list[Any], check: Callable[[Sequence[Any]], Check], what: str, name: str) -> Any:
         key = (operand, dtype, what, tuple(str(size) for size in sizes), name in DIVISIONS)
         if key not in self.checked:
-            kind = name.removeprefix("relax.")
+            kind = name.split(".")[-1]
             message = f"node '{''.join(char if char.isprintable() else '?' for char in self.node)}' ({kind}): {what}"
             kernel = _kernel(operand.ty, dtype, sizes, check, message)
             variable = self.builder_.add_func(kernel, f"check_{kind}")

@@ -68,6 +68,8 @@ class Emitter:
         if self.axis.inner:
             self.lanes = self.lanes if size is None else min(self.lanes, power_below(size))
             self._inner()
+        elif size is None and _multiple_of(self.axis.extent) >= self.lanes:
+            self._rows(1)  # an axis with elements has a vector of them; where it can only be empty, an analyzer would divide by 0
         elif size is None:
             with T.If(self.axis.extent >= self.lanes):
                 with T.Then():
@@ -115,6 +117,8 @@ class Emitter:
                 rest = stack.enter_context(T.parallel(tvm.sym.Analyzer().simplify(total)))
                 for position in reversed(range(1, taken)):
                     var, extent = axes[position]
+                    if static(extent) is None:
+                        extent = T.max(extent, T.int64(1))  # an analyzer that knows that it is 0 here would not divide
                     point[var] = T.bind(T.floormod(rest, extent))
                     rest = T.bind(T.floordiv(rest, extent))
                 point[axes[0][0]] = rest
@@ -140,11 +144,12 @@ class Emitter:
             return self.known[var](point, slot) if var in self.known else point.get(var, var)
 
         def read(load: Any) -> Any:
-            return self.views[load.source][load.indices[0]]
+            value = self.views[load.source][load.indices[0]]
+            return value != tirx.const(0, "int8") if self._widened(load.source) else value
 
         value = structural_map(renamed(step.value), [(TensorLoad, read), (tirx.Var, name), (tirx.Cast, _number)])
-        # TVM's interval analysis of integer bindings stumbles over vectors of booleans
-        return T.bind(value) if step.dtype.startswith(("float", "bfloat")) else value
+        # TVM's interval analysis of integer bindings stumbles over vectors of booleans, its legalization of bfloat16 over bound names
+        return T.bind(value) if step.dtype.startswith("float") else value
 
     def _share(self, steps: Sequence[Step], width: int) -> None:
         """Give a register to each value without a load that several later steps use: the simplifier would copy a mere binding into every use."""
@@ -165,7 +170,11 @@ class Emitter:
     def _store(self, step: Step, point: dict[Any, Any], value: Any) -> None:
         if step.address is not None:
             address = structural_map(step.address, (tirx.Var, lambda var: point.get(var, var)))
-            T.buffer_store(self.views[step.target], value, [address])
+            T.buffer_store(self.views[step.target], value.astype("int8") if self._widened(step.target) else value, [address])
+
+    def _widened(self, buffer: Any) -> bool:
+        """Whether booleans are kept as int8."""
+        return str(buffer.ty.dtype) == "bool" and str(self.views[buffer].ty.dtype) == "int8"
 
     def _accumulator(self, step: Step, size: int) -> Any:
         acc = T.alloc_buffer((size,), step.dtype)
@@ -413,6 +422,13 @@ class Emitter:
                 T.buffer_store(acc, combine(acc[lane], acc[lane + half]), [lane])
             half //= 2
         return T.bind(acc[T.int64(0)])
+
+
+def _multiple_of(extent: Any) -> int:
+    """A number of which the extent surely is a multiple: the product of its constant factors."""
+    if isinstance(extent, tirx.Mul):
+        return _multiple_of(extent.a) * _multiple_of(extent.b)
+    return static(extent) or 1
 
 
 def _number(cast: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...autotune.cost_model import CostModel
-from ...compiler.tvm import BufferType, mutator, relax, structural_map, tirx, tvm
+from ...compiler.tvm import BufferType, mutator, relax, relax_functions, structural_map, tirx, tvm
 from ...passes.fusion import NODES
 from ..base import Target
 from ..common.fused import Unfusable, analyze, static
@@ -73,6 +73,14 @@ def tvm_target(target: Target, *, optimize: bool = True) -> Any:
     return tvm.target.Target(options)
 
 
+def code_generation() -> Any:
+    """The context in which kernels become machine code.
+
+    TVM's storage rewrite would compute a temporary in place of its operand, which a last vector that overlaps the one before it reads again.
+    """
+    return tvm.transform.PassContext(opt_level=3, config={"tirx.disable_storage_rewrite": True})
+
+
 def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tuple[Any, list[Choice]]:
     """Give every PrimFunc its kernel and pack the constants that kernels want in another layout."""
     from .generic import schedule as generic
@@ -80,7 +88,7 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
     lowering = Lowering(target, cost_model)
     known = templates()
     module = split_sites(module)
-    constants = constant_arguments(module["main"])
+    constants = constant_arguments(module)
     kernels: dict[str, Kernel] = {}
     functions = [(variable, func) for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)]
     for variable, func in sorted(functions, key=lambda item: item[0].name_hint):
@@ -162,8 +170,8 @@ class _Replace(relax.PyExprMutator):
         for name, kernel in sorted(self.kernels.items()):
             if kernel.packings:
                 self.fresh[name] = self.builder_.add_func(kernel.func, f"{name}{PACKED}")
-        main = self.module.get_global_var("main")
-        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
+        for variable, function in relax_functions(self.module):
+            self.builder_.update_func(variable, self.visit_expr(function))
         return relax.transform.DeadCodeElimination()(self.builder_.get())
 
     def visit_call_(self, call: Any) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from ...compiler.dialect.attention import NAME, attrs_of, decompose, dims_of
-from ...compiler.tvm import Constant, relax, te, tirx, tvm
+from ...compiler.dialect.attention import NAME, AttentionDims, attrs_of, decompose, dims_of
+from ...compiler.tvm import Constant, mutator, relax, relax_functions, te, tirx, tvm
 from ..common.fused import WHOLE
+from .attention_views import View, element, find_view, operand
 
 #: the queries of a prepared mask are padded to a multiple of this, the widest vector
 PAD = 16
@@ -40,19 +42,19 @@ def _is_unit(dim: Any) -> bool:
     return isinstance(dim, tirx.IntImm) and int(dim) == 1
 
 
-def attention(q: Any, k: Any, v: Any, mask: Any, kind: str, attrs: Any) -> Any:
-    """The operator's meaning, one stage after the other; mask: as `prepare_mask` makes it, None or added ("add") or put in place of scores where not 0 ("select")."""
-    dims = dims_of(q.shape, k.shape, v.shape, attrs.layouts)
-    groups = dims.heads // dims.kv_heads
-    of_q, of_k, of_v, of_out = attrs.layouts
+def attention(operands: Sequence[Any], mask: Any, about: Mapping[str, Any]) -> Any:
+    """The operator's meaning, one stage after the other; operands: what holds q, k, v. mask: as `prepare_mask` makes it, None or added ("add") or put in place of scores
+    where not 0 ("select"). about: see `attention_kernel`."""
+    dims, kind = sizes(about, [operand.shape for operand in operands]), about["mask"]
+    groups, scale = dims.heads // dims.kv_heads, tirx.const(about["scale"], "float32")
 
-    def at(x: Any, layout: str, b: Any, h: Any, s: Any, d: Any) -> Any:
-        return x[b, h, s, d] if layout == "BHSD" else x[b, s, h, d]
+    def at(operand: int, b: Any, h: Any, s: Any, d: Any) -> Any:
+        value = operands[operand][element(about["rows"][operand], b, h, s, d)]
+        return value if value.dtype == "float32" else value.astype("float32")
 
     def score(b: Any, h: Any, s: Any, t: Any) -> Any:
-        value = products(b, h, s, t) * tirx.const(attrs.scale, "float32")
-        fill = tirx.const(attrs.fill, "float32")
-        value = tirx.Select(t <= s, value, fill) if attrs.causal else value
+        value = products(b, h, s, t) * scale
+        value = tirx.Select(t <= s, value, tirx.const(about["fill"], "float32")) if about["causal"] else value
         if kind == "none":
             return value
         extra = mask(*(0 if _is_unit(dim) else index for dim, index in zip(mask.shape, (b, h, t, s), strict=True)))
@@ -62,7 +64,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, kind: str, attrs: Any) -> Any:
     low, zero = tirx.const(-math.inf, "float32"), tirx.const(0, "float32")
     greatest = te.comm_reducer(lambda a, b: tirx.Select(a > b, a, b), lambda dtype: tirx.const(-math.inf, dtype), name="greatest")
     d, t, u, w = (te.reduce_axis((0, size), name) for size, name in ((dims.depth, "d"), (dims.keys, "t"), (dims.keys, "u"), (dims.keys, "w")))
-    products = te.compute(shape, lambda b, h, s, t: te.sum(at(q, of_q, b, h, s, d) * at(k, of_k, b, h // groups, t, d), axis=d), name="products")
+    products = te.compute(shape, lambda b, h, s, t: te.sum(at(0, b, h, s, d) * at(1, b, h // groups, t, d), axis=d), name="products")
     scores = te.compute(shape, score, name="scores")
     top = te.compute(shape[:3], lambda b, h, s: greatest(scores(b, h, s, t), axis=t), name="top")
     base = te.compute(shape[:3], lambda b, h, s: tirx.Select(top(b, h, s) == low, zero, top(b, h, s)), name="base")
@@ -72,19 +74,19 @@ def attention(q: Any, k: Any, v: Any, mask: Any, kind: str, attrs: Any) -> Any:
 
     def inverse(b: Any, h: Any, s: Any) -> Any:
         value = one / total(b, h, s)
-        return tirx.Select(total(b, h, s) == zero, zero, value) if attrs.safe else value
+        return tirx.Select(total(b, h, s) == zero, zero, value) if about["safe"] else value
 
     inverses = te.compute(shape[:3], inverse, name="inverse")
     weights = te.compute(shape, lambda b, h, s, t: power(b, h, s, t) * inverses(b, h, s), name="weights")
 
-    def element(b: Any, h: Any, s: Any, e: Any) -> Any:
-        return te.sum(weights(b, h, s, w) * at(v, of_v, b, h // groups, w, e), axis=w)
+    def value(b: Any, h: Any, s: Any, e: Any) -> Any:
+        return te.sum(weights(b, h, s, w) * at(2, b, h // groups, w, e), axis=w)
 
-    if of_out == "BHSD":
-        out = te.compute((*shape[:3], dims.width), element, name="attention")
+    if about["layouts"][3] == "BHSD":
+        out = te.compute((*shape[:3], dims.width), value, name="attention")
     else:
-        out = te.compute((dims.batch, dims.queries, dims.heads, dims.width), lambda b, s, h, e: element(b, h, s, e), name="attention")
-    if not attrs.received:
+        out = te.compute((dims.batch, dims.queries, dims.heads, dims.width), lambda b, s, h, e: value(b, h, s, e), name="attention")
+    if about["outputs"] == 1:
         return out
     h, s = te.reduce_axis((0, dims.heads), "h"), te.reduce_axis((0, dims.queries), "s")
     sums = te.compute((dims.batch, dims.keys), lambda b, t: te.sum(weights(b, h, s, t), axis=[h, s]), name="sums")
@@ -93,29 +95,51 @@ def attention(q: Any, k: Any, v: Any, mask: Any, kind: str, attrs: Any) -> Any:
 
 
 def legalize_attention(builder: Any, call: Any) -> Any:
-    """One function for float32 with known heads and widths and a mask that broadcasts in a known way; Relax operators for anything else."""
+    """One function for float32 or bfloat16 with known heads and widths and a mask that broadcasts in a known way; Relax operators for anything else."""
+    made = attention_kernel(builder, call, [operand(x, layout) for x, layout in zip(call.args[:3], attrs_of(call).layouts, strict=False)])
+    return decompose(builder, call) if made is None else made
+
+
+def attention_kernel(builder: Any, call: Any, views: Sequence[View]) -> Any:
+    """The call of one function over the tensors that hold q, k and v, None where there is no kernel.
+
+    What the kernel has to know is in its attribute `WHOLE`: the attributes of the operator, "rows" of the three operands and the result, and "sizes", each a number or
+    [operand, dim].
+    """
     attrs = attrs_of(call)
     q, k, v = call.args[:3]
     dims = dims_of(list(q.ty.shape), list(k.ty.shape), list(v.ty.shape), attrs.layouts)
     known = all(isinstance(dim, tirx.IntImm) for dim in (dims.heads, dims.kv_heads, dims.depth, dims.width))
-    if not known or any(arg.ty.dtype != "float32" for arg in (q, k, v)):
-        return decompose(builder, call)
+    types = {str(arg.ty.dtype) for arg in (q, k, v)}
+    if not known or types not in ({"float32"}, {"bfloat16"}) or (types == {"bfloat16"} and int(dims.depth) % 2):
+        return None
     kind, mask = "none", None
     if len(call.args) == 4:
         mask = call.args[3]
         kind = "select" if str(mask.ty.dtype) == "bool" else "add"
         if str(mask.ty.dtype) not in ("bool", "float32") or (kind == "select" and attrs.fill == 0) or not _broadcasts(mask, dims):
-            return decompose(builder, call)
+            return None
         mask = _prepared(builder, mask, dims.queries, attrs.fill)
-    about = json.dumps(
-        {"op": "attention", "mask": kind, "outputs": 2 if attrs.received else 1, **asdict(attrs), "layouts": attrs.layouts}, sort_keys=True
-    )
+    places = {"batch": (0, 0), "heads": (0, 1), "kv_heads": (1, 1), "queries": (0, 2), "keys": (1, 2), "depth": (0, 3), "width": (2, 3)}
+    about = {"op": "attention", "mask": kind, "outputs": 2 if attrs.received else 1, **asdict(attrs), "layouts": attrs.layouts}
+    about["sizes"] = {name: [of, *size] if isinstance(size := views[of].size(axis), list) else size for name, (of, axis) in places.items()}
+    about["rows"] = [*(view.rows for view in views), operand(q, attrs.layouts[3]).rows]
 
     def define(*operands: Any) -> Any:
-        return attention(*operands[:3], operands[3] if len(operands) == 4 else None, kind, attrs)
+        return attention(operands[:3], operands[3] if len(operands) == 4 else None, about)
 
-    operands = [q, k, v] if mask is None else [q, k, v, mask]
-    return builder.call_te(define, *operands, primfunc_name_hint="attention", primfunc_attrs={WHOLE: about, "op_pattern": _OPAQUE})
+    operands = [view.tensor for view in views] + ([] if mask is None else [mask])
+    attributes = {WHOLE: json.dumps(about, sort_keys=True), "op_pattern": _OPAQUE}
+    return builder.call_te(define, *operands, primfunc_name_hint="attention", primfunc_attrs=attributes)
+
+
+def sizes(about: Mapping[str, Any], shapes: Sequence[Sequence[Any]]) -> AttentionDims:
+    """The sizes of a kernel from the shapes of its operands."""
+
+    def size(value: Any) -> Any:
+        return shapes[value[0]][value[1]] if isinstance(value, list) else tirx.const(value, "int64")
+
+    return AttentionDims(**{name: size(value) for name, value in about["sizes"].items()})
 
 
 def _broadcasts(mask: relax.Expr, dims: Any) -> bool:
@@ -138,6 +162,36 @@ def _prepared(builder: Any, mask: relax.Expr, queries: Any, fill: float) -> rela
         return relax.const(np.ascontiguousarray(values))
     whole = mask if len(mask.ty.shape) == 4 else builder.emit(relax.op.reshape(mask, shape))
     return builder.emit(builder.call_te(prepare_mask, whole, queries, fill, primfunc_name_hint="mask"))
+
+
+@mutator
+class ReadInPlace(relax.PyExprMutator):
+    """Every attention whose operands are parts of other tensors becomes a kernel that reads those; the copies die."""
+
+    def apply(self) -> Any:
+        for variable, function in relax_functions(self.builder_.get()):
+            self.cast: dict[Any, Any] = {}
+            self.bindings = {binding.var: binding.value for block in function.body.blocks for binding in block.bindings}
+            self.builder_.update_func(variable, self.visit_expr(function))
+        return relax.transform.DeadCodeElimination()(self.builder_.get())
+
+    def visit_call_(self, call: Any) -> Any:
+        if getattr(call.op, "name", "") != NAME:
+            return super().visit_call_(call)
+        views = [find_view(self.bindings, x, layout) for x, layout in zip(call.args[:3], attrs_of(call).layouts, strict=False)]
+        fresh = super().visit_call_(call)
+        if all(view.tensor.same_as(x) for view, x in zip(views, call.args, strict=False)):
+            return fresh
+        made = attention_kernel(self.builder_, fresh, [replace(view, tensor=self._held(view.tensor, call.args[0].ty.dtype)) for view in views])
+        return fresh if made is None else made
+
+    def _held(self, tensor: Any, dtype: str) -> Any:
+        """The tensor in the operands' type, cast once for all that read it."""
+        if str(tensor.ty.dtype) == str(dtype):
+            return self.visit_expr(tensor)
+        if tensor not in self.cast:
+            self.cast[tensor] = self.builder_.emit(relax.op.astype(self.visit_expr(tensor), str(dtype)))
+        return self.cast[tensor]
 
 
 #: for `targets.common.legalize`

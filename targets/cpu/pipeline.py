@@ -11,27 +11,32 @@ from ...autotune.learned import default_model
 from ...autotune.tuner import TunedModel
 from ...compiler.feeds import random_feeds
 from ...compiler.progress import stage
+from ...compiler.roofline import layers
 from ...compiler.tvm import relax, tirx
 from ...passes.fusion import FuseEpilogues
 from ...passes.memory import PlanMemory
 from ..common import legalize as definitions
 from . import build as cpu_build
+from . import determinant, recurrent, selection
 from . import guards as cpu_guards
 from . import lower as cpu_lower
 from .host import host_features
 from .lower import PACKED
-from .ops_attention import OWN
+from .ops_attention import OWN, ReadInPlace
 from .profile import profile
+from .work import add_work
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
     from ...compiler.program import Program
     from ...compiler.steps import Steps
     from ...passes.base import PassContext
+    from ..base import Target
 
 
 def lower(steps: Steps) -> Lowered:
     """From a graph of Relax operators to an executable. Raises UnsupportedModel when an operator has no lowering."""
+    graph = steps.program
     fuse(steps)
     choices: list[cpu_lower.Choice] = []
 
@@ -43,7 +48,7 @@ def lower(steps: Steps) -> Lowered:
         return current.with_module(module)
 
     steps.step("kernels", kernels)
-    weights: dict[str, Any] = {}
+    scheduled, weights = steps.program, {}
 
     def lift(current: Program, context: PassContext) -> Program:
         module, arrays = cpu_build.lift_weights(current.module)
@@ -54,10 +59,10 @@ def lower(steps: Steps) -> Lowered:
     steps.step("lift_weights", lift)
     steps.step("plan_memory", PlanMemory().run)
     with stage("code generation") as generation:
-        executable, sources = cpu_build.build(steps.program.module, steps.target)
+        executable, sources = cpu_build.build(steps.program.module, steps.target, steps.program.origins)
     rows = [asdict(choice) for choice in choices]
     if steps.options.profile:
-        _measure(steps, weights, rows)
+        _measure(steps, weights, rows, graph, scheduled)
     report = {
         "kernels": rows,
         "weights_bytes": sum(array.nbytes for array in weights.values()),
@@ -79,12 +84,12 @@ def cost_model(steps: Steps) -> CostModel:
 def fuse(steps: Steps) -> None:
     """Up to the module in which every kernel is one function that still has its choice of templates and schedules."""
     steps.step("guard", cpu_guards.guard)
-    steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
+    steps.step("legalize", lambda p, _: p.with_module(_legalize(p, steps.target)))
     steps.step("fuse_epilogues", FuseEpilogues().run)
 
 
-def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Put the measured time of every kernel into its row, where this machine can run the code."""
+def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]], graph: Program, scheduled: Program) -> None:
+    """Put the measured time and the work of every kernel into its row, where this machine can run the code."""
     if steps.target.features - host_features():
         return
     program, calls = steps.program, steps.accuracy.calibration if steps.accuracy is not None else ()
@@ -99,9 +104,12 @@ def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]]) 
     measured = {names[name]: time for name, time in spent.items()}
     for row in rows:
         row["measured_us"] = round(measured.get(row["kernel"], 0.0), 2)
+    with stage("measuring the machine's peak rates"):
+        sizes = {dim: size for spec in program.inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(dim, str)}
+        add_work(rows, layers(graph, steps.target, sizes), scheduled, steps.target.cores, sizes)
 
 
-def _legalize(program: Program) -> Any:
-    module = relax.backend.DispatchSortScan()(relax.transform.DecomposeOpsForInference()(program.module))
-    module = definitions.legalize(module, OWN)
+def _legalize(program: Program, target: Target) -> Any:
+    module = ReadInPlace(relax.backend.DispatchSortScan()(relax.transform.DecomposeOpsForInference()(program.module))).apply()
+    module = definitions.legalize(module, {**OWN, **selection.OWN, **determinant.OWN, **recurrent.own(target)})
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))

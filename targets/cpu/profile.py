@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.tvm import relax, tvm
+from ...compiler.tvm_control import entry
 from ..base import Target
 from .build import executable
 
@@ -36,11 +37,12 @@ def profile(
             spent[name] = spent.get(name, 0) + time.perf_counter_ns() - started
 
     machine.set_instrument(watch)
+    main = entry(machine.module)
     arguments = [tvm.runtime.tensor(value) for value in inputs]
     lifted = tuple(tvm.runtime.tensor(value) for value in weights.values())
     rounds: list[dict[str, int]] = []
     for _ in range(ROUNDS + 1):
         spent.clear()
-        machine["main"](*arguments, lifted)
+        main(*arguments, lifted)
         rounds.append(dict(spent))
     return {name: statistics.median(found.get(name, 0) for found in rounds[1:]) / 1e3 for name in rounds[-1]}

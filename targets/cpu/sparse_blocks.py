@@ -75,7 +75,7 @@ class GemmBlocks:
         m, mr, nv, r = workload.m or 128, schedule.mr, schedule.nv, schedule.r
         dot = dot_for(workload.kind, target)
         nr, size = nv * schedule.lanes, float(dot.activation_bytes)
-        broadcast = (1.0 if dot.group == 4 else 2.0) if dot.integer else 1.0
+        broadcast = dot.broadcast_loads
         panels, mc = -(-workload.n // nr), schedule.mc or m
         groups = workload.share(r, nr) * panels * -(-workload.k // r)
         tiles = [rows for first in range(0, m, mc) for _, rows in balanced(min(mc, m - first), mr)]
@@ -112,7 +112,7 @@ class GemmBlocks:
             flat = T.decl_buffer((product(rows), a.shape[-1]), dot.activation, data=buffers[a].data)
             sizes = T.int64(workload.k), T.int64(workload.n)
             operands = GemmOperands([], rows, *sizes, flat, lambda row: lambda k: (row, k), stream, True, dot)
-            long = not dot.integer and workload.longest(schedule.r, nr) * schedule.r > 2 * SUM_BLOCK
+            long = not dot.grouped and workload.longest(schedule.r, nr) * schedule.r > 2 * SUM_BLOCK
             _Emitter(fused, buffers, schedule, operands, long).emit()
         return Kernel(builder.get(), (stream_packing(fused, schedule.r, nr, dot),))
 

@@ -166,7 +166,7 @@ class _Emitter:
         with tasks(count * T.int64(panels), work) as task:
             tile = T.bind(T.floordiv(task, T.int64(panels)))
             panel = T.bind(T.floormod(task, T.int64(panels)))
-            sums = T.alloc_buffer((lanes, vectors, lanes), self.dot.word)
+            sums = T.alloc_buffer((lanes, vectors, lanes), self.dot.accumulator)
 
             def outputs(real: int) -> None:
                 with T.serial(T.int64(real)) as n:

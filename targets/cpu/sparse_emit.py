@@ -60,6 +60,8 @@ def sparse_workload(fused: Fused, constants: frozenset[int]) -> SparseWorkload:
     if len(b.shape) != 2 or position not in constants or not isinstance(constants, Constants):
         raise Unfusable("no constant weight")
     kind = dot_kind(fused.inputs, fused.accumulator)
+    if kind == "bf16":
+        raise Unfusable("sparse weights in bfloat16")
     weights = constants.values[position]
     if not all(density_class(weight) for weight in weights):
         raise Unfusable("no zeros to speak of")

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...compiler.tvm import Constant, mutator, relax, tirx
+from ...compiler.tvm import Constant, mutator, relax, relax_functions, tirx
 from ...passes.fusion import NODES
 from ..common.fused import Unfusable, analyze
 from .sparse_weights import Constants, density_class
 
 
-def constant_arguments(main: Any) -> dict[str, Constants]:
+def constant_arguments(module: Any) -> dict[str, Constants]:
     """Per PrimFunc: the argument positions that hold a constant at every call site, with the constants."""
     found = {}
-    for name, sites in _call_sites(main).items():
+    for name, sites in _call_sites(module).items():
         positions = set.intersection(*({position for position, arg in enumerate(args) if isinstance(arg, Constant)} for args in sites))
         found[name] = Constants.of(
             {position: [array.value.numpy() for array in _distinct(args[position] for args in sites)] for position in sorted(positions)}
@@ -23,7 +23,7 @@ def constant_arguments(main: Any) -> dict[str, Constants]:
     return found
 
 
-def _call_sites(main: Any) -> dict[str, list[Sequence[Any]]]:
+def _call_sites(module: Any) -> dict[str, list[Sequence[Any]]]:
     """Per PrimFunc: the arguments of each of its calls, in the program's order."""
     sites: dict[str, list[Sequence[Any]]] = {}
 
@@ -31,7 +31,8 @@ def _call_sites(main: Any) -> dict[str, list[Sequence[Any]]]:
         if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
             sites.setdefault(expr.args[0].name_hint, []).append(list(expr.args[1].fields))
 
-    relax.analysis.post_order_visit(main, visit)
+    for _, function in relax_functions(module):
+        relax.analysis.post_order_visit(function, visit)
     return sites
 
 
@@ -47,7 +48,7 @@ def split_sites(module: Any) -> Any:
     """The module with a copy of every matmul kernel for each class of density among the weights it is called with; the same object where one class is all."""
     functions = {variable.name_hint: func for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)}
     mixed: dict[str, _Mixed] = {}
-    for name, sites in _call_sites(module["main"]).items():
+    for name, sites in _call_sites(module).items():
         position = _weight_position(functions.get(name))
         if position is None or not all(isinstance(args[position], Constant) for args in sites):
             continue
@@ -89,8 +90,8 @@ class _Split(relax.PyExprMutator):
                 nodes = kernel.nodes(wanted)
                 func = kernel.func.with_attr(NODES, nodes) if nodes else kernel.func
                 self.copies[name, wanted] = self.builder_.add_func(func, f"{name}_sparse{wanted}" if wanted else f"{name}_dense")
-        main = self.module.get_global_var("main")
-        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
+        for variable, function in relax_functions(self.module):
+            self.builder_.update_func(variable, self.visit_expr(function))
         return relax.transform.DeadCodeElimination()(self.builder_.get())
 
     def visit_call_(self, call: Any) -> Any:

@@ -75,7 +75,7 @@ class Task:
 def tasks(module: Any, target: Target) -> list[Task]:
     """The tasks of a module in which epilogues are fused, those that take most predicted time first. Functions with run-time sizes are left out."""
     module = split_sites(module)
-    constants = constant_arguments(module["main"])
+    constants = constant_arguments(module)
     calls = _calls(module["main"])
     known = templates()
     found = []

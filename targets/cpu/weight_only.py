@@ -127,7 +127,7 @@ class WeightOnly:
         packings, dtypes = _packings(fused, workload, nr), {}
         for packing, dtype in zip(packings, ("int8" if workload.bits == 8 else "int32", "float32", "int8"), strict=False):
             dtypes[packing.param] = dtype
-        with kernel(fused, {packing.param: packing.shape for packing in packings}, dtypes) as (builder, buffers):
+        with kernel(fused, {packing.param: packing.shape for packing in packings}, dtypes=dtypes) as (builder, buffers):
             x, *weights = _operands(fused)
             rows = list(x.shape[:-1])
             flat = T.decl_buffer((product(rows), x.shape[-1]), "float32", data=buffers[x].data)

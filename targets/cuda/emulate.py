@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import ToolchainError
 from ...compiler.program import TensorSpec
 from ...compiler.tvm_runtime import from_dlpack, load_library
-from ...compiler.weights import aligned, device_offsets, numpy_dtype
+from ...compiler.weights import aligned, device_offsets
 from .host import MODEL
 from .toolchain import ffi_headers
 

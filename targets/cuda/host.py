@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...compiler.element_types import numpy_dtype
 from ...compiler.program import TensorSpec
-from ...compiler.weights import device_offsets, numpy_dtype
+from ...compiler.weights import device_offsets
 from .kernel import ctype
 from .lower import Launches, Place, Tensor
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...compiler.dialect import attention as dialect
+from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import Blocker, UnsupportedModel
 from ...compiler.tvm import Constant, relax, tirx
-from ...compiler.weights import numpy_dtype
 from ...passes.fusion import NODES
 from ..base import Target
 from ..common.fused import Unfusable, analyze

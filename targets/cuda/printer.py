@@ -12,7 +12,10 @@ from typing import Any
 from ...compiler.tvm import TensorLoad, structural_map, structural_walk, tirx, tvm
 from .kernel import Unsupported, ctype
 
-_BINARY = {"Add": "+", "Sub": "-", "Mul": "*", "EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">=", "And": "&&", "Or": "||"}
+_BINARY = {
+    "Add": "+", "Sub": "-", "Mul": "*", "EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">=", "And": "&&", "Or": "||",
+    "BitwiseAnd": "&", "BitwiseOr": "|", "BitwiseXor": "^", "LShift": "<<", "RShift": ">>",
+}  # fmt: skip
 #: calls of C's mathematics library; the float version has an f behind its name
 _MATH = {
     "tirx.exp": "exp", "tirx.exp2": "exp2", "tirx.exp10": "exp10", "tirx.erf": "erf", "tirx.tanh": "tanh", "tirx.sqrt": "sqrt", "tirx.log": "log",
@@ -20,9 +23,6 @@ _MATH = {
     "tirx.round": "rint", "tirx.nearbyint": "rint", "tirx.fabs": "fabs", "tirx.cos": "cos", "tirx.sin": "sin", "tirx.tan": "tan", "tirx.acos": "acos",
     "tirx.asin": "asin", "tirx.atan": "atan", "tirx.atan2": "atan2", "tirx.cosh": "cosh", "tirx.sinh": "sinh", "tirx.acosh": "acosh", "tirx.asinh": "asinh",
     "tirx.atanh": "atanh", "tirx.fmod": "fmod", "tirx.copysign": "copysign", "tirx.hypot": "hypot",
-}  # fmt: skip
-_INFIX = {
-    "tirx.bitwise_and": "&", "tirx.bitwise_or": "|", "tirx.bitwise_xor": "^", "tirx.shift_left": "<<", "tirx.shift_right": ">>",
 }  # fmt: skip
 #: stands for an index that data decides: (index, extent)
 INDEX = "tcompile_index"
@@ -105,6 +105,9 @@ class Printer:
             value if self._position and str(expr.ty.dtype) in ("int64", "int32") and not reads_memory(expr) else f"({ctype(expr.ty.dtype)})({value})"
         )
 
+    def _bitwisenot(self, expr: Any) -> str:
+        return f"(~{self(expr.a)})"
+
     def _not(self, expr: Any) -> str:
         return f"!{self(expr.a)}"
 
@@ -163,8 +166,6 @@ class Printer:
             if dtype not in ("float32", "float64"):
                 raise Unsupported(f"{name} of {dtype}")
             return f"{_MATH[name]}{'f' if dtype == 'float32' else ''}({', '.join(self(arg) for arg in args)})"
-        if name in _INFIX:
-            return f"({self(args[0])} {_INFIX[name]} {self(args[1])})"
         value = self(args[0]) if name not in ("tirx.call_pure_extern", "tirx.infinity") else ""
         if name == "tirx.call_pure_extern" and str(args[0].value) == INDEX:
             self.indexed = True
@@ -179,7 +180,6 @@ class Printer:
             "tirx.isnan": f"tc::is_nan({value})",
             "tirx.isinf": f"tc::is_infinite({value})",
             "tirx.isfinite": f"tc::is_finite({value})",
-            "tirx.bitwise_not": f"(~{value})",
             "tirx.likely": value,
             "prim.likely": value,
             "tirx.abs": f"tc::absolute({value})",

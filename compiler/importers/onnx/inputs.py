@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from ...element_types import CARRIERS
 from ...errors import Blocker, UnsupportedModel, UsageError
 from ...program import DimRange, TensorSpec
 from ...shapes import ShapeSpec
 from ...tvm import relax
 from ..naming import ImpossibleTensor, check_size
-from .load import dtype_name
+from .load import element_name
 from .node import identifier
 from .symbolic import Dim, DimArithmetic
 from .values import Refusal
@@ -41,7 +42,7 @@ def declare_inputs(graph: onnx.GraphProto, shapes: Mapping[str, ShapeSpec], dims
     for info in infos:
         try:
             model_dims, dtype = _tensor_type(info, shapes.get(info.name))
-            check_size(model_dims, dtype)
+            check_size(model_dims, CARRIERS.get(dtype, dtype))
         except (Refusal, ImpossibleTensor) as refusal:
             blockers.append(Blocker(info.name, "graph input", str(refusal)))
             continue
@@ -52,12 +53,14 @@ def declare_inputs(graph: onnx.GraphProto, shapes: Mapping[str, ShapeSpec], dims
     taken: set[str] = set()
     for position, spec in enumerate(result.specs):
         shape = [symbols.dim(dim) if isinstance(dim, str) else dim for dim in spec.shape]
-        result.specs[position] = TensorSpec(spec.name, tuple(dim if isinstance(dim, int) else dim.name for dim in shape), spec.dtype)
+        result.specs[position] = TensorSpec(
+            spec.name, tuple(dim if isinstance(dim, int) else dim.name for dim in shape), spec.dtype, CARRIERS.get(spec.dtype)
+        )
         name = identifier(spec.name)
         while name in taken:
             name += "_"
         taken.add(name)
-        result.variables[spec.name] = relax.Var(name, relax.TensorType(shape, spec.dtype))
+        result.variables[spec.name] = relax.Var(name, relax.TensorType(shape, CARRIERS.get(spec.dtype, spec.dtype)))
     result.ranges = symbols.ranges
     return result
 
@@ -71,7 +74,7 @@ def _tensor_type(info: onnx.ValueInfoProto, spec: ShapeSpec | None) -> tuple[lis
         raise Refusal(f"its rank is not declared; give its shape (--shape {info.name}=...)")
     if not tensor.HasField("shape"):
         assert spec is not None
-        return [f"{info.name}_dim{axis}" for axis in range(len(spec))], dtype_name(tensor.elem_type)
+        return [f"{info.name}_dim{axis}" for axis in range(len(spec))], element_name(tensor.elem_type)
     dims: list[int | str] = []
     for axis, dim in enumerate(tensor.shape.dim):
         named = dim.dim_param not in _PLACEHOLDERS
@@ -82,7 +85,7 @@ def _tensor_type(info: onnx.ValueInfoProto, spec: ShapeSpec | None) -> tuple[lis
             if named
             else f"{info.name}_dim{axis}"
         )
-    return dims, dtype_name(tensor.elem_type)
+    return dims, element_name(tensor.elem_type)
 
 
 class _Symbols:

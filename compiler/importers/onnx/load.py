@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, numpy_helper
 
+from ...element_types import BOUNDS, numpy_dtype
 from ...errors import UnsupportedModel, UsageError
-from .values import Host, Refusal, numpy_dtype
+from ..naming import ImpossibleTensor, check_size
+from .values import Host, Refusal
 
+#: messages inside of one another, as protobuf limits them when it reads a file
+_DEEPEST = 100
 #: ONNX element types that have a TVM counterpart
 DTYPES = {
     TensorProto.FLOAT: "float32",
     TensorProto.DOUBLE: "float64",
     TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
     TensorProto.INT8: "int8",
     TensorProto.INT16: "int16",
     TensorProto.INT32: "int32",
@@ -29,6 +34,20 @@ DTYPES = {
     TensorProto.UINT32: "uint32",
     TensorProto.UINT64: "uint64",
     TensorProto.BOOL: "bool",
+}
+#: those that are only stored, by the names of ml_dtypes
+STORAGE = {
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.INT4: "int4",
+    TensorProto.UINT4: "uint4",
+    TensorProto.INT2: "int2",
+    TensorProto.UINT2: "uint2",
+    TensorProto.FLOAT8E4M3FN: "float8_e4m3fn",
+    TensorProto.FLOAT8E4M3FNUZ: "float8_e4m3fnuz",
+    TensorProto.FLOAT8E5M2: "float8_e5m2",
+    TensorProto.FLOAT8E5M2FNUZ: "float8_e5m2fnuz",
+    TensorProto.FLOAT8E8M0: "float8_e8m0fnu",
+    TensorProto.FLOAT4E2M1: "float4_e2m1fn",
 }
 
 
@@ -52,7 +71,24 @@ def load(source: str | Path | onnx.ModelProto) -> Source:
     if not loaded.model.opset_import or not graph.output or not loaded.model.ir_version:
         missing = "opset imports" if not loaded.model.opset_import else "graph outputs" if not graph.output else "IR version"
         raise UnsupportedModel(f"'{loaded.label}' is not a complete ONNX model: it has no {missing}")
+    _check_texts(loaded)
     return loaded
+
+
+def _check_texts(source: Source) -> None:
+    """Raises UnsupportedModel for names that are not UTF-8, which protobuf hands out as bytes, and for branches nested deeper than any file can hold."""
+    waiting: list[tuple[Any, int]] = [(source.model, 0)]
+    while waiting:
+        message, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise UnsupportedModel(f"'{source.label}' nests its messages deeper than {_DEEPEST}")
+        for descriptor, value in message.ListFields():
+            if descriptor.type == descriptor.TYPE_STRING:
+                for text in (value,) if isinstance(value, (str, bytes)) else value:
+                    if isinstance(text, bytes):
+                        raise UnsupportedModel(f"'{source.label}' is damaged: the {descriptor.name} {text[:40]!r} is not UTF-8 text")
+            elif descriptor.type == descriptor.TYPE_MESSAGE:
+                waiting += ((part, depth + 1) for part in ((value,) if isinstance(value, Message) else value))
 
 
 def dtype_name(element_type: int) -> str:
@@ -63,17 +99,28 @@ def dtype_name(element_type: int) -> str:
     return DTYPES[element_type]
 
 
+def element_name(element_type: int) -> str:
+    """The same, with the names of types that are only stored."""
+    return STORAGE[element_type] if element_type in STORAGE else dtype_name(element_type)
+
+
 def read_tensor(tensor: TensorProto, folder: Path | None) -> Host:
     """The tensor's elements; external ones are mapped, not read. Raises Refusal when they are missing, malformed or outside of the model's folder."""
-    dtype = dtype_name(tensor.data_type)
     shape = tuple(tensor.dims)
+    try:
+        dtype = element_name(tensor.data_type)
+        check_size(shape, dtype)
+    except (Refusal, ImpossibleTensor) as error:
+        raise Refusal(f"tensor '{tensor.name}': {error}") from None
     if tensor.data_location == TensorProto.EXTERNAL:
         array = _read_external(tensor, dtype, shape, folder)
     else:
         try:
             array = numpy_helper.to_array(tensor)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError, MemoryError) as error:
             raise Refusal(f"tensor '{tensor.name}' is malformed: {error}") from error
+        if array.shape != shape:
+            raise Refusal(f"tensor '{tensor.name}' is malformed: it holds {array.size} elements, its shape is {list(shape)}")
     return Host(array, dtype, tensor.name)
 
 
@@ -101,8 +148,10 @@ def _parse(content: bytes, path: Path) -> onnx.ModelProto:
 def _read_external(tensor: TensorProto, dtype: str, shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     path = _contained(entries.get("location", ""), tensor.name, folder)
+    if dtype in BOUNDS or dtype == "float4_e2m1fn":
+        raise Refusal(f"external data of tensor '{tensor.name}': packed elements of type {dtype} are supported inside of the model only")
     element = numpy_dtype(dtype)
-    expected = int(np.prod(shape, dtype=np.int64)) * element.itemsize
+    expected = math.prod(shape) * element.itemsize
     try:
         offset, length = int(entries.get("offset") or 0), int(entries.get("length") or expected)
     except ValueError:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
+from ...dialect.opaque import hide_shape
+from ...element_types import CARRIERS, numpy_dtype
 from ...tvm import relax, tirx
 from .symbolic import Dim, DimArithmetic, Ratio
-from .values import Host, RangeLearned, Refusal, Sequence, Value, numpy_dtype
+from .values import Absent, Host, RangeLearned, Refusal, Sequence, Stored, Value
+
+if TYPE_CHECKING:
+    from .subgraph import Subgraph
+
+#: sizes that one input may hold, where they are computed at run time: expressions over more symbols than that overflow the stack
+MOST_SIZES = 64
 
 
 class Node:
@@ -28,7 +36,7 @@ class Node:
         inputs: list[Value | None],
         builder: relax.BlockBuilder,
         dims: DimArithmetic,
-        subgraph: Callable[[onnx.GraphProto], list[Value]],
+        subgraph: Callable[[onnx.GraphProto], Subgraph],
     ):
         self.proto = proto
         self.op, self.domain, self.opset = proto.op_type, proto.domain, opset
@@ -36,6 +44,8 @@ class Node:
         self.builder, self.dims, self.subgraph = builder, dims, subgraph
         self.label = node_label(proto)
         self.hint = identifier(next((name for name in proto.output if name), self.op))
+        #: the graph's type of what the converter sees as float32 (`precision`); None where it sees the graph's own types
+        self.narrow: str | None = None
         self._attributes = {attribute.name: attribute for attribute in proto.attribute}
         schema = onnx.defs.get_schema(self.op, opset, self.domain) if onnx.defs.has(self.op, self.domain) else None
         self._defaults = {} if schema is None else {name: definition.default_value for name, definition in schema.attributes.items()}
@@ -89,6 +99,21 @@ class Node:
             )
         return value
 
+    def at_run_time(self, index: int) -> bool:
+        """The input's elements are only known while the model runs."""
+        return self.has(index) and not isinstance(self.value(index), (Host, Sequence, Absent))
+
+    def runtime_sizes(self, tensor: relax.Expr) -> list[Dim]:
+        """The elements of an integer tensor of static size as symbolic dims; the compiled model checks that they are sizes (0..LARGEST_DIM)."""
+        count = self.static([self.dims.product(self.shape(tensor))], "the number of sizes that are computed at run time")[0]
+        if count > MOST_SIZES:
+            raise Refusal(f"{count} sizes are computed at run time; at most {MOST_SIZES} are supported")
+        wide = tensor if self.dtype(tensor) == "int64" else self.emit(relax.op.astype(tensor, "int64"))
+        sizes = self.emit(relax.op.tensor_to_shape(self.reshape(wide, [count])))
+        symbols: list[Dim] = [self.dims.fresh(self.hint) for _ in range(count)]
+        self.builder.match_cast(sizes, relax.ShapeType(symbols), name_hint=self.hint)
+        return symbols
+
     def constant(self, index: int) -> np.ndarray:
         """The elements of an input that must not depend on input shapes either."""
         value = self.host(index)
@@ -97,7 +122,9 @@ class Node:
         return value.array
 
     def sizes(self, index: int) -> list[Dim]:
-        """The elements of an integer input as Dims, flattened."""
+        """The elements of an integer input as Dims, flattened; those of an input computed at run time must be sizes there (`runtime_sizes`)."""
+        if self.at_run_time(index):
+            return list(self.runtime_sizes(self.tensor(index)))
         items = self.host(index).array.reshape(-1).tolist()
         if any(isinstance(item, (float, Ratio)) for item in items):
             raise Refusal(f"input {index} ('{self.proto.input[index]}') must be of an integer type")
@@ -119,10 +146,14 @@ class Node:
 
     def to_tensor(self, value: Value) -> relax.Expr:
         """Any value as a Relax expression: a host value becomes a constant, or is computed from the sizes at run time."""
+        if isinstance(value, (Host, Stored)) and value.dtype in CARRIERS:
+            raise Refusal(f"it does not take elements of type {value.dtype}")
         if isinstance(value, Host):
             return self._materialize(value) if value.symbolic else value.to_constant()
         if isinstance(value, Sequence):
             raise Refusal("a sequence cannot be used as a tensor")
+        if isinstance(value, Absent):
+            raise Refusal("an optional without an element cannot be used as a tensor")
         assert isinstance(value, relax.Expr)
         return value
 
@@ -171,6 +202,11 @@ class Node:
     def scalar(self, value: float | bool, dtype: str) -> relax.Expr:
         return relax.const(np.asarray(value).astype(numpy_dtype(dtype)), dtype)
 
+    def nonzero(self, value: relax.Expr) -> relax.Expr:
+        """Whether each element differs from zero, as NaN does, which generated code finds neither equal nor unequal to anything."""
+        differs = self.emit(relax.op.not_equal(value, self.scalar(0, self.dtype(value))))
+        return self.emit(relax.op.logical_or(differs, self.emit(relax.op.isnan(value)))) if "float" in self.dtype(value) else differs
+
     def array(self, values: np.ndarray, dtype: str) -> relax.Expr:
         return relax.const(np.array(values, numpy_dtype(dtype), order="C"), dtype)
 
@@ -189,12 +225,13 @@ class Node:
             return self.array(host.array.reshape(-1, *trailing), host.dtype)
         return self.emit(relax.op.reshape(self.tensor(index), [*self.shape(self.tensor(index)), *trailing]))
 
-    def align(self, *values: relax.Expr) -> list[relax.Expr]:
-        """The operands with dims that Relax can see to broadcast.
+    def align(self, *values: relax.Expr, trailing: int = 0) -> list[relax.Expr]:
+        """The operands with dims that Relax can see to broadcast, but for the last `trailing` ones.
 
         Two dynamic dims that meet and cannot be proven equal must be equal at run time: a checked cast says so (neither may be 1 then).
         """
-        shapes = [self.shape(value) for value in values]
+        whole = [self.shape(value) for value in values]
+        shapes = [shape[: max(len(shape) - trailing, 0)] for shape in whole]
         rank = max(len(shape) for shape in shapes)
         target: list[Dim] = []
         for position in range(rank):
@@ -204,7 +241,10 @@ class Node:
                 raise Refusal(f"shapes {shapes} do not broadcast")
             symbolic = [dim for dim in meeting if not isinstance(dim, int)]
             target.append(fixed[0] if fixed else symbolic[0] if symbolic else 1)
-        return [self._cast_dims(value, shape, target[rank - len(shape) :]) for value, shape in zip(values, shapes, strict=True)]
+        return [
+            self._cast_dims(value, dims, [*target[rank - len(shape) :], *dims[len(shape) :]])
+            for value, shape, dims in zip(values, shapes, whole, strict=True)
+        ]
 
     def _cast_dims(self, value: relax.Expr, shape: list[Dim], target: list[Dim]) -> relax.Expr:
         wanted = [have if isinstance(have, int) or self.dims.equal(have, want) else want for have, want in zip(shape, target, strict=True)]
@@ -213,9 +253,27 @@ class Node:
     def cast_shape(self, value: relax.Expr, shape: list[Dim]) -> relax.Expr:
         """Assert a shape at run time and carry it in the type from here on. Raises RangeLearned where a bound on a dim says the same at import."""
         for have, want in zip(self.shape(value), shape, strict=True):
-            learn_limit(have, want)
-            learn_limit(want, have)
+            self._learn_limit(have, want)
+            self._learn_limit(want, have)
+        if any(not isinstance(want, int) and not self.dims.equal(have, want) for have, want in zip(self.shape(value), shape, strict=True)):
+            value = self.emit(hide_shape(value))
         return self.builder.match_cast(value, relax.TensorType(shape, value.ty.dtype), name_hint=self.hint)
+
+    def _learn_limit(self, clipped: Dim, dim: Dim) -> None:
+        """`min(n, limit)` can only equal `n` while n <= limit. Of sizes that are computed at run time there is nothing to learn: they have no range."""
+        if isinstance(clipped, tirx.Min) and isinstance(dim, tirx.Var) and not any(dim.same_as(symbol) for symbol in self.dims.made):
+            for symbol, limit in ((clipped.a, clipped.b), (clipped.b, clipped.a)):
+                if symbol.same_as(dim) and isinstance(limit, tirx.IntImm):
+                    raise RangeLearned(dim.name, int(limit))
+
+    def with_dim(self, value: relax.Expr, axis: int, dim: Dim) -> relax.Expr:
+        """`value` with `dim` at an axis, checked at run time where it is not sure."""
+        shape = self.shape(value)
+        if self.dims.equal(shape[axis], dim):
+            return value
+        if isinstance(shape[axis], int) and isinstance(dim, int):
+            raise Refusal(f"dim {axis} is {shape[axis]}, expected {dim}")
+        return self.cast_shape(value, [*shape[:axis], dim, *shape[axis + 1 :]])
 
 
 def node_label(proto: onnx.NodeProto) -> str:
@@ -226,11 +284,3 @@ def identifier(name: str) -> str:
     """A Relax identifier that reads like `name`."""
     text = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "value"
     return f"v{text}" if text[0].isdigit() else text
-
-
-def learn_limit(clipped: Dim, dim: Dim) -> None:
-    """`min(n, limit)` can only equal `n` while n <= limit."""
-    if isinstance(clipped, tirx.Min) and isinstance(dim, tirx.Var):
-        for symbol, limit in ((clipped.a, clipped.b), (clipped.b, clipped.a)):
-            if symbol.same_as(dim) and isinstance(limit, tirx.IntImm):
-                raise RangeLearned(dim.name, int(limit))

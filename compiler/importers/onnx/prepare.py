@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import onnx
@@ -10,10 +11,21 @@ import onnx.inliner
 import onnx.shape_inference
 
 from ...errors import Blocker, UnsupportedModel
+from .bodies import name_bodies
+from .graphs import nested_nodes, read_names, subgraphs
+from .labels import label_bodies
 from .node import node_label
 from .registry import find_converter, oldest_opset
 
-OLDEST_OPSET = 7
+OLDEST_OPSET = 1
+#: operators outside of the standard that exporters write into its domain, as ONNX Runtime registers them there
+_FOREIGN = frozenset({"SimplifiedLayerNormalization"})
+#: of a graph, those of its branches and of the functions it calls counted in
+MOST_NODES = 1_000_000
+#: inputs, and outputs, of one node
+MOST_OPERANDS = 4096
+#: of the bodies that replace a model's calls
+MOST_INLINED_BYTES = 1 << 29
 
 
 def standard(domain: str) -> str:
@@ -39,15 +51,94 @@ def opset_versions(model: onnx.ModelProto) -> dict[str, int]:
 def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     """Model-local functions, and standard operators that have no converter but a body in ONNX's own definition, replaced by their bodies."""
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        _check_functions(model)
+        whole, functions = model, {(standard(function.domain), function.name) for function in model.functions}
+        model = _inlined(model, onnx.inliner.inline_local_functions)
+        label_bodies(whole, model, lambda node: (standard(node.domain), node.op_type) in functions, detailed=True)
     versions = opset_versions(model)
     done: set[tuple[str, str]] = set()
     while True:
-        wanted = {key for node in _all_nodes(model.graph) if (key := _function_to_inline(node, versions)) is not None} - done
+        wanted = {key for node in nested_nodes(model.graph.node) if (key := _function_to_inline(node, versions)) is not None} - done
         if not wanted:
             return model
         done |= wanted
-        model = onnx.inliner.inline_selected_functions(onnx.shape_inference.infer_shapes(model), sorted(wanted), inline_schema_functions=True)
+        model = _inlined(model, lambda whole, chosen=wanted: _inline_selected(whole, chosen, versions.get("", OLDEST_OPSET)))
+
+
+def _inline_selected(model: onnx.ModelProto, wanted: set[tuple[str, str]], opset: int) -> onnx.ModelProto:
+    typed = onnx.shape_inference.infer_shapes(model)  # a copy
+    _declare_initializers(typed.graph)
+    for node in nested_nodes(typed.graph.node):
+        if (node.domain, node.op_type) in wanted:
+            _write_defaults(node, _schema(node.op_type, opset, standard(node.domain)))
+    named = name_bodies(typed, {(domain, name) for domain, name in wanted if standard(domain) == ""}, opset)
+    result = onnx.inliner.inline_selected_functions(named, sorted(wanted), inline_schema_functions=True)
+    label_bodies(model, result, lambda node: (node.domain, node.op_type) in wanted, detailed=False)
+    return result
+
+
+def _declare_initializers(graph: onnx.GraphProto) -> None:
+    """onnx's inliner looks up the types of what a body reads among declared values, and those of initializers need not be."""
+    known = {info.name for info in (*graph.input, *graph.value_info)}
+    graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in graph.initializer if tensor.name not in known
+    )
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _declare_initializers(inner)
+
+
+def _write_defaults(node: onnx.NodeProto, schema: Any) -> None:
+    """onnx's inliner drops what a body takes from an attribute that the node leaves out, instead of using its default."""
+    if schema is None or not schema.has_function:
+        return
+    given = {attribute.name for attribute in node.attribute}
+    for name, definition in schema.attributes.items():
+        if name not in given and definition.default_value.type != onnx.AttributeProto.UNDEFINED:
+            node.attribute.append(definition.default_value)
+
+
+def _inlined(model: onnx.ModelProto, inline: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """onnx fails in many ways where types are missing or the model is inconsistent; all of them are a refusal here."""
+    try:
+        return inline(model)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModel(f"functions cannot be replaced by their bodies: {reason}") from None
+
+
+def _check_functions(model: onnx.ModelProto) -> None:
+    """Raises UnsupportedModel for functions that call themselves, and for calls whose bodies have more than `MOST_NODES` nodes or `MOST_INLINED_BYTES` bytes."""
+    bodies = {(standard(function.domain), function.name): list(function.node) for function in model.functions}
+    calls = {
+        key: Counter(called for node in nested_nodes(nodes) if (called := (standard(node.domain), node.op_type)) in bodies)
+        for key, nodes in bodies.items()
+    }
+    own_bytes = {(standard(function.domain), function.name): function.ByteSize() for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}  # nodes
+    weights: dict[tuple[str, str], int] = {}  # bytes
+    for start in calls:
+        stack, open_ = [start], {start}
+        while stack:
+            key = stack[-1]
+            inner = next((called for called in calls[key] if called not in sizes), None)
+            if inner is None:
+                sizes[key] = len(bodies[key]) + sum(count * sizes[called] for called, count in calls[key].items())
+                weights[key] = own_bytes[key] + sum(count * weights[called] for called, count in calls[key].items())
+                open_.discard(stack.pop())
+            elif inner in open_:
+                raise UnsupportedModel(f"function '{inner[1]}' calls itself")
+            else:
+                stack.append(inner)
+                open_.add(inner)
+    called = [(standard(node.domain), node.op_type) for node in nested_nodes(model.graph.node)]
+    total, weight = sum(sizes.get(key, 1) for key in called), sum(weights.get(key, 0) for key in called)
+    if total > MOST_NODES:
+        raise UnsupportedModel(f"the model has {total} nodes once its functions are inlined; at most {MOST_NODES} are supported")
+    if weight > MOST_INLINED_BYTES:
+        raise UnsupportedModel(
+            f"the bodies of the model's functions have {weight} bytes once they are inlined; at most {MOST_INLINED_BYTES} are supported"
+        )
 
 
 def list_blockers(nodes: Iterable[onnx.NodeProto], versions: dict[str, int]) -> list[Blocker]:
@@ -85,7 +176,7 @@ def live_nodes(graph: onnx.GraphProto, known: set[str]) -> list[onnx.NodeProto]:
             node = graph.node[index]
             if state.get(index) is None:
                 state[index] = False
-                for name in _read_names(node):
+                for name in read_names(node):
                     if name in maker and state.get(maker[name]) is None:
                         stack.append(maker[name])
                     elif name in maker and state[maker[name]] is False:
@@ -115,7 +206,7 @@ def _blocking_reason(node: onnx.NodeProto, domain: str, versions: dict[str, int]
         return f"the model does not import an opset of domain '{domain or 'ai.onnx'}'"
     opset = versions[domain]
     schema = _schema(node.op_type, opset, domain)
-    if domain == "" and (schema is None or schema.deprecated):
+    if domain == "" and node.op_type not in _FOREIGN and (schema is None or schema.deprecated):
         return f"opset {opset} has no such operator"
     if find_converter(domain, node.op_type, opset) is None:
         oldest = oldest_opset(domain, node.op_type)
@@ -125,7 +216,26 @@ def _blocking_reason(node: onnx.NodeProto, domain: str, versions: dict[str, int]
             return f"attribute '{attribute.name}' refers to a function's attribute, outside of any function"
         if schema is not None and attribute.name not in schema.attributes:
             return f"opset {opset} defines no attribute '{attribute.name}'"
-    return None
+        expected = None if schema is None else int(schema.attributes[attribute.name].type)
+        if attribute.type != expected and (expected is not None or attribute.type == onnx.AttributeProto.UNDEFINED):
+            kinds = onnx.AttributeProto.AttributeType
+            found, wanted = (kinds.Name(kind) if kind in kinds.values() else str(kind) for kind in (attribute.type, expected or 0))
+            return f"attribute '{attribute.name}' is of type {found}" + (f" instead of {wanted}" if expected is not None else "")
+    return None if schema is None else _wrong_count(node, schema)
+
+
+def _wrong_count(node: onnx.NodeProto, schema: Any) -> str | None:
+    for what, count, least, most in (
+        ("input", len(node.input), schema.min_input, schema.max_input),
+        ("output", len(node.output), schema.min_output, schema.max_output),
+    ):
+        if count > MOST_OPERANDS:
+            return f"it has {count} {what}s; at most {MOST_OPERANDS} are supported"
+        if not least <= count <= most:
+            return f"it has {count} {what}s; {least if least == most else f'{least}..{most}' if most < 1 << 30 else f'{least} or more'} expected"
+    present = {attribute.name for attribute in node.attribute}
+    missing = next((name for name, attribute in schema.attributes.items() if attribute.required and name not in present), None)
+    return None if missing is None else f"attribute '{missing}' is missing"
 
 
 def _schema(operator: str, opset: int, domain: str) -> Any:
@@ -133,30 +243,3 @@ def _schema(operator: str, opset: int, domain: str) -> Any:
         return onnx.defs.get_schema(operator, opset, domain)
     except onnx.defs.SchemaError:
         return None
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for inner in subgraphs(node):
-            yield from _all_nodes(inner)
-
-
-def _read_names(node: onnx.NodeProto) -> Iterator[str]:
-    """The names a node reads, with those its subgraphs take from around them."""
-    yield from filter(None, node.input)
-    for graph in subgraphs(node):
-        inside = (
-            {tensor.name for tensor in graph.initializer}
-            | {info.name for info in graph.input}
-            | {name for inner in graph.node for name in inner.output}
-        )
-        captured = [name for inner in graph.node for name in _read_names(inner)] + [output.name for output in graph.output]
-        yield from (name for name in captured if name not in inside)

@@ -9,14 +9,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ...program import DimRange
-from ...tvm import tirx, tvm
+from ...program import LARGEST_DIM, DimRange
+from ...tvm import structural_walk, tirx, tvm
+from .values import Refusal
 
-#: no dim is larger: slices to "the end" are written with this or more
-LARGEST_DIM = 10**9
-
+#: symbols and products in one size: the time to simplify and to compare grows with their square
+MOST_TERMS, MOST_FACTORS = 256, 64
 #: a dim, or any other integer of the shape arithmetic: int64
 Dim = int | tvm.ir.Expr
+
+
+def symbols(value: Dim) -> set[str]:
+    """The names of the symbols in a dim."""
+    found: set[str] = set()
+    if not isinstance(value, int):
+        structural_walk(value, (tirx.Var, lambda symbol: found.add(symbol.name)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,26 @@ class Ratio:
     denominator: Dim
 
 
+def _check_length(value: tvm.ir.Expr) -> None:
+    counts = [0, 0]
+
+    def count(place: int) -> None:
+        counts[place] += 1
+
+    structural_walk(value, [(tirx.Var, lambda _: count(0)), (tirx.Mul, lambda _: count(1))])
+    if counts[0] > MOST_TERMS or counts[1] > MOST_FACTORS:
+        raise Refusal(
+            f"a size is an expression of {counts[0]} symbols and {counts[1]} products; at most {MOST_TERMS} and {MOST_FACTORS} are supported"
+        )
+
+
 class DimArithmetic:
     """Simplifies and compares Dims, knowing the range of every symbolic dim."""
 
     def __init__(self) -> None:
         self.analyzer = tvm.sym.Analyzer()
+        #: the symbols made by `fresh`
+        self.made: list[tirx.Var] = []
 
     def declare(self, name: str, bounds: DimRange) -> tirx.Var:
         """A new symbolic dim within `bounds`."""
@@ -39,13 +62,23 @@ class DimArithmetic:
         self.analyzer.update(symbol, tvm.sym.ConstIntBound(bounds.min, LARGEST_DIM if bounds.max is None else bounds.max))
         return symbol
 
+    def fresh(self, name: str) -> tirx.Var:
+        """A size of its own that is only known while the model runs; checked there to be 0..LARGEST_DIM."""
+        symbol = self.declare(f"{name}_s{len(self.made)}", DimRange(0))
+        self.made.append(symbol)
+        return symbol
+
     def simplify(self, value: Dim) -> Dim:
-        """The simplest form; an int when the value is known."""
+        """The simplest form; an int when the value is known. Raises Refusal for expressions that are too long."""
         if isinstance(value, int):
             return value
         if not isinstance(value, tirx.IntImm):
             value = self.analyzer.simplify(value)
-        return int(value) if isinstance(value, tirx.IntImm) else value
+        if isinstance(value, tirx.IntImm):
+            return int(value)
+        if not isinstance(value, tirx.Var):
+            _check_length(value)
+        return value
 
     def shape(self, dims: Iterable[Dim]) -> list[Dim]:
         return [self.simplify(dim) for dim in dims]

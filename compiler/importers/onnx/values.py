@@ -1,4 +1,4 @@
-"""What flows along the edges of the graph while it is walked: Relax tensors, host values and sequences of both."""
+"""What flows along the edges of the graph while it is walked: Relax tensors, host values, sequences of both, and absent optionals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...element_types import numpy_dtype
 from ...tvm import Constant, relax
 
 
@@ -33,6 +34,8 @@ class Host:
     dtype: str
     name: str = ""
     constant: Constant | None = None
+    #: the same as another type, made at most once: float32 of a narrow type, or the carrier of a storage type
+    wide: Host | None = None
 
     @property
     def symbolic(self) -> bool:
@@ -46,6 +49,14 @@ class Host:
 
 
 @dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor of an element type without arithmetic, `dtype` as ml_dtypes names it. carrier: the bound variable that holds it (`element_types.CARRIERS`)."""
+
+    carrier: relax.Expr
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
 class Sequence:
     """An ONNX sequence whose length is known at import."""
 
@@ -53,11 +64,16 @@ class Sequence:
 
 
 @dataclass(frozen=True, eq=False)
+class Absent:
+    """An ONNX optional without an element; one with an element is that element."""
+
+
+@dataclass(frozen=True, eq=False)
 class Poison:
     """The output of a node that was refused: what consumes it is skipped, so that all refusals are collected in one walk."""
 
 
-Value = relax.Expr | Host | Sequence | Poison
+Value = relax.Expr | Host | Stored | Sequence | Absent | Poison
 
 
 def concrete(array: np.ndarray, dtype: str) -> Host:
@@ -70,11 +86,3 @@ def host(array: np.ndarray, dtype: str) -> Host:
     if all(isinstance(item, (int, float, bool, np.generic)) for item in array.flat):
         return concrete(array, dtype)
     return Host(array, dtype)
-
-
-def numpy_dtype(dtype: str) -> np.dtype:
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype)

@@ -25,6 +25,10 @@ _KEPT = (
     _aten.reshape.default,
     _aten.upsample_nearest2d.vec,
     _aten.upsample_bilinear2d.vec,
+    _aten.lstm.input,
+    _aten.gru.input,
+    _aten.rnn_tanh.input,
+    _aten.rnn_relu.input,
 )
 
 
@@ -32,5 +36,14 @@ def decompose(exported: torch.export.ExportedProgram) -> torch.export.ExportedPr
     """The program in functional form over core aten operators and the kept composite ones."""
     table = torch.export.default_decompositions()
     for operator in _KEPT:
-        table.pop(operator, None)
+        if operator is not _aten.lstm.input or not any(map(_projects, exported.graph.nodes)):
+            table.pop(operator, None)
     return exported.run_decompositions(table)
+
+
+def _projects(node: torch.fx.Node) -> bool:
+    """An LSTM whose hidden state is projected (proj_size), which has a weight more per layer and direction; torch unrolls it into its steps."""
+    if node.target is not _aten.lstm.input:
+        return False
+    _, _, params, biases, layers, _, _, bidirectional, *_ = node.args
+    return len(params) != (4 if biases else 2) * layers * (2 if bidirectional else 1)  # pyright: ignore[reportArgumentType, reportOperatorIssue]

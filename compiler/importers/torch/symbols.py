@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from ...program import DimRange
 from ...tvm import tirx, tvm
@@ -42,6 +43,10 @@ def same_shape(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(map(equal, left, right))
 
 
+def _depends_on_data(symbol: sympy.Symbol) -> bool:
+    return str(symbol).startswith("u")
+
+
 class Symbols:
     """TIR variable of every symbol of one exported program. names: symbol -> name to use for it ({"s77": "batch"})."""
 
@@ -50,6 +55,8 @@ class Symbols:
         self.variables: dict[str, tirx.Var] = {}
         self.ranges = dict(exported.range_constraints)
         self.hints: dict[str, int] = {}
+        #: sizes that depend on data, and that the program finds while it runs
+        self.found: dict[str, tirx.Var] = {}
 
     def size(self, value: int | torch.SymInt) -> int | tvm.ir.Expr:
         """A size as an int or a TIR int64 expression."""
@@ -58,7 +65,24 @@ class Symbols:
         hint = value.node.hint
         if isinstance(value.node.expr, sympy.Symbol) and isinstance(hint, int):
             self.hints[self.name(value.node.expr)] = hint
-        return self._translate(value.node.expr)
+        return self.translate(value.node.expr)
+
+    def counted(self, value: int | torch.SymInt) -> int | tvm.ir.Expr:
+        """As `size`, of a value that the program counts while it runs: its symbol is known from now on."""
+        if self.depends_on_data(value):
+            name = str(value.node.expr)  # pyright: ignore[reportAttributeAccessIssue]
+            self.found[name] = tirx.Var(name, "int64")
+        return self.size(value)
+
+    def depends_on_data(self, value: int | torch.SymInt) -> bool:
+        """Whether a size is a symbol of its own that nothing has defined yet."""
+        if isinstance(value, int) or not isinstance(value.node.expr, sympy.Symbol):
+            return False
+        return _depends_on_data(value.node.expr) and str(value.node.expr) not in self.found
+
+    def may_be_size(self, value: torch.SymInt) -> bool:
+        """Whether a number that depends on data is known not to be negative."""
+        return self.depends_on_data(value) and value.node.expr in self.ranges and bool(self.ranges[value.node.expr].lower >= 0)
 
     def shape(self, sizes: Any) -> list[int | tvm.ir.Expr]:
         return [self.size(size) for size in sizes]
@@ -76,15 +100,18 @@ class Symbols:
                 result[name] = DimRange(max(1, int(bounds.lower)), self.hints.get(name), upper)
         return {name: result.get(name, DimRange()) for name in self.variables}
 
-    def _translate(self, expression: Any) -> Any:
+    def translate(self, expression: Any) -> Any:
+        """An expression of sympy as an int or a TIR int64 expression; UnsupportedSize where there is none."""
         if isinstance(expression, sympy.Integer):
             return int(expression)
         if isinstance(expression, sympy.Symbol):
-            if str(expression).startswith("u"):
+            if _depends_on_data(expression):
+                if str(expression) in self.found:
+                    return self.found[str(expression)]
                 raise UnsupportedSize(f"size {expression} depends on the data")
             name = self.name(expression)
             return self.variables.setdefault(name, tirx.Var(name, "int64"))
-        arguments = [self._translate(argument) for argument in getattr(expression, "args", ())]
+        arguments = [self.translate(argument) for argument in self._arguments(expression)]
         arguments = [tirx.IntImm("int64", value) if isinstance(value, int) else value for value in arguments]
         if isinstance(expression, sympy.Add):
             return reduce(lambda left, right: left + right, arguments)
@@ -92,7 +119,18 @@ class Symbols:
             return reduce(lambda left, right: left * right, arguments)
         if isinstance(expression, sympy.Pow) and isinstance(expression.exp, sympy.Integer) and int(expression.exp) > 0:
             return reduce(lambda left, right: left * right, [arguments[0]] * int(expression.exp))
+        if len(arguments) == 1 and type(expression).__name__ in ("Max", "Min"):
+            return arguments[0]
         function = _FUNCTIONS.get(type(expression).__name__)
         if function is None:
             raise UnsupportedSize(f"size {expression} has no integer expression in TIR")
         return function(*arguments)
+
+    def _arguments(self, expression: Any) -> list[Any]:
+        """Arguments of a function; of a maximum or minimum only those that the ranges of the symbols do not rule out: max(0, 64 - s) is 64 - s for s <= 64."""
+        found = list(getattr(expression, "args", ()))
+        sign = {"Max": 1, "Min": -1}.get(type(expression).__name__, 0)
+        for argument in list(found) if sign else ():
+            if any(other is not argument and bound_sympy(sign * (other - argument), self.ranges).lower >= 0 for other in found):
+                found.remove(argument)
+        return found

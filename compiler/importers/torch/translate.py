@@ -20,16 +20,19 @@ from ...tvm import Constant, is_constant, relax, tirx, tvm
 from ...tvm_torch import ExportedProgramImporter
 from ..naming import NamingBuilder
 from .decompose import decompose
+from .derived import DerivedDims
 from .ops import CONVERTERS
 from .symbols import Symbols, UnsupportedSize, equal
 
 #: nodes that only check what torch.export has already guaranteed
 _CHECKS = {"_assert_tensor_metadata.default", "_assert_scalar.default", "sym_constrain_range_for_size.default", "sym_constrain_range.default"}
 #: converters of TVM that compute something else than torch does (random numbers as constants, dropout and sparse tensors as identities)
-_UNSOUND = {"randn.default", "randn_like.default", "exponential.default", "bernoulli.p", "to_sparse.default", "empty_like.default"}
+_UNSOUND = {"randn.default", "randn_like.default", "exponential.default", "bernoulli.p", "to_sparse.default"}
 
-#: what converters raise about operators they cannot express
-_FAILURES = (UnsupportedSize, AssertionError, RuntimeError, TypeError, ValueError)
+#: libraries whose operators are known; "transformers" has the product of a mixture of experts
+_NAMESPACES = ("aten", "torchvision", "transformers")
+#: numbers taken out of tensors
+_ITEMS = {"_local_scalar_dense.default", "item.default"}
 
 
 def translate(exported: torch.export.ExportedProgram, source: str, dim_names: Mapping[str, str] | None = None) -> Program:
@@ -45,6 +48,7 @@ class _Translator(ExportedProgramImporter):
         self.exported = exported
         self.source = source
         self.symbols = Symbols(exported, dim_names)
+        self.derived = DerivedDims(self)
         self.block_builder = NamingBuilder()
         self.blockers: list[Blocker] = []
         self._constants: dict[tuple[Any, ...], relax.Expr] = {}
@@ -86,6 +90,7 @@ class _Translator(ExportedProgramImporter):
         inputs = self._bind_placeholders()
         with self.block_builder.function("main", list(inputs.values())):
             with self.block_builder.dataflow():
+                self.blockers += self.derived.solve({node: value for node, value in self.env.items() if value in inputs.values()})
                 for node in self.exported.graph.nodes:
                     if node.op == "call_function":
                         self._call(node)
@@ -97,7 +102,7 @@ class _Translator(ExportedProgramImporter):
             self.block_builder.emit_func_output(results[0] if len(results) == 1 else results)
         if self.blockers:
             raise UnsupportedModel(self.blockers)
-        dims = self.symbols.dims()
+        dims = {**self.symbols.dims(), **self.derived.ranges}
         module = self.block_builder.get()
         bounded = {"tir_var_upper_bound": {name: dim.max for name, dim in dims.items() if dim.max is not None}}
         if bounded["tir_var_upper_bound"]:
@@ -124,7 +129,7 @@ class _Translator(ExportedProgramImporter):
                 else:
                     self.blockers.append(Blocker(spec.arg.name, "", f"an input of kind {spec.kind.name} cannot be compiled"))
             elif isinstance(spec.arg, TensorArgument) and node is not None:
-                self.env[node] = inputs[spec.arg.name] = relax.Var(spec.arg.name, relax.TensorType(self.out_shape(node), self.out_dtype(node)))
+                self.env[node] = inputs[spec.arg.name] = relax.Var(spec.arg.name, self.derived.type_of(node))
             elif node is not None and not isinstance(node.meta.get("val"), torch.SymInt):
                 self.env[node] = node.meta.get("val")  # None, or a number that export has made a constant
             elif node is not None:
@@ -146,21 +151,59 @@ class _Translator(ExportedProgramImporter):
         namespace, name = getattr(node.target, "namespace", "aten"), node.target.__name__  # pyright: ignore[reportAttributeAccessIssue]
         self.block_builder.node = node.name
         try:
-            if self._is_size(node):
+            if name in _ITEMS:
+                self.env[node] = self._item(node)
+            elif self._is_size(node):
                 self.env[node] = self._size(node)
             elif name not in _CHECKS:
-                if name not in self.convert_map or namespace not in ("aten", "torchvision"):
+                value = node.meta.get("val")
+                if isinstance(value, torch.Tensor) and value.dtype.is_complex:
+                    raise NotImplementedError(f"{str(value.dtype).removeprefix('torch.')} is not computed")
+                if name not in self.convert_map or namespace not in _NAMESPACES:
+                    if isinstance(value, torch.Tensor):
+                        self.out_shape(node)  # a size that depends on data is the better reason
                     raise NotImplementedError("no converter for this operator")
-                self.env[node] = self._conform(node, self.convert_map[name](node))
-        except _FAILURES as error:
+                empty = self._nothing(node)
+                self.env[node] = self._conform(node, self.convert_map[name](node)) if empty is None else empty
+        except Exception as error:  # TVM's converters raise whatever an argument that they do not know leads to
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.blockers.append(Blocker(node.name, f"{namespace}::{name}", lines[0]))
+            reason = lines[0] if isinstance(error, (UnsupportedSize, RuntimeError, ValueError)) else f"{type(error).__name__}: {lines[0]}"
+            open_numbers = [str(given.meta["val"]) for given in node.all_input_nodes if isinstance(given.meta.get("val"), torch.SymFloat)]
+            reason = f"'{open_numbers[0]}' is known only at run time" if open_numbers else reason
+            self.blockers.append(Blocker(node.name, f"{namespace}::{name}", reason))
             self.env[node] = self._stand_in(node)
 
+    def _item(self, node: fx.Node) -> Any:
+        """A number out of a tensor: a size, where torch knows that it is not negative (checked while the program runs), or else a tensor of no dims."""
+        tensor, value = self.value(node.args[0]), node.meta.get("val")
+        if not isinstance(value, torch.SymInt) or not self.symbols.may_be_size(value):
+            return self.emit(relax.op.reshape(tensor, []))
+        count, size = self.emit(relax.op.reshape(self.emit(relax.op.astype(tensor, "int64")), [1])), self.symbols.counted(value)
+        self.block_builder.match_cast(self.emit(relax.op.tensor_to_shape(count)), relax.ShapeType([size]), node.name)
+        return size
+
+    def _nothing(self, node: fx.Node) -> Any:
+        """Tensors without elements, which need no computation; None where any has elements."""
+        values, made = pytree.tree_leaves(node.meta.get("val")), []
+        for value in values:
+            if not isinstance(value, torch.Tensor) or not any(isinstance(size, int) and size == 0 for size in value.shape):
+                return None
+            try:
+                shape, dtype = self.symbols.shape(value.shape), self._convert_data_type(value.dtype)
+            except UnsupportedSize:  # which the converter may find
+                return None
+            made.append(self.emit(relax.op.full(shape, relax.const(0, dtype), dtype)))
+        if not made:
+            return None
+        return made[0] if isinstance(node.meta["val"], torch.Tensor) else made
+
     def _size(self, node: fx.Node) -> Any:
-        """The node's number, size or condition, as torch inferred it; a condition on symbolic sizes may only be asserted."""
+        """The node's number, size or condition, as torch inferred it; a condition on symbolic sizes may only be asserted.
+
+        A fraction of sizes stays what it is until it meets a tensor.
+        """
         value = node.meta["val"]
-        if isinstance(value, (torch.SymBool, torch.SymFloat)):
+        if isinstance(value, torch.SymBool):
             if any(user.target.__name__ not in _CHECKS for user in node.users):  # pyright: ignore[reportAttributeAccessIssue]
                 raise UnsupportedSize(f"'{value}' is known only at run time")
             return value
@@ -185,6 +228,8 @@ class _Translator(ExportedProgramImporter):
         if not isinstance(expected, torch.Tensor) or not isinstance(value, relax.Expr) or not isinstance(value.ty, relax.TensorType):
             return value
         dtype, ours = self.out_dtype(node), str(value.ty.dtype.dtype)
+        if dtype == "bfloat16":
+            raise NotImplementedError("bfloat16 is not computed: convert the model with .float()")
         if dtype != ours:
             if not (dtype.startswith("int") and ours.startswith("int")):  # another kind of number means that something else was computed
                 raise NotImplementedError(f"converted to {ours}, torch has {dtype}")
@@ -196,6 +241,8 @@ class _Translator(ExportedProgramImporter):
                 return value
             if any(isinstance(ours, tirx.IntImm) and isinstance(theirs, int) for ours, theirs in pairs if not equal(ours, theirs)):
                 raise ValueError(f"converted to shape {list(value.ty.shape)}, torch has {shape}: a fault of the importer")
+        elif self.symbols.found:
+            raise NotImplementedError("sizes that depend on the data, and that must be the same")
         elif value.ty.ndim not in (-1, len(shape)):
             raise ValueError(f"converted to {value.ty.ndim} dimensions, torch has {len(shape)}: a fault of the importer")
         return self.block_builder.match_cast(value, relax.TensorType(shape, dtype), node.name)

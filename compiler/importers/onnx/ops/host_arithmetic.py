@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ..load import dtype_name
+from ..load import STORAGE, dtype_name
 from ..node import Node
 from ..registry import evaluator
 from ..symbolic import DimArithmetic, Ratio
@@ -34,10 +35,10 @@ def fits(node: Node, size: int) -> bool:
     return size <= max(FOLD_LIMIT, largest)
 
 
-@evaluator("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", *_COMPARISON, *_LOGIC)
+@evaluator("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", *_COMPARISON, *_LOGIC, since=7)
 def binary(node: Node) -> Host | None:
     values = [node.host(index) for index in range(len(node.inputs))]
-    if not fits(node, int(np.prod(np.broadcast_shapes(*(value.array.shape for value in values))))):
+    if not fits(node, math.prod(np.broadcast_shapes(*(value.array.shape for value in values)))):
         return None
     dtype = "bool" if node.op in _COMPARISON or node.op in _LOGIC else values[0].dtype
     if any(value.symbolic for value in values):
@@ -125,13 +126,15 @@ def _fraction(value: Any) -> tuple[Any, Any]:
 def where(node: Node) -> Host | None:
     condition, left, right = (node.host(index) for index in range(3))
     shape = np.broadcast_shapes(condition.array.shape, left.array.shape, right.array.shape)
-    if condition.symbolic or not fits(node, int(np.prod(shape))):
+    if condition.symbolic or not fits(node, math.prod(shape)):
         return None
     return host(np.where(condition.array.astype(bool), left.array, right.array), left.dtype)
 
 
-@evaluator("Cast")
+@evaluator("Cast", since=6)
 def cast(node: Node) -> Host | None:
+    if node.attr("to") in STORAGE:
+        return None
     value, dtype = node.host(0), dtype_name(node.attr("to"))
     if value.dtype == dtype:
         return value
@@ -173,7 +176,7 @@ def unary(node: Node) -> Host | None:
         return concrete(functions[node.op](value.array), value.dtype)
 
 
-@evaluator("Pow")
+@evaluator("Pow", since=7)
 def power(node: Node) -> Host | None:
     base, exponent = node.host(0), node.host(1)
     if base.symbolic or exponent.symbolic or base.array.dtype.kind != "f":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from math import prod
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..node import Node
 from ..registry import converter
 from ..symbolic import Dim
 from ..values import Refusal
+from ..vectors import Vector
 
 
 @converter("MatMul")
@@ -23,6 +25,8 @@ def matmul(node: Node) -> relax.Expr:
             left = node.cast_shape(left, [*left_shape[:-1], outer])
         else:
             right = node.cast_shape(right, [*right_shape[:-2], inner, *right_shape[-1:]] if len(right_shape) > 1 else [inner])
+    if len(left_shape) > 2 and len(right_shape) > 2:
+        left, right = node.align(left, right, trailing=2)
     return relax.op.matmul(left, right)
 
 
@@ -58,20 +62,50 @@ def gemm(node: Node) -> relax.Expr:
 
 @converter("Einsum", since=12)
 def einsum(node: Node) -> relax.Expr:
-    """Two operands become one batched matmul between transposes; other forms go to Relax's einsum."""
-    equation = node.attr("equation").replace(" ", "")
+    """Two operands become one batched matmul between transposes; other numbers of operands go to Relax's einsum. A letter that one operand has twice takes its diagonal."""
     operands = node.tensors()
-    terms, _, result = equation.partition("->")
-    subscripts = terms.split(",")
-    if "..." in equation:
-        raise Refusal(f"an ellipsis in the equation '{equation}' is not supported")
-    if "->" not in equation:
-        letters = "".join(subscripts)
-        result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
-    repeated = any(len(set(term)) != len(term) for term in subscripts)
-    if len(operands) != 2 or repeated:
-        return relax.op.einsum(operands, f"{terms}->{result}")
+    subscripts, result = _subscripts(node.attr("equation").replace(" ", ""), [node.rank(operand) for operand in operands])
+    for index, term in enumerate(subscripts):
+        operands[index], subscripts[index] = _diagonal(node, operands[index], term)
+    if len(operands) != 2:
+        return relax.op.einsum(operands, f"{','.join(subscripts)}->{result}")
     return _contract(node, operands[0], operands[1], subscripts[0], subscripts[1], result)
+
+
+def _subscripts(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """One letter per dim of each operand and of the result. An ellipsis becomes letters of its own: the dims in front of which it stands are aligned at their ends."""
+    terms, arrow, result = equation.partition("->")
+    listed = terms.split(",")
+    if len(listed) != len(ranks):
+        raise Refusal(f"the equation '{equation}' has {len(listed)} terms, the node has {len(ranks)} inputs")
+    spare = [letter for letter in string.ascii_letters if letter not in equation]
+    hidden = [rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(listed, ranks, strict=True)]
+    if min(hidden) < 0 or max(hidden) > len(spare) or any(len(term) != rank for term, rank in zip(listed, ranks, strict=True) if "..." not in term):
+        raise Refusal(f"the equation '{equation}' does not fit operands of ranks {ranks}")
+    if not arrow:
+        plain = "".join(listed).replace(".", "")
+        result = "..." + "".join(sorted(letter for letter in set(plain) if plain.count(letter) == 1))
+    dots = "".join(spare[: max(hidden)])
+    return [term.replace("...", dots[len(dots) - count :]) for term, count in zip(listed, hidden, strict=True)], result.replace("...", dots)
+
+
+def _diagonal(node: Node, value: relax.Expr, term: str) -> tuple[relax.Expr, str]:
+    """The elements whose places along dims of one letter are the same."""
+    while len(set(term)) != len(term):
+        letter = next(letter for letter in term if term.count(letter) > 1)
+        first, second = (position for position, other in enumerate(term) if other == letter and term[:position].count(letter) < 2)
+        rest = [position for position in range(len(term)) if position not in (first, second)]
+        dims = node.shape(value)
+        size = dims[first]
+        if not node.dims.equal(size, dims[second]):
+            value = node.cast_shape(value, [size if position == second else dim for position, dim in enumerate(dims)])
+        moved = node.emit(relax.op.permute_dims(value, [*rest, first, second]))
+        flat = node.reshape(moved, [*(dims[position] for position in rest), node.dims.product([size, size])])
+        step = node.emit(relax.op.add(Vector.sizes(node, [size]).expr, node.scalar(1, "int64")))
+        places = node.emit(relax.op.multiply(node.emit(relax.op.arange(0, size, 1, "int64")), step))
+        value = node.emit(relax.op.take(flat, places, len(rest), mode="fast"))
+        term = "".join(term[position] for position in rest) + letter
+    return value, term
 
 
 def _contract(node: Node, left: relax.Expr, right: relax.Expr, a: str, b: str, result: str) -> relax.Expr:

@@ -1,4 +1,4 @@
-"""QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear and products of integers.
+"""QuantizeLinear, DequantizeLinear and DynamicQuantizeLinear.
 
 Constant scales make `relax.quantize` and `relax.dequantize`, which the pass `recognize-qdq` takes apart; scales known at run time only are spelled out.
 """
@@ -69,21 +69,6 @@ def dynamic_quantize_linear(node: Node) -> tuple[relax.Expr, ...]:
     zero = node.emit(op.clip(node.emit(op.round(node.emit(op.divide(node.emit(op.negative(low)), scale)))), 0, 255))
     value = node.emit(op.add(node.emit(op.round(node.emit(op.divide(x, scale)))), zero))
     return op.astype(node.emit(op.clip(value, 0, 255)), "uint8"), scale, op.astype(zero, "uint8")
-
-
-@converter("MatMulInteger", since=10)
-def matmul_integer(node: Node) -> relax.Expr:
-    """(a - a_zero) @ (b - b_zero) in int32; zero points are scalars, or one per row of a, per column of b"""
-    sides = []
-    for index in (0, 1):
-        value = node.emit(relax.op.astype(node.tensor(index), "int32"))
-        if node.has(index + 2):
-            zero = node.emit(relax.op.astype(node.tensor(index + 2), "int32"))
-            if index == 0 and node.rank(zero) == 1 and node.rank(value) > 1:
-                zero = node.emit(relax.op.expand_dims(zero, 1))
-            value = node.emit(relax.op.subtract(value, zero))
-        sides.append(value)
-    return relax.op.matmul(*sides)
 
 
 def _output_type(node: Node) -> str:

@@ -5,16 +5,19 @@ Values known at import are moved with numpy, so that arithmetic on shapes stays 
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
 
+from ....program import LARGEST_DIM
 from ....tvm import relax
 from ..load import dtype_name, read_tensor
 from ..node import Node
 from ..registry import converter, evaluator
 from ..symbolic import Dim
-from ..values import Host, Refusal, Sequence, Value, concrete, host
+from ..values import Host, Refusal, Value, concrete, host
+from ..vectors import Vector, chosen_axes, compact
 from .host_arithmetic import FOLD_LIMIT, fits
 
 
@@ -65,13 +68,15 @@ def constant_of_shape(node: Node) -> Value:
     tensor = node.attr("value")
     fill = Host(np.zeros(1, np.float32), "float32") if tensor is None else read_tensor(tensor, None)
     sizes = node.sizes(0)
-    if all(isinstance(size, int) for size in sizes) and np.prod(sizes) <= FOLD_LIMIT:
+    if all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= FOLD_LIMIT:
         return concrete(np.full(sizes, fill.array.reshape(-1)[0]), fill.dtype)
     return relax.op.full(sizes, node.scalar(fill.array.reshape(-1)[0], fill.dtype), fill.dtype)
 
 
 @converter("Range", since=11)
 def arange(node: Node) -> Value:
+    if any(node.at_run_time(index) for index in range(3)):
+        return _range_at_run_time(node)
     hosts = [node.host(index) for index in range(3)]
     if all(not value.symbolic for value in hosts):
         start, limit, delta = (value.array.reshape(()).item() for value in hosts)
@@ -93,13 +98,32 @@ def arange(node: Node) -> Value:
     return relax.op.add(steps, node.tensor(0))
 
 
+def _range_at_run_time(node: Node) -> Value:
+    start, limit, delta = (node.reshape(node.tensor(index), []) for index in range(3))
+    wide = [node.emit(relax.op.astype(value, "float64")) for value in (start, limit, delta)]
+    steps = node.emit(relax.op.ceil(node.emit(relax.op.divide(node.emit(relax.op.subtract(wide[1], wide[0])), wide[2]))))
+    zero = node.emit(relax.op.equal(wide[2], node.scalar(0, "float64")))
+    some = node.emit(relax.op.logical_not(node.emit(relax.op.less_equal(steps, node.scalar(0, "float64")))))  # as does NaN
+    most = node.emit(relax.op.less_equal(steps, node.scalar(LARGEST_DIM, "float64")))
+    dtype = node.dtype(start)
+    if "int" in dtype:  # the quotient is exact as long as the difference does not overflow, and then there are too many steps
+        first, last, step = (Vector(node, value).integers() for value in (start, limit, delta))
+        length = (last - first + step + (step < 0).where(1, -1)) // Vector(node, zero).where(1, step)
+    else:
+        length = Vector(node, node.emit(relax.op.astype(node.emit(relax.op.where(most, steps, node.scalar(-1, "float64"))), "int64")))
+    # a size of -1 raises: a delta of 0, a range without end, NaN
+    length = Vector(node, zero).where(-1, Vector(node, some).where(Vector(node, most).where(length, -1), 0)).dims()
+    places = node.emit(relax.op.astype(node.emit(relax.op.arange(0, length[0], 1, "int64")), dtype))
+    return relax.op.add(node.emit(relax.op.multiply(places, delta)), start)
+
+
 @converter("Cast", since=6)
 def cast(node: Node) -> Value:
     value, dtype = node.tensor(0), dtype_name(node.attr("to"))
     if node.dtype(value) == dtype:
         return value
     if dtype == "bool":
-        return relax.op.not_equal(value, node.scalar(0, node.dtype(value)))
+        return node.nonzero(value)
     return relax.op.astype(value, dtype)
 
 
@@ -109,13 +133,16 @@ def cast_like(node: Node) -> Value:
     dtype = like.dtype if isinstance(like, Host) else node.dtype(node.to_tensor(like))
     if node.dtype(value) == dtype:
         return value
-    return relax.op.not_equal(value, node.scalar(0, node.dtype(value))) if dtype == "bool" else relax.op.astype(value, dtype)
+    return node.nonzero(value) if dtype == "bool" else relax.op.astype(value, dtype)
 
 
 @converter("Reshape", since=5)
 def reshape(node: Node) -> Value:
     value = node.value(0)
-    current, wanted = known_shape(node, value), node.sizes(1)
+    current = known_shape(node, value)
+    if node.at_run_time(1):
+        return _reshape_checked(node, node.tensor(0), current, _computed_shape(node, current))
+    wanted = node.sizes(1)
     target = [
         current[axis] if size is not None and not node.attr("allowzero", 0) and isinstance(size, int) and size == 0 and axis < len(current) else size
         for axis, size in enumerate(wanted)
@@ -123,6 +150,8 @@ def reshape(node: Node) -> Value:
     free = [axis for axis, size in enumerate(target) if isinstance(size, int) and size == -1]
     if len(free) > 1:
         raise Refusal(f"the target shape {wanted} leaves more than one dim open")
+    if free and node.attr("allowzero", 0) and any(isinstance(size, int) and size == 0 for size in wanted):
+        raise Refusal(f"the target shape {wanted} leaves a dim open beside a 0")
     if free:
         target[free[0]] = node.dims.quotient(current, [size for axis, size in enumerate(target) if axis != free[0]])
     if isinstance(value, Host):
@@ -130,6 +159,20 @@ def reshape(node: Node) -> Value:
     if not node.dims.equal(node.dims.product(current), node.dims.product(target)) and not all(isinstance(dim, int) for dim in [*current, *target]):
         return _reshape_checked(node, node.tensor(0), current, target)
     return node.reshape(node.tensor(0), target)
+
+
+def _computed_shape(node: Node, current: list[Dim]) -> list[Dim]:
+    """The target of a reshape that is computed at run time, with its -1 and 0 resolved there."""
+    wanted, rank = Vector.of(node, 1), len(current)
+    if not node.attr("allowzero", 0):
+        known = Vector.sizes(node, current + [0] * len(wanted))
+        wanted = (wanted == 0).where(known.take(Vector(node, node.array(np.arange(len(wanted)), "int64"))) if rank else 0, wanted)
+    total = Vector.sizes(node, [node.dims.product(current)])
+    free = wanted == -1
+    others = free.where(1, wanted).product()
+    rest = total // others.at_least(1)
+    # two that are open stay -1, and raise, as does one beside a 0, which any size would fit
+    return free.where(((free.integers().total() >= 2) | (others == 0)).where(-1, rest), wanted).dims()
 
 
 def _reshape_checked(node: Node, value: relax.Expr, current: list[Dim], target: list[Dim]) -> relax.Expr:
@@ -161,6 +204,10 @@ def transpose(node: Node) -> Value:
 def squeeze(node: Node) -> Value:
     value = node.value(0)
     shape = known_shape(node, value)
+    if node.at_run_time(1):
+        count = len(shape) - len(Vector.of(node, 1))
+        dims = compact(Vector.sizes(node, shape), chosen_axes(node, 1, len(shape), distinct=True) == 0, count).dims()
+        return _reshape_checked(node, node.tensor(0), shape, dims)
     axes = node.axes(1, len(shape))
     if axes is None:
         axes = [axis for axis, size in enumerate(shape) if isinstance(size, int) and size == 1]
@@ -176,6 +223,8 @@ def squeeze(node: Node) -> Value:
 def unsqueeze(node: Node) -> Value:
     value = node.value(0)
     shape = known_shape(node, value)
+    if node.at_run_time(1):
+        return _reshape_checked(node, node.tensor(0), shape, _unsqueezed_at_run_time(node, shape))
     listed = node.ints(1) if node.has(1) else node.attr("axes")
     rank = len(shape) + len(listed)
     axes = sorted(node.axis(axis, rank) for axis in listed)
@@ -187,7 +236,14 @@ def unsqueeze(node: Node) -> Value:
     return node.reshape(node.tensor(0), [1 if axis in axes else next(remaining) for axis in range(rank)])
 
 
-@evaluator("Concat")
+def _unsqueezed_at_run_time(node: Node, shape: list[Dim]) -> list[Dim]:
+    """The shape with a 1 at each of the axes that are computed at run time."""
+    added = chosen_axes(node, 1, len(shape) + len(Vector.of(node, 1)), distinct=True)
+    place = (added == 0).running() - 1
+    return added.where(1, Vector.sizes(node, [*shape, 1]).take(place.clip(0, len(shape)))).dims()
+
+
+@evaluator("Concat", since=4)
 def concat_hosts(node: Node) -> Host | None:
     arrays = [node.host(index).array for index in range(len(node.inputs))]
     if not fits(node, sum(array.size for array in arrays)):
@@ -227,6 +283,9 @@ def split(node: Node) -> tuple[Value, ...]:
     shape = known_shape(node, value)
     axis = node.axis(node.attr("axis", 0), len(shape))
     sizes = node.sizes(1) if node.has(1) else node.attr("split")
+    if node.at_run_time(1):  # the sizes must add up to the dim
+        total = node.dims.simplify(sum(sizes, 0))
+        value = node.cast_shape(node.tensor(0), [total if position == axis else size for position, size in enumerate(shape)])
     if sizes is None:
         count = node.attr("num_outputs") or len(node.proto.output)
         part = node.dims.ceil_divide(shape[axis], count)
@@ -251,13 +310,14 @@ def expand_host(node: Node) -> Host | None:
     if not all(isinstance(size, int) for size in target):
         return None
     shape = np.broadcast_shapes(value.array.shape, tuple(target))
-    return host(np.broadcast_to(value.array, shape), value.dtype) if fits(node, int(np.prod(shape))) else None
+    return host(np.broadcast_to(value.array, shape), value.dtype) if fits(node, math.prod(shape)) else None
 
 
 @converter("Expand", since=8)
 def expand(node: Node) -> Value:
-    value, target = node.tensor(0), node.sizes(1)
+    value, computed = node.tensor(0), node.at_run_time(1)
     shape = node.shape(value)
+    target = _broadcast_at_run_time(node, shape) if computed else node.sizes(1)
     rank = max(len(shape), len(target))
     padded = [1] * (rank - len(shape)) + shape
     wanted = [1] * (rank - len(target)) + target
@@ -272,10 +332,20 @@ def expand(node: Node) -> Value:
     return relax.op.broadcast_to(value, result)
 
 
-@evaluator("Tile")
+def _broadcast_at_run_time(node: Node, shape: list[Dim]) -> list[Dim]:
+    """The shape that `shape` and the one computed at run time broadcast to; where they do not, the dims differ."""
+    wanted = Vector.of(node, 1)
+    rank = max(len(shape), len(wanted))
+    have = Vector.sizes(node, [1] * (rank - len(shape)) + shape)
+    if rank > len(wanted):
+        wanted = Vector(node, node.emit(relax.op.concat([node.array(np.ones(rank - len(wanted)), "int64"), wanted.expr], 0)))
+    return (wanted == 1).where(have, wanted).dims()
+
+
+@evaluator("Tile", since=6)
 def tile_host(node: Node) -> Host | None:
     value, repeats = node.host(0), node.sizes(1)
-    if not all(isinstance(repeat, int) for repeat in repeats) or not fits(node, value.array.size * int(np.prod(repeats))):
+    if not all(isinstance(repeat, int) for repeat in repeats) or not fits(node, value.array.size * math.prod(repeats)):
         return None
     return host(np.tile(value.array, repeats), value.dtype)
 
@@ -293,33 +363,6 @@ def tile(node: Node) -> Value:
     return node.reshape(wide, [repeat * size for repeat, size in zip(repeats, shape, strict=True)])
 
 
-@converter("Pad", since=2)
-def pad(node: Node) -> Value:
-    value = node.tensor(0)
-    rank, mode = node.rank(value), node.attr("mode", "constant")
-    pads = node.ints(1) if node.opset >= 11 else node.attr("pads")
-    if node.has(3):
-        axes = [node.axis(axis, rank) for axis in node.ints(3)]
-        full = [0] * (2 * rank)
-        for position, axis in enumerate(axes):
-            full[axis], full[axis + rank] = pads[position], pads[position + len(axes)]
-        pads = full
-    fill = 0.0 if node.opset >= 11 else node.attr("value", 0.0)
-    if node.opset >= 11 and node.has(2):
-        fill = node.constant(2).reshape(()).item()
-    if not any(pads):
-        return value
-    low, high = [max(-p, 0) for p in pads[:rank]], [max(-p, 0) for p in pads[rank:]]
-    if any(low) or any(high):  # negative padding crops
-        shape = node.shape(value)
-        value = node.emit(
-            relax.op.strided_slice(value, list(range(rank)), low, [size - cut for size, cut in zip(shape, high, strict=True)], assume_inbound=True)
-        )
-    widths = [max(p, 0) for pair in zip(pads[:rank], pads[rank:], strict=True) for p in pair]
-    modes = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
-    return relax.op.nn.pad(value, widths, modes[mode], float(fill)) if any(widths) else value
-
-
 @converter("DepthToSpace", "SpaceToDepth")
 def depth_and_space(node: Node) -> relax.Expr:
     value, block = node.tensor(0), node.attr("blocksize")
@@ -327,7 +370,7 @@ def depth_and_space(node: Node) -> relax.Expr:
     divide = node.dims.floor_divide
     if node.op == "SpaceToDepth":
         split_value = node.reshape(value, [batch, channels, divide(height, block), block, divide(width, block), block])
-        moved = node.emit(relax.op.permute_dims(split_value, [0, 3, 5, 1, 2, 4]))
+        moved = node.emit(relax.op.permute_dims(split_value, [0, 3, 5, 1, 2, 4] if node.attr("mode", "DCR") == "DCR" else [0, 1, 3, 5, 2, 4]))
         return node.reshape(moved, [batch, channels * block * block, divide(height, block), divide(width, block)])
     depth = divide(channels, block * block)
     if node.attr("mode", "DCR") == "DCR":
@@ -335,15 +378,3 @@ def depth_and_space(node: Node) -> relax.Expr:
     else:
         moved = node.emit(relax.op.permute_dims(node.reshape(value, [batch, depth, block, block, height, width]), [0, 1, 4, 2, 5, 3]))
     return node.reshape(moved, [batch, depth, height * block, width * block])
-
-
-@converter("SequenceConstruct", since=11)
-def sequence_construct(node: Node) -> Sequence:
-    return Sequence(tuple(node.value(index) for index in range(len(node.inputs))))
-
-
-@converter("SequenceAt", since=11)
-def sequence_at(node: Node) -> Value:
-    sequence = node.value(0)
-    assert isinstance(sequence, Sequence)
-    return sequence.items[node.axis(node.ints(1)[0], len(sequence.items))]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from ....program import LARGEST_DIM
 from ....tvm import relax, tirx
 from ..node import Node
 from ..registry import converter
-from ..symbolic import LARGEST_DIM, Dim
+from ..symbolic import Dim
 from ..values import Host, Refusal, Value, host
+from ..vectors import Vector, counted_axes, spread
 from .shape import is_int, known_shape
 
 
 @converter("Slice", since=10)
 def slice_inputs(node: Node) -> Value:
+    if any(node.at_run_time(index) for index in (1, 2, 3, 4)):
+        return _slice_at_run_time(node)
     starts, ends = node.sizes(1), node.sizes(2)
     axes = node.ints(3) if node.has(3) else list(range(len(starts)))
     steps = node.ints(4) if node.has(4) else [1] * len(starts)
@@ -22,6 +28,53 @@ def slice_inputs(node: Node) -> Value:
 def slice_attributes(node: Node) -> Value:
     starts, ends = node.attr("starts"), node.attr("ends")
     return _slice(node, starts, ends, node.attr("axes") or list(range(len(starts))), [1] * len(starts))
+
+
+def _slice_at_run_time(node: Node) -> Value:
+    """Bounds that the model computes. Positions are clamped while the model runs, so that they are sizes there."""
+    if node.at_run_time(3) or node.at_run_time(4):
+        return _gather_slice(node)
+    tensor = node.tensor(0)
+    shape, starts, ends = node.shape(tensor), Vector.of(node, 1), Vector.of(node, 2)
+    axes = [node.axis(axis, len(shape)) for axis in (node.ints(3) if node.has(3) else range(len(starts)))]
+    steps = node.ints(4) if node.has(4) else [1] * len(axes)
+    if 0 in steps:
+        raise Refusal("a step is zero")
+    size = Vector.sizes(node, [shape[axis] for axis in axes])
+    backward = np.array([step < 0 for step in steps])
+    low, high = (np.where(backward, least, 0) for least in (0, -1)), np.where(backward, 1, 0)
+    first, last = (
+        (bound < 0).where(bound + size, bound).clip(Vector(node, node.array(least, "int64")), size - high)
+        for bound, least in zip((starts, ends), low, strict=True)
+    )
+    if backward.any():  # position p of the axis is size-1-p of the flipped one
+        marks = Vector(node, node.array(backward.astype(np.int64), "int64")) == 1
+        first, last = (marks.where(size - bound - 1, bound) for bound in (first, last))
+        tensor = _flip_all(node, tensor, [axis for axis, step in zip(axes, steps, strict=True) if step < 0])
+    begins = first.clip(0, size).dims()
+    stops = last.clip(Vector(node, first.expr).clip(0, size), size).dims()
+    return relax.op.strided_slice(tensor, axes, begins, stops, [abs(step) for step in steps], assume_inbound=True)
+
+
+def _gather_slice(node: Node) -> Value:
+    """Even the axes or the steps are computed: the positions of every axis are gathered."""
+    tensor = node.tensor(0)
+    shape, starts, ends = node.shape(tensor), Vector.of(node, 1), Vector.of(node, 2)
+    rank, size = len(shape), Vector.sizes(node, shape)
+    axes = counted_axes(node, 3, rank, distinct=True) if node.has(3) else Vector(node, node.array(np.arange(len(starts)), "int64"))
+    step = spread(Vector.of(node, 4), axes, 1, rank) if node.has(4) else Vector(node, node.array(np.ones(rank), "int64"))
+    step = step.clip(-LARGEST_DIM, LARGEST_DIM)  # longer ones leave every axis, too, and their sums could overflow
+    backward = step < 0
+    last = size - backward.integers()
+    begin, end = (
+        (bound < 0).where(bound + size, bound).clip(least, last)
+        for bound, least in ((spread(starts, axes, 0, rank), 0), (spread(ends, axes, size, rank), backward.integers() * -1))
+    )
+    counts = ((end - begin + step + backward.where(1, -1)) // step).at_least(0)
+    for axis, count in enumerate(counts.dims()):
+        places = Vector(node, node.emit(relax.op.arange(0, count, 1, "int64"))) * step.take(axis) + begin.take(axis)
+        tensor = node.emit(relax.op.take(tensor, places.expr, axis, mode="fast"))
+    return tensor
 
 
 def _slice(node: Node, starts: list[Dim], ends: list[Dim], axes: list[int], steps: list[int]) -> Value:

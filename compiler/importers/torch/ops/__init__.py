@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-from . import attention, creation, elementwise, linear, normalization, shape
+from . import (
+    attention,
+    bags,
+    convolution,
+    creation,
+    distances,
+    elementwise,
+    experts,
+    indexing,
+    linear,
+    normalization,
+    ordering,
+    pooling,
+    recurrent,
+    reduction,
+    resampling,
+    scatter,
+    selection,
+    shape,
+)
 
 CONVERTERS = {
     **shape.CONVERTERS,
@@ -11,4 +30,16 @@ CONVERTERS = {
     **attention.CONVERTERS,
     **elementwise.CONVERTERS,
     **normalization.CONVERTERS,
+    **ordering.CONVERTERS,
+    **reduction.CONVERTERS,
+    **experts.CONVERTERS,
+    **indexing.CONVERTERS,
+    **scatter.CONVERTERS,
+    **selection.CONVERTERS,
+    **pooling.CONVERTERS,
+    **convolution.CONVERTERS,
+    **distances.CONVERTERS,
+    **bags.CONVERTERS,
+    **recurrent.CONVERTERS,
+    **resampling.CONVERTERS,
 }

@@ -39,9 +39,11 @@ def attention(translator: Any, node: fx.Node) -> relax.Expr:
 
 
 def _four(lead: Sequence[Any]) -> list[Any]:
-    """(batch, heads) of any number of leading dims."""
+    """(batch, heads) of any number of leading dims; all are batch where the last of them is not a fixed number of heads."""
     one = tirx.const(1, "int64")
-    return [math.prod(lead[:-1], start=one), lead[-1]] if lead else [one, one]
+    if lead and isinstance(lead[-1], tirx.IntImm):
+        return [math.prod(lead[:-1], start=one), lead[-1]]
+    return [math.prod(lead, start=one), one]
 
 
 def _kv_shape(x: relax.Expr, four: Sequence[Any], shared: bool) -> list[Any]:
@@ -58,7 +60,7 @@ def _spread(translator: Any, x: relax.Expr, lead: Sequence[Any], kept: int) -> r
 def _four_mask(translator: Any, mask: relax.Expr, lead: Sequence[Any], four: Sequence[Any], rows: Any, columns: Any) -> relax.Expr:
     """A mask over any number of leading dims as one of four dims; up to three of its own need no copy."""
     dims = list(mask.ty.shape)
-    if len(dims) <= 2 or (len(lead) <= 2 and len(dims) <= 4):
+    if len(dims) <= 2 or (len(lead) <= 2 and len(dims) <= 4 and _same(lead[-1:], four[1:])):
         return _reshaped(translator, mask, [tirx.const(1, "int64")] * (4 - len(dims)) + dims)
     wide = translator.emit(relax.op.broadcast_to(mask, [*lead, rows, columns]))
     return _reshaped(translator, wide, [*four, rows, columns])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from ....tvm import relax
+from .indexing import from_the_front
 from .shape import argument
 
 
@@ -37,9 +38,9 @@ def addmm(translator: Any, node: fx.Node) -> relax.Expr:
 
 
 def embedding(translator: Any, node: fx.Node) -> relax.Expr:
-    """weight: [V, C], ids: [...] -> [..., C]."""
+    """weight: [V, C], ids: [...] -> [..., C]. Ids below 0 raise at run time, as do those that are too large."""
     weight, ids = translator.value(node.args[:2])
-    return translator.emit(relax.op.take(weight, ids, axis=0))
+    return translator.emit(relax.op.take(weight, from_the_front(translator, ids), axis=0))
 
 
 CONVERTERS = {

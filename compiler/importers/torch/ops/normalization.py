@@ -1,13 +1,15 @@
-"""Layer norm and group norm, with or without scale and shift."""
+"""Layer norm and group norm, with or without scale and shift; softmax."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from torch import fx
 
 from ....tvm import relax
+from .elementwise import operand
 from .shape import argument
 
 
@@ -42,7 +44,20 @@ def native_group_norm(translator: Any, node: fx.Node) -> relax.Expr:
     return _group_norm(translator, node, (1, 2), node.args[6], node.args[7])
 
 
+def softmax(op: Callable[..., relax.Expr]) -> Any:
+    def convert(translator: Any, node: fx.Node) -> relax.Expr:
+        """softmax, log_softmax along an axis, computed in the result's dtype."""
+        x, dim = operand(translator, translator.value(node.args[0]), translator.out_dtype(node)), argument(node, 1, "dim", -1)
+        if len(x.ty.shape):
+            return translator.emit(op(x, dim))
+        return translator.emit(relax.op.reshape(translator.emit(op(translator.emit(relax.op.reshape(x, [1])), 0)), []))
+
+    return convert
+
+
 CONVERTERS = {
+    **{name: softmax(relax.op.nn.softmax) for name in ("softmax.int", "_softmax.default")},
+    **{name: softmax(relax.op.nn.log_softmax) for name in ("log_softmax.int", "_log_softmax.default")},
     "layer_norm.default": layer_norm,
     "native_layer_norm.default": layer_norm,
     "group_norm.default": group_norm,

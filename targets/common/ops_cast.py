@@ -1,0 +1,36 @@
+"""Casts to bfloat16, which TVM rounds without a look at NaN: some of them come out as infinities or zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compiler.tvm import relax, te, tirx
+from .legalize import default_legalization, legalizer
+
+
+@legalizer("relax.astype")
+def astype(builder: Any, call: Any) -> relax.Expr:
+    """float32 -> bfloat16 rounds to nearest, ties to even; NaN stays a (quiet) NaN."""
+    if (str(call.args[0].ty.dtype), str(call.attrs.dtype)) != ("float32", "bfloat16"):
+        return default_legalization(builder, call)
+    return builder.call_te(lambda x: te.compute(x.shape, lambda *axes: rounded(x[axes]), name="bfloat16"), call.args[0], primfunc_name_hint="cast")
+
+
+def rounded(value: Any) -> Any:
+    """A float32 as bfloat16."""
+    return tirx.reinterpret("bfloat16", tirx.Cast("uint16", rounded_bits(value) >> _bits(16)))
+
+
+def rounded_bits(value: Any, kind: str = "uint32") -> Any:
+    """The bits of a float32, or with `kind` of a vector of them, the upper half rounded to a bfloat16; the lower half is of no use."""
+    bits = tirx.reinterpret(kind, value)
+    odd = (bits >> _bits(16)) & _bits(1)
+    # without a branch: by integers alone, as comparisons give booleans, which do not vectorize well; NaN is what is larger than infinity
+    magnitude = tirx.max(bits & _bits(0x7FFFFFFF), _bits(0x7F800000))
+    nan = tirx.min(magnitude - _bits(0x7F800000), _bits(1))
+    nearest = bits + (odd + _bits(0x7FFF)) * (_bits(1) - nan)
+    return nearest | nan << _bits(22)
+
+
+def _bits(value: int) -> Any:
+    return tirx.const(value, "uint32")

@@ -1,0 +1,79 @@
+"""What this machine can do: multiply-adds in registers, and reads of memory, per second. Rooflines stand on these where times are measured."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...compiler.tvm import IRBuilder, T, tvm
+from .dot import dot_for, vector
+from .emit import ATTRS, Accumulators
+from .host import host
+from .lower import tvm_target
+from .math import TIR_PIPELINE
+
+#: accumulators: more than the latency of a multiply-add times how many start per cycle, fewer than registers
+_ROWS = 12
+_STEPS = 1_000_000
+_TRIALS = 20
+#: bytes that no cache holds
+_MEMORY = 1 << 28
+_KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": "u8s8"}
+
+
+@functools.cache
+def operations_per_second(dtype: str = "float32") -> float:
+    """Multiplications and additions per second of one core by numbers of this type: the best of several trials of a few milliseconds."""
+    target = host()
+    dot, lanes = dot_for(_KINDS[dtype], target), target.lanes()
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({**ATTRS, "global_symbol": "peak"})
+        words, out = T.arg("words", T.buffer((lanes,), dot.word)), T.arg("out", T.buffer((_ROWS, lanes), dot.accumulator))
+        with T.attr(T.int32(0), "pragma_import_llvm", dot.llvm):
+            acc, everything = Accumulators(_ROWS, 1, lanes, dot), vector(T.int64(0), lanes)
+            acc.fill()
+            operand = T.bind(words[everything])
+            with T.serial(T.int64(_STEPS)):
+                for i in range(_ROWS):
+                    acc.fma(i, 0, operand, operand)
+            for i in range(_ROWS):
+                T.buffer_store(out, acc.load(i, 0), [T.int64(i), everything])
+    run = _compiled(builder.get(), np.zeros(lanes, dot.word), np.zeros((_ROWS, lanes), dot.accumulator))
+    return 2.0 * _STEPS * _ROWS * lanes * dot.group / _best(run)
+
+
+@functools.cache
+def bytes_per_second() -> float:
+    """Bytes per second that all cores together read from memory."""
+    target = host()
+    lanes, parts = target.lanes(), 64
+    rows = _MEMORY // (4 * lanes * parts)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({**ATTRS, "global_symbol": "peak"})
+        x, out = T.arg("x", T.buffer((parts, rows, lanes), "float32")), T.arg("out", T.buffer((parts, lanes), "float32"))
+        with T.parallel(T.int64(parts)) as part:
+            acc, everything = Accumulators(4, 1, lanes), vector(T.int64(0), lanes)
+            acc.fill()
+            with T.serial(T.int64(rows // 4)) as row:
+                for i in range(4):
+                    acc.store(i, 0, acc.load(i, 0) + x[part, row * 4 + i, everything])
+            T.buffer_store(out, acc.load(0, 0) + acc.load(1, 0) + acc.load(2, 0) + acc.load(3, 0), [part, everything])
+    return _MEMORY / _best(_compiled(builder.get(), np.ones((parts, rows, lanes), np.float32), np.zeros((parts, lanes), np.float32)))
+
+
+def _compiled(func: Any, *arrays: np.ndarray) -> Callable[[], object]:
+    library, tensors = tvm.compile(func, target=tvm_target(host()), tir_pipeline=TIR_PIPELINE), [tvm.runtime.tensor(array) for array in arrays]
+    return lambda: library["peak"](*tensors)
+
+
+def _best(run: Callable[[], object]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(_TRIALS))

@@ -1,0 +1,155 @@
+"""Checks of sizes in a module whose memory is planned: they name the source's nodes, and no tensor has more elements than integers can count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...compiler.program import LARGEST_BYTES, LARGEST_DIM
+from ...compiler.tvm import IRBuilder, T, relax, relax_functions, tirx, tvm
+from ..common.stages import substitute
+
+#: calls that TVM puts before a `match_cast`, for the value that is cast; their last argument is the text of the error
+_CHECKS = frozenset({"vm.builtin.match_shape", "vm.builtin.check_tensor_info", "vm.builtin.check_shape_info"})
+#: bytes that 64 bits can count, with room for sums on the way
+_COUNTED = 2.0**62
+_ALLOCATIONS = frozenset({"relax.builtin.alloc_tensor", "relax.memory.alloc_storage"})
+
+
+def bound_storage(module: Any, origins: Mapping[str, str]) -> Any:
+    """The module with a check before each allocation whose size could overflow 64 bits, were its symbols as large as dims can be. origins: see `Program`.
+
+    A reshape of what a cast has given its size is one, too: the cast compares products, which could be equal because they overflow.
+    """
+    builder = relax.BlockBuilder(module)
+    for variable, function in relax_functions(module):
+        checked: set[str] = set()
+        cast: set[Any] = set()
+        blocks = []
+        for block in function.body.blocks:
+            bindings: list[Any] = []
+            for binding in block.bindings:
+                if isinstance(binding, relax.MatchCast) or isinstance(binding.value, relax.Var) and binding.value in cast:
+                    cast.add(binding.var)
+                dims = _allocated(binding, cast)
+                if dims is not None and str(dims) not in checked and _largest(dims) > _COUNTED:
+                    checked.add(str(dims))
+                    symbols = list(dict.fromkeys(symbol for dim in dims for symbol in tirx.analysis.undefined_vars(dim)))
+                    kernel = builder.add_func(_bounded(dims, symbols, _made_by(symbols, origins)), "check_bytes")
+                    unit = relax.TupleType([])
+                    bindings.append(relax.VarBinding(relax.Var("_", unit), relax.Call(kernel, symbols, ty_args=[unit])))
+                bindings.append(binding)
+            blocks.append(relax.BindingBlock(bindings))
+        body = relax.SeqExpr(blocks, function.body.body)
+        builder.update_func(variable, relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs))
+    return builder.get()
+
+
+def _allocated(binding: Any, cast: set[Any]) -> list[Any] | None:
+    """The sizes of an allocation, or of a reshape of one of `cast`, that depend on symbols."""
+    call = getattr(binding, "value", None)
+    name = getattr(call.op, "name", "") if isinstance(call, relax.Call) else ""
+    if name in _ALLOCATIONS:
+        dims = list(call.args[0].values)
+    elif name == "relax.reshape" and call.args[0] in cast:
+        dims = list(call.args[1].values)
+    else:
+        return None
+    return None if all(isinstance(dim, tirx.IntImm) for dim in dims) else dims
+
+
+def _largest(dims: list[Any]) -> float:
+    """An upper bound of the bytes, with every symbol at its largest."""
+    total = 8.0
+    for dim in dims:
+        total *= _bound(dim)
+    return total
+
+
+def _bound(expr: Any) -> float:
+    if isinstance(expr, tirx.IntImm):
+        return abs(float(int(expr)))
+    if isinstance(expr, tirx.Mul):
+        return _bound(expr.a) * _bound(expr.b)
+    if isinstance(expr, (tirx.Add, tirx.Sub)):
+        return _bound(expr.a) + _bound(expr.b)
+    if isinstance(expr, tirx.Min):
+        return min(_bound(expr.a), _bound(expr.b))
+    if isinstance(expr, tirx.Max):
+        return max(_bound(expr.a), _bound(expr.b))
+    if isinstance(expr, (tirx.FloorDiv, tirx.FloorMod)):
+        return _bound(expr.a)
+    return float(LARGEST_DIM)
+
+
+def _float(expr: Any) -> Any:
+    """The same in float64, which does not overflow."""
+    for kind in (tirx.Mul, tirx.Add, tirx.Sub, tirx.Min, tirx.Max):
+        if isinstance(expr, kind):
+            return kind(_float(expr.a), _float(expr.b))
+    if isinstance(expr, tirx.FloorDiv):
+        return tirx.Div(_float(expr.a), _float(expr.b))
+    return tirx.Cast("float64", expr)
+
+
+def _bounded(dims: list[Any], symbols: list[Any], node: str) -> Any:
+    """(symbols...): asserts that the product of the dims is at most LARGEST_BYTES."""
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr({"tirx.noalias": True, "tcompile.scheduled": True})
+        fresh = {symbol: T.arg(f"n{at}", T.int64()) for at, symbol in enumerate(symbols)}
+        total = tirx.FloatImm("float64", 1.0)
+        for dim in dims:
+            total = total * _float(substitute(dim, fresh))
+        with T.Assert(
+            total <= tirx.FloatImm("float64", float(LARGEST_BYTES)), f"node '{_printable(node)}': a tensor would have more than {LARGEST_BYTES} bytes"
+        ):
+            pass
+    return builder.get()
+
+
+def _made_by(symbols: list[Any], origins: Mapping[str, str]) -> str:
+    """The node that computed one of the symbols; symbols of inputs are named themselves."""
+    names = [symbol.name.rsplit("_s", 1)[0] for symbol in symbols]
+    return next((_node(name, origins) for name in names if _node(name, origins) != name), symbols[0].name)
+
+
+def name_checks(module: Any, origins: Mapping[str, str]) -> Any:
+    """The module after `VMShapeLower`; the checks of every `match_cast` name the node that it came from. origins: see `Program`."""
+    named = {variable: _named(function, origins) for variable, function in relax_functions(module)}
+    return tvm.IRModule({**dict(module.functions_items()), **named}, attrs=module.attrs)
+
+
+def _named(function: Any, origins: Mapping[str, str]) -> Any:
+    blocks = []
+    for block in function.body.blocks:
+        bindings = list(block.bindings)
+        for place, cast in enumerate(bindings):
+            if isinstance(cast, relax.MatchCast):
+                _name_before(bindings, place, _node(cast.var.name, origins))
+        blocks.append(relax.BindingBlock(bindings))
+    body = relax.SeqExpr(blocks, function.body.body)
+    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+
+
+def _name_before(bindings: list[Any], place: int, node: str) -> None:
+    value = bindings[place].value
+    for before in reversed(range(place)):
+        binding = bindings[before]
+        if isinstance(binding, relax.MatchCast):
+            return
+        call = binding.value
+        if isinstance(call, relax.Call) and str(getattr(call.op, "global_symbol", "")) in _CHECKS and call.args[0].same_as(value):
+            text = tvm.ir.StringImm(f"node '{_printable(node)}':")
+            bindings[before] = relax.VarBinding(binding.var, relax.Call(call.op, [*call.args[:-1], text], call.attrs, call.ty_args))
+
+
+def _printable(node: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in node)
+
+
+def _node(name: str, origins: Mapping[str, str]) -> str:
+    """The node behind a variable; passes put numbers behind the name of the one that they replace."""
+    short = name
+    while short not in origins and short[-1:].isdigit():
+        short = short[:-1]
+    return origins.get(short, name)

@@ -1,0 +1,35 @@
+"""What every kernel of a program has to do, for the shares of the roofline that are reported beside measured times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...compiler.program import Program
+from ...compiler.roofline import Layer, bytes_of, default_size
+from .lower import PACKED
+from .peak import bytes_per_second, operations_per_second
+
+
+def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: Program, cores: int, sizes: Mapping[str, int]) -> None:
+    """Put "flops", "bytes" and "limit_us" into the rows of kernels, all calls together.
+
+    layers: of the graph before it was lowered, whose arithmetic goes to the kernel that computes their node (to a template's rather than to a generic one). program: calls the
+    scheduled kernels. The limit is the larger of the times that arithmetic and traffic take at this machine's measured rates with `cores`; caches can beat that of the traffic.
+    """
+    known = {name: default_size(bounds) for name, bounds in program.dims.items()} | dict(sizes)
+    moved: dict[str, int] = {}
+    for binding in (binding for block in program.main.body.blocks for binding in block.bindings):
+        call = binding.value
+        if getattr(getattr(call, "op", None), "name", "") == "relax.call_tir":
+            name = call.args[0].name_hint.removesuffix(PACKED)
+            moved[name] = moved.get(name, 0) + sum(bytes_of(arg.ty, known) for arg in call.args[1].fields) + bytes_of(binding.var.ty, known)
+    owner: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row["template"] != "generic"):
+        owner |= dict.fromkeys(row["nodes"], row["kernel"])
+    for row in rows:
+        mine = [layer for layer in layers if owner.get(layer.name) == row["kernel"]]
+        row["flops"], row["bytes"] = sum(layer.flops for layer in mine), moved.get(row["kernel"], 0)
+        kind = "int8" if " u8s8 " in row["workload"] else "bfloat16" if " bf16 " in row["workload"] else "float32"
+        seconds = max(row["flops"] / (operations_per_second(kind) * cores), row["bytes"] / bytes_per_second())
+        row["limit_us"] = round(seconds * 1e6, 2)

@@ -1,0 +1,1 @@
+"""The ONNX backend suite, every test isolated, held against a table of results that can only rise."""

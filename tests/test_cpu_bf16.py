@@ -1,0 +1,211 @@
+"""Products in bfloat16 on CPUs: kernels against float64 on rounded operands, the cast, the instructions, and the pass that asks for them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tcompile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import only_kernel
+from machines import runnable, widest
+from tcompile.compiler.errors import UsageError
+from tcompile.compiler.tvm import relax, tirx, tvm
+from tcompile.targets.base import Target
+from tcompile.targets.common.fused import Fused
+from tcompile.targets.common.legalize import legalize
+from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
+from tcompile.targets.cpu.generic import schedule
+from tcompile.targets.cpu.lower import tvm_target
+from tcompile.targets.cpu.math import TIR_PIPELINE
+from test_cpu_conv import Case, reference, schedules, template_for
+
+BF16 = ml_dtypes.bfloat16
+CASES = [
+    Case((1, 9, 11, 8), 19, (3, 3), pad=(1, 1, 1, 1)),
+    Case((2, 13, 8, 5), 32, (3, 3), stride=(2, 2), pad=(1, 1, 1, 1)),
+    Case((1, 17, 23, 3), 24, (7, 7), stride=(2, 2), pad=(3, 3, 3, 3)),
+    Case((1, 10, 9, 1), 6, (3, 3), pad=(1, 1, 1, 1)),
+    Case((1, 9, 9, 12), 24, (3, 3), pad=(1, 1, 1, 1), groups=4),
+    Case((2, 31, 1, 6), 20, (5, 1), stride=(2, 3), pad=(1, 0, 3, 0), dilation=(2, 1)),
+    Case((1, "h", "w", 7), 20, (3, 3), pad=(1, 1, 1, 1), sizes={"h": 7, "w": 31}),
+    Case((2, 9, 11, 7), 19, (1, 1), stride=(2, 2)),
+    Case((1, 1, 1, 31), 3, (1, 1)),
+]
+
+
+def values(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(BF16)
+
+
+def product(m: int | str, k: int, n: int, short: bool = False) -> Fused:
+    """x [m, k] @ w [k, n] + b, with gelu and a cast to bfloat16 behind where `short`."""
+    builder = relax.BlockBuilder()
+    rows = tirx.Var(m, "int64") if isinstance(m, str) else m
+    x, w = relax.Var("x", relax.TensorType((rows, k), "bfloat16")), relax.Var("w", relax.TensorType((k, n), "bfloat16"))
+    b = relax.Var("b", relax.TensorType((n,), "float32"))
+    with builder.function("main"):
+        with builder.dataflow():
+            y = builder.emit(relax.op.add(builder.emit(relax.op.matmul(x, w, out_dtype="float32")), b))
+            y = builder.emit(relax.op.astype(builder.emit(relax.op.nn.relu(y)), "bfloat16")) if short else y
+            y = builder.emit_output(y)
+        builder.emit_func_output(y, params=[x, w, b])
+    return only_kernel(builder.get())
+
+
+def compiled(kernel: Any, target: Target) -> Any:
+    return tvm.compile(kernel.func.with_attr("global_symbol", "kernel"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
+
+
+def check(fused: Fused, candidate: GemmSchedule, target: Target, m: int) -> None:
+    template = Gemm()
+    kernel = template.build(fused, template.workload(fused, frozenset([1])), candidate, target)
+    (k, n), short = (int(dim) for dim in fused.inputs[1].shape), str(fused.output.ty.dtype) == "bfloat16"
+    x, w, b = values(m, k), values(k, n, seed=1), values(n, seed=2).astype(np.float32)
+    exact = x.astype(np.float64) @ w.astype(np.float64) + b
+    scale = np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64) + np.abs(b)
+    out = tvm.runtime.tensor(np.zeros((m, n), BF16 if short else np.float32))
+    compiled(kernel, target)["kernel"](*(tvm.runtime.tensor(array) for array in (x, kernel.packings[0].pack(w), b)), out)
+    exact = np.maximum(exact, 0) if short else exact
+    error = np.abs(out.numpy().astype(np.float64) - exact)
+    assert (error <= 3e-7 * scale + (exact / 256 if short else 0)).all()
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(13, 17, 31), (1, 3, 1), (129, 34, 50), (1, 1, 1), (5, 1300, 257)])
+@pytest.mark.parametrize("pick", [0, 0.7])
+@pytest.mark.parametrize("target", runnable())
+def test_awkward_sizes(m, k, n, pick, target):
+    fused = product(m, k, n)
+    space = Gemm().space(Gemm().workload(fused, frozenset([1])), target)
+    check(fused, space[int(pick * (len(space) - 1))], target, m)
+
+
+@pytest.mark.parametrize("m", [1, 11, "rows"])
+@pytest.mark.parametrize("target", runnable())
+def test_run_time_rows_and_short_results(m, target):
+    check(product(m, 19, 45, short=True), GemmSchedule(4, 2, target.lanes(), 0), target, 23 if m == "rows" else m)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.integers(0, 10**6))
+def test_any_size(m, k, n, pick):
+    target = widest() or Target.parse("cpu:haswell")
+    fused = product(m, k, n)
+    space = Gemm().space(Gemm().workload(fused, frozenset([1])), target)
+    check(fused, space[pick % len(space)], target, m)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
+@pytest.mark.parametrize("target", runnable())
+def test_convolutions(index, target):
+    case = CASES[index]
+    symbols = {dim: tirx.Var(dim, "int64") for dim in case.x if isinstance(dim, str)}
+    builder = relax.BlockBuilder()
+    types = [symbols.get(dim, dim) for dim in case.x], (*case.k, case.x[3] // case.groups, case.co)
+    params = [relax.Var(name, relax.TensorType(shape, "bfloat16")) for name, shape in zip("xw", types, strict=True)]
+    with builder.function("main"):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.nn.conv2d(*params, case.stride, case.pad, case.dilation, case.groups, "NHWC", "HWIO", "NHWC", "float32"))
+        builder.emit_func_output(y, params=params)
+    fused = only_kernel(builder.get())
+    template, workload = template_for(fused)
+    x, w = values(*(case.sizes.get(dim, dim) for dim in case.x), seed=index), values(*types[1], seed=index + 1)
+    want = reference(case, x.astype(np.float64), w.astype(np.float64), [], "none")
+    scale = reference(case, np.abs(x).astype(np.float64), np.abs(w).astype(np.float64), [], "none")
+    for candidate in schedules(template, workload, target, 1, index):
+        kernel = template.build(fused, workload, candidate, target)
+        out = tvm.runtime.tensor(np.zeros(want.shape, np.float32))
+        compiled(kernel, target)["kernel"](tvm.runtime.tensor(x), tvm.runtime.tensor(kernel.packings[0].pack(w)), out)
+        assert (np.abs(out.numpy() - want) <= 3e-7 * scale + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("machine", "candidate", "instruction"),
+    [("znver4", (8, 3, 16), r"vdpbf16ps\s.*%zmm"), ("skylake-avx512", (8, 2, 16), r"vfmadd.*%zmm"), ("haswell", (4, 2, 8), r"vfmadd.*%ymm")],
+)
+def test_inner_loop_without_spills(machine, candidate, instruction):
+    target, fused = Target.parse(f"cpu:{machine}"), product(128, 256, 384, short=True)
+    kernel = Gemm().build(fused, Gemm().workload(fused, frozenset([1])), GemmSchedule(*candidate, 0), target)
+    assembly = compiled(kernel, target).mod.inspect_source("asm")
+    hot = max(re.split(r"\n\.LBB", assembly), key=lambda block: len(re.findall(instruction, block)))
+    hot = re.split(r"\n\tj", hot)[0]
+    assert len(re.findall(instruction, hot)) >= candidate[0] * candidate[1]
+    assert "(%rsp)" not in hot
+    assert "tcompile_dpbf16ps" not in assembly  # the wrappers are inlined
+
+
+@pytest.mark.parametrize("target", runnable())
+def test_the_cast_rounds_to_even_and_keeps_nan(target):
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((4107,), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.astype(x, "bfloat16"))
+        builder.emit_func_output(y)
+    (func,) = (func for _, func in legalize(builder.get()).functions_items() if isinstance(func, tirx.PrimFunc))
+    edges = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F7FFFFF, 0x3F808000, 0x3F818000, 0x3F808001, 1, 0x80008000, 0x7F800000, 0], np.uint32)
+    array = np.concatenate([edges, np.random.default_rng(0).integers(0, 1 << 32, 4096, np.uint32)]).view(np.float32)
+    out = tvm.runtime.tensor(np.zeros(array.shape, BF16))
+    compiled(schedule(func, target), target)["kernel"](tvm.runtime.tensor(array), out)
+    np.testing.assert_array_equal(out.numpy().astype(np.float32), array.astype(BF16).astype(np.float32))
+
+
+class Layers(torch.nn.Module):
+    """A linear layer with gelu before another, a convolution, and a depthwise one, which stays in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(37, 83), torch.nn.Linear(83, 19)
+        self.conv, self.depthwise = torch.nn.Conv2d(5, 17, 3, padding=1), torch.nn.Conv2d(17, 17, 3, groups=17)
+
+    def forward(self, x: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.second(torch.nn.functional.gelu(self.first(x))), self.depthwise(torch.relu(self.conv(image)))
+
+
+@pytest.fixture(scope="module")
+def layers() -> tuple[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Layers().eval(), (torch.randn(3, 7, 37), torch.randn(2, 5, 13, 11))
+
+
+def test_precision_rounds_operands_alone(layers):
+    module, inputs = layers
+    compiled = tcompile.compile(module, example_inputs=inputs, precision="bf16", calibration=[dict(zip(("x", "image"), inputs, strict=True))])
+    found = compiled(*inputs)
+    short = torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad():
+        exact = module(*inputs)
+        with short:
+            theirs = module(*inputs)
+    for have, want, other in zip(found, exact, theirs, strict=True):
+        error, allowed = np.abs(have - want.numpy()).max(), np.abs(other.float().numpy() - want.numpy()).max()
+        assert 0 < error <= allowed
+    (report,) = [step for step in compiled.report()["passes"] if step["name"] == "precision"]
+    assert report["matches"] == {"matmul": 2, "conv2d": 1} and report["lossy"] and 0 < report["loss"]["cosine"] < 1e-3
+    kinds = [row["workload"] for row in compiled.report()["kernels"]]
+    assert sum(" bf16 " in kind for kind in kinds) == 3 and sum("conv2d 2x" in kind and "bf16" not in kind for kind in kinds) == 1
+
+
+def test_precision_fp32_changes_nothing_and_others_are_refused(layers):
+    module, inputs = layers
+    plain = tcompile.compile(module, example_inputs=inputs)(*inputs)
+    same = tcompile.compile(module, example_inputs=inputs, precision="fp32")(*inputs)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, same, strict=True))
+    for wrong in ("fp16", "tf32", "int8"):
+        with pytest.raises(UsageError, match=f"fp32 or bf16, not in '{wrong}'"):
+            tcompile.compile(module, example_inputs=inputs, precision=wrong)
+    with pytest.raises(UsageError, match="CPU and CUDA"):
+        tcompile.compile(module, example_inputs=inputs, precision="bf16", target="fpga")
+
+
+def test_layers_may_be_skipped(layers, tmp_path):
+    module, inputs = layers
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[pass]]\nname = "canonicalize"\n[[pass]]\nname = "precision"\nskip = ["nowhere"]\n')
+    with pytest.raises(UsageError, match=r"skip names no layer nowhere; there are (\S+), "):
+        tcompile.compile(module, example_inputs=inputs, recipe=recipe)

@@ -1,0 +1,60 @@
+"""Dims of inputs that are multiples of another one, through the torch route."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tcompile
+
+torch = pytest.importorskip("torch")
+from torch.export import Dim
+
+
+class Groups(torch.nn.Module):
+    """Sums of four rows, and where there is a second input, those plus its rows."""
+
+    def forward(self, x, y=None):
+        sums = x.reshape(-1, 4, x.shape[1]).sum(1)
+        return sums if y is None else sums + y
+
+
+def compiled(shapes, *dims):
+    exported = torch.export.export(Groups(), tuple(torch.rand(shape) for shape in shapes), dynamic_shapes=dims)
+    return tcompile.compile(exported)
+
+
+def test_multiples():
+    quarter, width = Dim("quarter", min=2, max=9), Dim("width", min=1, max=9)
+    model = compiled([(12, 5)], {0: 4 * quarter, 1: width})
+    for rows, columns in [(12, 5), (8, 1), (36, 9)]:
+        x = torch.rand(rows, columns)
+        np.testing.assert_allclose(model(x), Groups()(x), rtol=1e-6)
+    with pytest.raises(tcompile.TcompileError, match=r"8\.\.12\.\.36"):
+        model(torch.rand(40, 5))
+    with pytest.raises(tcompile.TcompileError, match="'x'"):
+        model(torch.rand(14, 5))
+    assert model(torch.rand(16, 2)).shape == (4, 2)
+
+
+def test_a_multiple_of_another_inputs_dim():
+    quarter = Dim("quarter", min=2, max=9)
+    model = compiled([(12, 5), (3, 5)], {0: 4 * quarter}, {0: quarter})
+    for rows in (12, 36, 8):
+        x, y = torch.rand(rows, 5), torch.rand(rows // 4, 5)
+        np.testing.assert_allclose(model(x, y), Groups()(x, y), rtol=1e-6)
+    with pytest.raises(tcompile.TcompileError, match="'x'"):
+        model(torch.rand(12, 5), torch.rand(2, 5))
+
+
+def test_a_multiple_and_some_more():
+    class Pairs(torch.nn.Module):
+        def forward(self, x):
+            return x[1:].reshape(-1, 2).prod(1)
+
+    half = Dim("half", min=2, max=9)
+    model = tcompile.compile(torch.export.export(Pairs(), (torch.rand(7),), dynamic_shapes=({0: 2 * half + 1},)))
+    for size in (7, 19, 5):
+        x = torch.rand(size)
+        np.testing.assert_allclose(model(x), Pairs()(x), rtol=1e-6)
+    with pytest.raises(tcompile.TcompileError):
+        model(torch.rand(8))
