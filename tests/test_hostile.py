@@ -330,6 +330,24 @@ def test_operands_of_types_that_do_not_go_together():
     import_model(small([node("Gather", ["x", "i"], ["y"])], {"x": [2], "i": ([2], TensorProto.INT64)}, ["y"]))
 
 
+def test_types_that_an_operator_does_not_have():
+    refused(small([node("LRN", ["x"], ["y"], size=3)], {"x": ([1, 5, 2, 2], TensorProto.INT8)}, ["y"]), "LRN", "int8")
+    refused(small([node("Not", ["x"], ["y"])], {"x": [2]}, ["y"]), "Not", "float32")
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"kernel_shape": [2, -1]}, {"kernel_shape": [2, 0]}, {"strides": [0, 1]}, {"strides": [1, -1]}, {"dilations": [0, 1]}], ids=str
+)
+def test_windows_of_no_extent(attributes):
+    pool = node("AveragePool", ["x"], ["y"], **({"kernel_shape": [2, 2]} | attributes))
+    refused(small([pool], {"x": [1, 2, 5, 5]}, ["y"], opset=22), "AveragePool node", next(iter(attributes)))
+
+
+def test_a_region_of_two_dims():
+    crop = node("Resize", ["x", "roi", "", "sizes"], ["y"], coordinate_transformation_mode="tf_crop_and_resize", mode="linear", axes=[3, 2])
+    refused(small([crop], {"x": [1, 1, 4, 4], "roi": [4, 1]}, ["y"], {"sizes": np.array([3, 3])}), "Resize", "2 dims")
+
+
 def test_counts_are_bounded():
     refused(small([node("Relu", ["x"], ["y"])], {"x": [1] * 65}, ["y"]), "65 dims")
     refused(small([node("Unsqueeze", ["x", "axes"], ["y"])], {"x": [2]}, ["y"], {"axes": np.arange(64)}), "65 dims")

@@ -10,8 +10,8 @@ import pytest
 import tcompile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
-from onnx_models import one_node
+from onnx import TensorProto, helper
+from onnx_models import one_node, small
 from tcompile.compiler.errors import TcompileError
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -178,3 +178,21 @@ def test_triangle_and_running_sum():
     running = Pair("CumSum", {"x": (FLOAT, [3, "n"]), "axis": (INT64, [])}, reverse=1, exclusive=1)
     for axis in (0, 1, -1, -2):
         running.agree(data(3, 5), np.int64(axis))
+
+
+@pytest.mark.parametrize(
+    ("op", "weight", "options", "least"),
+    [
+        ("Conv", (3, 2, 5, 5), {}, 4),
+        ("ConvTranspose", (2, 3, 2, 2), {"pads": [3, 3, 3, 3]}, 5),
+        ("AveragePool", None, {"kernel_shape": [5, 5], "strides": [3, 3]}, 2),
+    ],
+)
+def test_an_image_smaller_than_the_window(op: str, weight: tuple[int, ...] | None, options: dict[str, Any], least: int):
+    """A result of size 0 is one; a negative size names the node."""
+    constants = {} if weight is None else {"w": np.ones(weight, "float32")}
+    node = helper.make_node(op, ["x", *constants], ["y"], name="windows", **options)
+    model = tcompile.compile(small([node], {"x": [1, 2, "h", "w"]}, ["y"], constants))
+    assert 0 in model(data(1, 2, least, least)).shape and 0 not in model(data(1, 2, 9, 9)).shape
+    with pytest.raises(TcompileError, match="node 'windows': its result would have a negative size"):
+        model(data(1, 2, least - 1, 9))

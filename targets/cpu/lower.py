@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -98,8 +98,9 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
             scheduled = generic(func, target)
             lowering.choices[name].schedule = scheduled.rule
             kernel = Kernel(scheduled.func)
-        lowering.choices[name].nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
-        kernels[name] = kernel
+        nodes = [str(node) for node in (func.attrs or {}).get(NODES, ())]
+        lowering.choices[name].nodes = tuple(nodes)
+        kernels[name] = replace(kernel, func=kernel.func.with_attr(NODES, nodes))
     return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from ...compiler.program import LARGEST_BYTES, LARGEST_DIM
 from ...compiler.tvm import IRBuilder, T, relax, relax_functions, tirx, tvm
+from ...passes.fusion import NODES
 from ..common.stages import substitute
 
 #: calls that TVM puts before a `match_cast`, for the value that is cast; their last argument is the text of the error
@@ -17,7 +19,8 @@ _ALLOCATIONS = frozenset({"relax.builtin.alloc_tensor", "relax.memory.alloc_stor
 
 
 def bound_storage(module: Any, origins: Mapping[str, str]) -> Any:
-    """The module with a check before each allocation whose size could overflow 64 bits, were its symbols as large as dims can be. origins: see `Program`.
+    """The module with a check before each allocation with a dim that could be negative (an image smaller than the kernel of a convolution), or whose size
+    could overflow 64 bits, were its symbols as large as dims can be. origins: see `Program`.
 
     A reshape of what a cast has given its size is one, too: the cast compares products, which could be equal because they overflow.
     """
@@ -25,6 +28,7 @@ def bound_storage(module: Any, origins: Mapping[str, str]) -> Any:
     for variable, function in relax_functions(module):
         checked: set[str] = set()
         cast: set[Any] = set()
+        written = _written(module, function, origins)
         blocks = []
         for block in function.body.blocks:
             bindings: list[Any] = []
@@ -32,12 +36,18 @@ def bound_storage(module: Any, origins: Mapping[str, str]) -> Any:
                 if isinstance(binding, relax.MatchCast) or isinstance(binding.value, relax.Var) and binding.value in cast:
                     cast.add(binding.var)
                 dims = _allocated(binding, cast)
-                if dims is not None and str(dims) not in checked and _largest(dims) > _COUNTED:
+                if dims is not None and str(dims) not in checked:
                     checked.add(str(dims))
                     symbols = list(dict.fromkeys(symbol for dim in dims for symbol in tirx.analysis.undefined_vars(dim)))
-                    kernel = builder.add_func(_bounded(dims, symbols, _made_by(symbols, origins)), "check_bytes")
-                    unit = relax.TupleType([])
-                    bindings.append(relax.VarBinding(relax.Var("_", unit), relax.Call(kernel, symbols, ty_args=[unit])))
+                    checks = []
+                    if negative := [dim for dim in dims if _may_be_negative(dim)]:
+                        checks.append((_not_negative(negative, symbols, written.get(binding.var) or _made_by(symbols, origins)), "check_sizes"))
+                    if _largest(dims) > _COUNTED:
+                        checks.append((_bounded(dims, symbols, _made_by(symbols, origins)), "check_bytes"))
+                    for kernel, name in checks:
+                        unit = relax.TupleType([])
+                        call = relax.Call(builder.add_func(kernel, name), symbols, ty_args=[unit])
+                        bindings.append(relax.VarBinding(relax.Var("_", unit), call))
                 bindings.append(binding)
             blocks.append(relax.BindingBlock(bindings))
         body = relax.SeqExpr(blocks, function.body.body)
@@ -90,6 +100,50 @@ def _float(expr: Any) -> Any:
     if isinstance(expr, tirx.FloorDiv):
         return tirx.Div(_float(expr.a), _float(expr.b))
     return tirx.Cast("float64", expr)
+
+
+def _may_be_negative(dim: Any) -> bool:
+    """Whether some sizes of the symbols, from 0, make it negative, as far as can be proved."""
+    if isinstance(dim, (tirx.IntImm, tirx.Var)):
+        return False
+    analyzer = tvm.sym.Analyzer()
+    for symbol in tirx.analysis.undefined_vars(dim):
+        analyzer.bind(symbol, tvm.ir.Range.from_min_extent(tirx.const(0, "int64"), tirx.const(LARGEST_DIM, "int64")))
+    return not analyzer.can_prove(dim >= 0)
+
+
+def _written(module: Any, function: Any, origins: Mapping[str, str]) -> dict[Any, str]:
+    """Tensor, or storage of one -> the source nodes of the kernel that takes it first, or of the value that it is."""
+    found: dict[Any, str] = {}
+    storage: dict[Any, Any] = {}
+
+    def name(tensor: Any, nodes: str) -> None:
+        for var in (tensor, storage.get(tensor, tensor)):
+            found.setdefault(var, nodes)
+
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            value = getattr(binding, "value", None)
+            if isinstance(value, relax.Var) and (node := _node(binding.var.name, origins)) != binding.var.name:
+                name(value, node)
+            elif isinstance(value, relax.Call) and getattr(value.op, "name", "") == "relax.memory.alloc_tensor":
+                storage[binding.var] = value.args[0]
+            elif isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
+                if nodes := [str(node) for node in (module[value.op].attrs or {}).get(NODES, ())]:
+                    for arg in value.args:
+                        name(arg, ", ".join(nodes))
+    return found
+
+
+def _not_negative(dims: list[Any], symbols: list[Any], node: str) -> Any:
+    """(symbols...): asserts that no dim is negative."""
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr({"tirx.noalias": True, "tcompile.scheduled": True})
+        fresh = {symbol: T.arg(f"n{at}", T.int64()) for at, symbol in enumerate(symbols)}
+        least = functools.reduce(tirx.min, [substitute(dim, fresh) for dim in dims])
+        with T.Assert(least >= T.int64(0), f"node '{_printable(node)}': its result would have a negative size"):
+            pass
+    return builder.get()
 
 
 def _bounded(dims: list[Any], symbols: list[Any], node: str) -> Any:

@@ -1,32 +1,45 @@
-"""The element types of a node's operands, as far as the standard ties them to one another."""
+"""What the standard asks of a node before its converter sees it: element types of operands, and counts that are at least one."""
 
 from __future__ import annotations
 
 import onnx
+from onnx import TensorProto
 
 from ...tvm import relax
+from .load import DTYPES, STORAGE
 from .node import Node
 from .values import Host, Refusal, Stored, Value
 
 #: the first opset that is taken at its word: Tile's counts, say, were of the data's type once, and integers in every model
 _STRICT = 7
+#: attributes of windows, blocks and groups; what a zero or a negative one asks for does not exist
+_COUNTS = ("kernel_shape", "strides", "dilations", "group", "blocksize", "size")
+#: element types as operators' definitions write them
+_WRITTEN = {name: f"tensor({TensorProto.DataType.Name(code).lower()})" for code, name in (DTYPES | STORAGE).items()}
 
 
-def check_types(node: Node) -> None:
-    """Raises Refusal where operands that share a type in the operator's definition are of two types."""
+def check_node(node: Node) -> None:
+    """Raises Refusal where an operand is of a type that the operator's definition does not have, where operands that share a type there are of two, and
+    where a count among the attributes is less than one."""
     if not onnx.defs.has(node.op, node.domain) or (node.domain == "" and node.opset < _STRICT):
         return
     try:
         formals = onnx.defs.get_schema(node.op, node.opset, node.domain).inputs
     except onnx.defs.SchemaError:
         return
+    for name in _COUNTS:
+        value = node.attr(name)
+        if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
+            raise Refusal(f"{name} is {value}")
     bound: dict[str, str] = {}
     for place, value in enumerate(node.inputs):
         formal = formals[min(place, len(formals) - 1)] if formals else None
         dtype = None if value is None else _dtype(value)
-        if formal is None or dtype is None or formal.type_str.startswith("tensor(") or not formal.is_homogeneous:
+        if formal is None or dtype is None:
             continue
-        if bound.setdefault(formal.type_str, dtype) != dtype:
+        if _WRITTEN[dtype] not in formal.types:
+            raise Refusal(f"operand {place} is of type {dtype}, which the standard does not have for it in opset {node.opset}")
+        if not formal.type_str.startswith("tensor(") and formal.is_homogeneous and bound.setdefault(formal.type_str, dtype) != dtype:
             raise Refusal(f"operands are of types {bound[formal.type_str]} and {dtype}, where the standard asks for one type")
 
 

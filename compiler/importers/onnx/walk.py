@@ -23,7 +23,7 @@ from .sparse import densify
 from .storage import to_carrier
 from .subgraph import Blocked, Subgraph, unavailable
 from .symbolic import DimArithmetic
-from .types import check_types
+from .types import check_node
 from .values import Absent, Host, Poison, RangeLearned, Refusal, Sequence, Stored, Value
 
 #: how often a walk may start anew with a range of a dim learned
@@ -145,7 +145,7 @@ class _Walk:
         return tuple(Poison() for _ in proto.output)
 
     def _results(self, node: Node, domain: str) -> tuple[Value, ...]:
-        check_types(node)
+        check_node(node)
         evaluate = find_evaluator(domain, node.op, node.opset)
         result: Value | tuple[Value, ...] | None = None
         if evaluate is not None and all(value is None or isinstance(value, Host) and value.dtype not in CARRIERS for value in node.inputs):

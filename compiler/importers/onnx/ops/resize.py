@@ -233,6 +233,8 @@ def _region(node: Node, axis: int, rank: int, attrs: ResizeAttrs) -> relax.Expr:
     if attrs.coordinates != "tf_crop_and_resize":
         return node.array(np.array([0, 1]), "float32")
     roi = node.tensor(1)
+    if node.rank(roi) != 1:
+        raise Refusal(f"roi has {node.rank(roi)} dims, expected one")
     roi = roi if node.dtype(roi) == "float32" else node.emit(relax.op.astype(roi, "float32"))
     listed = node.attr("axes")
     count = len(listed) if listed else rank
