@@ -36,7 +36,8 @@ class Attention(torch.nn.Module):
 
 def planned_bytes(model: tcompile.CompiledModel) -> int:
     (step,) = [step for step in model.report()["passes"] if step["name"] == "plan_memory"]
-    return int(re.search(r"planned_bytes=(\d+)", " ".join(step["notes"]))[1])
+    (count,) = re.findall(r"planned_bytes=(\d+)", " ".join(step["notes"]))
+    return int(count)
 
 
 def measure(tokens: int, heads: int, width: int, threads: int, rounds: int, folder: Path) -> str:

@@ -50,6 +50,7 @@ def run(
 def compare(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     want = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
     have = tcompile.compile(model)(**feeds)
+    assert isinstance(want, np.ndarray)
     assert have.dtype == want.dtype and have.shape == want.shape
     return have, want
 

@@ -31,16 +31,15 @@ def check_node(node: Node) -> None:
         value = node.attr(name)
         if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
             raise Refusal(f"{name} is {value}")
+    operands = [(place, _dtype(value), formals[min(place, len(formals) - 1)]) for place, value in enumerate(node.inputs) if value is not None and formals]
+    known = [(place, dtype, formal) for place, dtype, formal in operands if dtype is not None]
     bound: dict[str, str] = {}
-    for place, value in enumerate(node.inputs):
-        formal = formals[min(place, len(formals) - 1)] if formals else None
-        dtype = None if value is None else _dtype(value)
-        if formal is None or dtype is None:
-            continue
-        if _WRITTEN[dtype] not in formal.types:
-            raise Refusal(f"operand {place} is of type {dtype}, which the standard does not have for it in opset {node.opset}")
+    for _, dtype, formal in known:
         if not formal.type_str.startswith("tensor(") and formal.is_homogeneous and bound.setdefault(formal.type_str, dtype) != dtype:
             raise Refusal(f"operands are of types {bound[formal.type_str]} and {dtype}, where the standard asks for one type")
+    for place, dtype, formal in known:
+        if _WRITTEN[dtype] not in formal.types:
+            raise Refusal(f"operand {place} is of type {dtype}, which the standard does not have for it in opset {node.opset}")
 
 
 def _dtype(value: Value) -> str | None:
