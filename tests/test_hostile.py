@@ -155,6 +155,10 @@ def test_graphs_that_are_none():
     refused(graph(node("Add", ["x"], ["y"])), "1 input")
     refused(graph(node("", ["x"], ["y"])), "no such operator")
     refused(graph(node("Relu", ["x"], ["y", "z"])), "2 outputs")
+    for field, word in (("input", "graph input"), ("initializer", "initializer")):
+        model = small([node("Add", ["x", "w"], ["y"])], {"x": [2]}, ["y"], {"w": np.ones(2, "float32")})
+        getattr(model.graph, field).add().CopyFrom(getattr(model.graph, field)[0])
+        refused(model, word, "defined already")
 
 
 def test_attributes_of_the_wrong_kind():
@@ -300,7 +304,10 @@ def test_ranges_that_follow_from_the_model():
     def clipped(source: str, *limits: int) -> list[onnx.NodeProto]:
         parts = [helper.make_node("Slice", [source, "zero", f"limit{at}", "zero"], [f"part{at}"]) for at in range(len(limits))]
         sums = [helper.make_node("Add", [f"part{at}", source], [f"sum{at}"]) for at in range(len(limits))]
-        return [*parts, *sums, helper.make_node("Sum", [f"sum{at}" for at in range(len(limits))], ["y"])]
+        first, *rest = (f"sum{at}" for at in range(len(limits)))
+        totals = [f"total{at}" for at in range(len(rest) - 1)] + ["y"]
+        adds = [helper.make_node("Add", [left, right], [out]) for left, right, out in zip([first, *totals], rest, totals, strict=False)]
+        return [*parts, *sums, *(adds or [helper.make_node("Identity", [first], ["y"])])]
 
     def constants(*limits: int) -> dict[str, np.ndarray]:
         return {"zero": np.array([0])} | {f"limit{at}": np.array([limit]) for at, limit in enumerate(limits)}

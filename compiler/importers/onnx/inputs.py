@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,6 +34,9 @@ class GraphInputs:
 
 def declare_inputs(graph: onnx.GraphProto, shapes: Mapping[str, ShapeSpec], dims: DimArithmetic, limits: Mapping[str, int]) -> GraphInputs:
     """limits: symbol -> largest size the model works with. Raises UsageError where `shapes` contradicts the model or itself, UnsupportedModel for inputs that are not tensors of a known rank."""
+    for kind, tensors in (("graph input", graph.input), ("initializer", graph.initializer)):
+        if twice := [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]:
+            raise UnsupportedModel([Blocker(name, kind, "it is defined already") for name in twice])
     initialized = {tensor.name for tensor in graph.initializer}
     infos = [info for info in graph.input if info.name not in initialized]
     unknown = [name for name in shapes if name not in {info.name for info in infos}]

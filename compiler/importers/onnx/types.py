@@ -31,7 +31,9 @@ def check_node(node: Node) -> None:
         value = node.attr(name)
         if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
             raise Refusal(f"{name} is {value}")
-    operands = [(place, _dtype(value), formals[min(place, len(formals) - 1)]) for place, value in enumerate(node.inputs) if value is not None and formals]
+    operands = [
+        (place, _dtype(value), formals[min(place, len(formals) - 1)]) for place, value in enumerate(node.inputs) if value is not None and formals
+    ]
     known = [(place, dtype, formal) for place, dtype, formal in operands if dtype is not None]
     bound: dict[str, str] = {}
     for _, dtype, formal in known:
