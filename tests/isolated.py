@@ -27,12 +27,18 @@ class Outcome:
 
 
 def run_isolated(
-    jobs: Iterable[Job], work: Callable[[Job], Any], *, processes: int | None = None, seconds: float = 60.0, address_space: int | None = None
+    jobs: Iterable[Job],
+    work: Callable[[Job], Any],
+    *,
+    processes: int | None = None,
+    seconds: float = 60.0,
+    cpu_seconds: int | None = None,
+    address_space: int | None = None,
 ) -> Iterator[tuple[Job, Outcome]]:
     """Fork once per job, `processes` at a time (all CPUs by default); outcomes come as they end.
 
     The caller imports what `work` needs first, so that a child starts within milliseconds. work: returns what JSON can hold. seconds: wall time allowed
-    to one job. address_space: bytes that a child may map. An exception that leaves `work` is the fault "raised TYPE: text".
+    to one job. cpu_seconds: time of all its threads, which a busy machine does not stretch ("no answer in 10 s of CPU time"). address_space: bytes that a child may map. An exception that leaves `work` is the fault "raised TYPE: text".
     """
     waiting, running = iter(jobs), {}
     limit = processes or os.cpu_count() or 1
@@ -45,7 +51,7 @@ def run_isolated(
                 except StopIteration:
                     exhausted = True
                     break
-                child = _Child(job, work, address_space)
+                child = _Child(job, work, cpu_seconds, address_space)
                 running[child.pipe] = child
                 selector.register(child.pipe, selectors.EVENT_READ)
             for key, _ in selector.select(timeout=0.2):
@@ -61,13 +67,14 @@ def run_isolated(
 class _Child:
     """One forked job and the pipe its answer comes through."""
 
-    def __init__(self, job: Any, work: Callable[[Any], Any], address_space: int | None):
+    def __init__(self, job: Any, work: Callable[[Any], Any], cpu_seconds: int | None, address_space: int | None):
         self.job, self.started, self.open, self.answer = job, time.monotonic(), True, b""
+        self.cpu_seconds = cpu_seconds
         self.pipe, write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.pipe)
-            _work_and_exit(job, work, write, address_space)
+            _work_and_exit(job, work, write, cpu_seconds, address_space)
         os.close(write)
 
     def read(self) -> None:
@@ -84,6 +91,8 @@ class _Child:
         seconds, peak = time.monotonic() - self.started, usage.ru_maxrss * 1024
         if self.open:
             return Outcome(None, late, seconds, peak)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            return Outcome(None, f"no answer in {self.cpu_seconds} s of CPU time", seconds, peak)
         if os.WIFSIGNALED(status):
             return Outcome(None, signal.Signals(os.WTERMSIG(status)).name, seconds, peak)
         try:
@@ -93,12 +102,14 @@ class _Child:
         return Outcome(value, fault, seconds, peak)
 
 
-def _work_and_exit(job: Any, work: Callable[[Any], Any], pipe: int, address_space: int | None) -> None:
+def _work_and_exit(job: Any, work: Callable[[Any], Any], pipe: int, cpu_seconds: int | None, address_space: int | None) -> None:
     code = 1
     try:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):  # C++ libraries write there, too
             os.dup2(null, stream)
+        if cpu_seconds is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
         if address_space is not None:
             resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
         try:

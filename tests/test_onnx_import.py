@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tcompile
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import small
 from tcompile.compiler.errors import UnsupportedModel, UsageError
@@ -297,3 +298,11 @@ def test_bodies_are_shown_as_the_node_they_came_from():
     calling.opset_import.append(imports[1])
     calling.functions.append(helper.make_function("local", "f", ["a"], ["b"], body, imports))
     assert set(import_onnx(calling).origins.values()) == {"call/first__1", "call/Neg"}  # a number of the inliner's
+
+
+def test_both_spellings_of_the_standard_domain():
+    """Defaults of attributes and types are those of the standard under either."""
+    x = np.linspace(-2, 2, 5, dtype="float16")
+    for domain in ("", "ai.onnx"):
+        model = small([helper.make_node("LeakyRelu", ["x"], ["y"], domain=domain)], {"x": ([5], TensorProto.FLOAT16)}, [("y", TensorProto.FLOAT16)])
+        np.testing.assert_array_equal(tcompile.compile(model)(x), np.where(x < 0, np.float32(0.01) * x, x).astype("float16"))

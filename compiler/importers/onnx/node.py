@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 MOST_SIZES = 64
 
 
+def standard(domain: str) -> str:
+    """The domain, "" for both spellings of the standard one."""
+    return "" if domain == "ai.onnx" else domain
+
+
 class Node:
     """One node during the walk.
 
@@ -39,7 +44,7 @@ class Node:
         subgraph: Callable[[onnx.GraphProto], Subgraph],
     ):
         self.proto = proto
-        self.op, self.domain, self.opset = proto.op_type, proto.domain, opset
+        self.op, self.domain, self.opset = proto.op_type, standard(proto.domain), opset
         self.inputs = inputs
         self.builder, self.dims, self.subgraph = builder, dims, subgraph
         self.label = node_label(proto)

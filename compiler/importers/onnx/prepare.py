@@ -14,7 +14,7 @@ from ...errors import Blocker, UnsupportedModel
 from .bodies import name_bodies
 from .graphs import nested_nodes, read_names, subgraphs
 from .labels import label_bodies
-from .node import node_label
+from .node import node_label, standard
 from .registry import find_converter, oldest_opset
 
 OLDEST_OPSET = 1
@@ -26,11 +26,6 @@ MOST_NODES = 1_000_000
 MOST_OPERANDS = 4096
 #: of the bodies that replace a model's calls
 MOST_INLINED_BYTES = 1 << 29
-
-
-def standard(domain: str) -> str:
-    """The domain, "" for both spellings of the standard one."""
-    return "" if domain == "ai.onnx" else domain
 
 
 def opset_versions(model: onnx.ModelProto) -> dict[str, int]:
