@@ -82,7 +82,7 @@ def kernels(number: int, arch: str, count: int) -> list[tuple[GemmShape, TileSch
     policies = [POLICIES[(number + index) % 3 + 1] if index % 2 else "Fp32" for index in range(count)]
     generator.shuffle(policies)
     return [
-        (shape_of(fused, target, policy), tile, policy, plan_of(fused, target, policy, tile).kernels[0])
+        (shape_of(fused, target, policy), tile, policy, plan_of(fused, target, policy, tile=tile).kernels[0])
         for tile, policy in zip(tiles, policies, strict=True)
     ]
 

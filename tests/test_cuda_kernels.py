@@ -134,6 +134,44 @@ def test_convolution_is_a_gemm_over_windows():
     assert set(templates(lowered)) == {"conv2d"}
 
 
+def test_integer_products_run_on_tensor_cores_exactly():
+    """u8 x s8 over the whole range: matrices with tails of tiles and of words, batches of weights, convolutions; dequantized on the accumulators."""
+    sizes = [(1, 4, 1), (17, 7, 19), (33, 129, 40), (70, 256, 66)]
+    bytes_, weights = {}, {}
+    for number, (m, k, n) in enumerate(sizes):
+        bytes_[f"x{number}"], weights[f"x{number}"] = RANDOM.integers(0, 256, (m, k), "uint8"), RANDOM.integers(-128, 128, (k, n), "int8")
+    bytes_["b"], weights["b"] = RANDOM.integers(0, 256, (3, 5, 12), "uint8"), RANDOM.integers(-128, 128, (3, 12, 9), "int8")
+    images = [(2, 7, 9, 3, 10, 3, 2, 1), (1, 6, 5, 8, 12, 1, 1, 0), (1, 8, 8, 20, 7, 3, 1, 1)]
+    for number, (batch, height, width, channels, features, taps, _, _) in enumerate(images):
+        bytes_[f"c{number}"] = RANDOM.integers(0, 256, (batch, height, width, channels), "uint8")
+        weights[f"c{number}"] = RANDOM.integers(-128, 128, (taps, taps, channels, features), "int8")
+
+    def build(emit, *x):
+        results = []
+        for name, value in zip(bytes_, x, strict=True):
+            weight = relax.const(weights[name], "int8")
+            if name[0] == "c":
+                *_, stride, padding = images[int(name[1:])]
+                product = emit(op.nn.conv2d(value, weight, stride, padding, 1, 1, "NHWC", "HWIO", "NHWC", "int32"))
+            else:
+                product = emit(op.matmul(value, weight, out_dtype="int32"))
+            scaled = emit(op.multiply(emit(op.astype(product, "float32")), relax.const(np.float32(0.5))))
+            results += [scaled]
+        return results
+
+    outputs, lowered = run(build, bytes_)
+    for (name, x), out in zip(bytes_.items(), outputs, strict=True):
+        if name[0] == "c":
+            *_, stride, padding = images[int(name[1:])]
+            want = convolution(x, weights[name], stride, padding, 1)
+        else:
+            want = x.astype("int64") @ weights[name].astype("int64")
+        np.testing.assert_array_equal(out, (want * 0.5).astype("float32"))
+    assert set(templates(lowered)) == {"gemm", "conv2d", "map"}  # map: zeros behind K = 7, 129, and three channels
+    assert sum(row["template"] in ("gemm", "conv2d") for row in lowered.report["kernels"]) == len(outputs)
+    assert all("U8S8" in row["workload"] for row in lowered.report["kernels"] if row["template"] != "map")
+
+
 ATTENTIONS = [
     # batch, heads, kv heads, queries, keys, depth, width, mask, options
     (1, 2, 2, 70, 70, 32, 32, None, {}),

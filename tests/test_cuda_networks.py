@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tcompile
 from cuda_models import emulation
 from tcompile.compiler.api import import_model
 from tcompile.compiler.compare import agree
@@ -54,3 +55,15 @@ def test_networks_agree_with_onnxruntime(name):
     session = onnxruntime.InferenceSession(str(ZOO[name].onnx_path()))
     for mine, want in zip(ours, session.run([spec.name for spec in code.outputs], feeds), strict=True):
         assert agree(mine, np.asarray(want)).ok
+
+
+@pytest.mark.networks
+def test_minilm_in_int8_has_every_product_on_integer_tensor_cores():
+    feeds = ZOO["minilm"].example_inputs(seq=16)
+    options = {"shapes": {name: value.shape for name, value in feeds.items()}, "quantize": "int8", "calibration": [feeds]}
+    code = tcompile.compile(str(ZOO["minilm"].onnx_path()), target="cuda:sm_80", emit_only=True, **options)
+    calls = Counter((row["template"], "U8S8" in row["workload"]) for row in code.report()["kernels"] for _ in range(row["calls"]))
+    assert calls["gemm", True] == 36 and calls["gemm", False] == 0
+    ours, exact = emulation(code.artifact)(*feeds.values())[0], tcompile.compile(str(ZOO["minilm"].onnx_path()))(**feeds)
+    exact = exact[0] if isinstance(exact, tuple) else exact
+    assert (ours * exact).sum() / np.sqrt((ours**2).sum() * (exact**2).sum()) > 0.98

@@ -23,6 +23,7 @@ from tcompile.compiler.tvm import relax
 from tcompile.compiler.tvm_runtime import load_library
 from tcompile.targets.base import Target
 from tcompile.targets.cuda import memory, toolchain
+from tcompile.targets.cuda.machines import EMIT_ONLY, MACHINES, name_for
 from tcompile.targets.cuda.schedule import GemmShape, best_tile, space
 
 op = relax.op
@@ -52,17 +53,20 @@ ARCHS = ["sm_80", "sm_90a"]
 
 
 def network():
-    """A GEMM with an epilogue, a convolution, an attention, a softmax and a gather: one kernel of each kind."""
+    """A GEMM with an epilogue, a convolution, an attention, a softmax, a gather and an integer GEMM: one kernel of each kind."""
+    codes = relax.const(RANDOM.integers(-128, 128, (96, 72), "int8"))
     shapes = {"x": (64, 96), "w": (96, 128), "image": (1, 14, 14, 16), "kernel": (3, 3, 16, 32), "q": (1, 2, 64, 64)}
     inputs = {name: RANDOM.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    inputs["bytes"] = RANDOM.integers(0, 256, (64, 96), "uint8")
 
-    def build(emit, x, w, image, kernel, q):
+    def build(emit, x, w, image, kernel, q, octets):
         return [
             emit(op.nn.gelu(emit(op.matmul(x, w)))),
             emit(op.nn.relu(emit(op.nn.conv2d(image, kernel, 1, 1, 1, 1, "NHWC", "HWIO", "NHWC")))),
             emit(attention(q, q, q, causal=True)),
             emit(op.nn.softmax(x)),
             emit(op.sin(x)),
+            emit(op.matmul(octets, codes, out_dtype="int32")),
         ]
 
     return program_of(build, inputs), inputs
@@ -91,9 +95,10 @@ def test_products_are_on_tensor_cores_and_nothing_spills(arch, precision, tmp_pa
     for part in dump(lowered.library, tmp_path, "-sass").split("Function : ")[1:]:
         name, _, text = part.partition("\n")
         code[name.strip()] = text
-    instruction = {"fp32": "HMMA.1688.F32.TF32", "fp16": "HMMA.16816.F32"}[precision]
+    floats = {"fp32": "HMMA.1688.F32.TF32", "fp16": "HMMA.16816.F32"}[precision]
     for row in lowered.report["kernels"]:
         text = code[f"k_{row['kernel']}"]
+        instruction = "IMMA.16832.U8.S8" if "U8S8" in row["workload"] else floats
         assert (instruction in text) == (row["template"] in ("gemm", "conv2d", "attention")), row
         assert not re.search(r"\b(LDL|STL)\b", text), row  # local memory: spills and indexed registers
         assert ("LDGSTS" in text) == (instruction in text)  # asynchronous copies feed the tensor cores
@@ -111,9 +116,9 @@ def test_products_are_on_tensor_cores_and_nothing_spills(arch, precision, tmp_pa
 def test_the_library_loads_without_a_gpu_and_refuses_other_tensors():
     lowered = built("sm_80", "fp32")
     main = load_library(lowered.library)["main"]
-    with pytest.raises(RuntimeError, match="expected 13 tensors, got 0"):
+    with pytest.raises(RuntimeError, match="expected 15 tensors, got 0"):
         main()
-    sizes = [lowered.report["memory"]["workspace_bytes"], 0]
+    sizes = [lowered.report["memory"]["workspace_bytes"], lowered.report["weights_bytes"]]
     tensors = [np.zeros(size, np.uint8) for size in sizes] + [np.zeros(1, np.int32)]
     tensors += [np.zeros(spec.shape, spec.dtype) for spec in (*lowered.inputs, *lowered.outputs)]
     from tcompile.compiler.tvm_runtime import from_dlpack
@@ -175,8 +180,9 @@ def test_devices_that_run_an_artifact():
 
     ask("cuda:sm_80", (8, 0))
     ask("cuda:sm_80", (8, 6))
+    ask("cuda:sm_86", (8, 9))
     ask("cuda:sm_90a", (9, 0))
-    for target, capability in (("cuda:sm_80", (9, 0)), ("cuda:sm_90a", (10, 0)), ("cuda:sm_80", (7, 5))):
+    for target, capability in (("cuda:sm_80", (9, 0)), ("cuda:sm_89", (8, 6)), ("cuda:sm_90a", (10, 0)), ("cuda:sm_80", (7, 5))):
         with pytest.raises(ToolchainError, match="compute capability"):
             ask(target, capability)
 
@@ -208,8 +214,25 @@ def test_what_nvcc_says_is_shown(tmp_path):
         toolchain.build({"model.cu": "x"}, "sm_80", tool)
 
 
+def test_every_gpu_has_sources():
+    """sm_100a those alone; the tiles of the others fit into what a block may have of their shared memory."""
+    program = network()[0]
+    for arch, target in MACHINES.items():
+        lowered = compiled(program, f"cuda:{arch}", emit_only=True)
+        assert all(row["shared_bytes"] <= target.shared_bytes for row in lowered.report["kernels"])
+    for arch in EMIT_ONLY:
+        with pytest.raises(UsageError, match="--emit-only"):
+            compiled(program, f"cuda:{arch}", emit_only=False)
+
+
+def test_the_gpu_of_this_machine():
+    wanted = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): None, (7, 5): None}
+    assert {capability: name_for(*capability) for capability in wanted} == wanted
+    assert Target.parse("cuda").name in MACHINES
+
+
 def test_bad_requests():
-    with pytest.raises(UsageError, match="unknown GPU 'cuda:sm_75': expected one of sm_80, sm_90a"):
+    with pytest.raises(UsageError, match="unknown GPU 'cuda:sm_75': expected one of sm_100a, sm_80, sm_86, sm_89, sm_90a"):
         Target.parse("cuda:sm_75")
     with pytest.raises(UsageError, match="expected one of fp32, tf32, fp16, bf16"):
         tcompile.compile(mlp(), target="cuda", precision="fp8", emit_only=True)
@@ -244,7 +267,7 @@ def test_tensors_alive_together_never_overlap(entries):
     assert total <= sum(memory.aligned(life.size_bytes) for life in lives.values())
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", sorted(MACHINES))
 def test_schedules_fit_the_machine(arch):
     target = Target.parse(f"cuda:{arch}")
     for tile in space(target):

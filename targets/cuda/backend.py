@@ -21,10 +21,10 @@ def names() -> list[str]:
 
 
 def resolve(name: str) -> Target:
-    """`""`: the default GPU; otherwise a manifest by name (UsageError lists the names)."""
-    from .machines import DEFAULT, MACHINES
+    """`""`: this machine's GPU, the default one where there is none; otherwise a manifest by name (UsageError lists the names)."""
+    from .machines import MACHINES, detected
 
-    name = name or DEFAULT
+    name = name or detected()
     if name not in MACHINES:
         raise UsageError(f"unknown GPU 'cuda:{name}': expected one of {', '.join(names())}")
     return MACHINES[name]

@@ -65,7 +65,19 @@ def build(sources: Mapping[str, str]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="tcompile-") as folder:
         for name, text in sources.items():
             (Path(folder) / name).write_text(text)
-        flags = ["-shared", "-fPIC", "-std=c++17", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-w", "-DTCOMPILE_SIMT", "-x", "c++"]
+        flags = [
+            "-shared",
+            "-fPIC",
+            "-std=c++17",
+            "-O2",
+            "-march=x86-64-v3",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-w",
+            "-DTCOMPILE_SIMT",
+            "-x",
+            "c++",
+        ]
         line = [compiler, *flags, *(f"-I{path}" for path in ffi_headers()), MODEL, "-o", "lib.so"]
         done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
         if done.returncode:

@@ -6,6 +6,9 @@
         C = epilogue(accumulators)
 
 A convolution is the same product over the windows of its image, whose addresses are computed (implicit GEMM): nothing is copied in global memory.
+
+uint8 times int8 is the same product of words: four consecutive k of an activation lie in one already, and constant weights are packed to words [K / 4][N]. Copies, tiles
+and fragments do not care what a word holds; only `mma.sync` does.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...compiler.tvm import TensorLoad, structural_map
+import numpy as np
+
+from ...compiler.tvm import TensorLoad, structural_map, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, static
-from .kernel import Kernel, Plan, Signature, Unsupported, ctype
+from .kernel import Kernel, Packing, Plan, Signature, Unsupported, ctype
 from .printer import Printer, check_indices
 from .schedule import GemmShape, TileSchedule, best_tile
+
+#: types of A, B and their sums -> number policy of include/tcompile.cuh, consecutive k in a word; fp32 products have the policy that was asked for
+_WORDS = {("float32", "float32", "float32"): ("", 1), ("uint8", "int8", "int32"): ("U8S8", 4)}
 
 
 @dataclass(frozen=True)
@@ -32,59 +40,82 @@ class _Operand:
     offset: str = ""
 
 
-def gemm(fused: Fused, target: Target, policy: str, tile: TileSchedule | None = None) -> Plan:
-    """One kernel, of this tile or the best; raises Unfusable when the function is not for this template."""
+def gemm(fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: TileSchedule | None = None) -> Plan:
+    """One kernel, of this tile or the best; raises Unfusable when the function is not for this template. constants: positions of parameters that may be packed."""
     if fused.core["op"] not in ("matmul", "conv2d"):
         raise Unfusable(f"no tensor-core template for {fused.core['op']}")
-    if any(buffer.ty.dtype != "float32" for buffer in (*fused.inputs, fused.accumulator)):
-        raise Unfusable("not float32")
     if any(static(dim) is None for param in fused.params for dim in param.shape):
         raise Unfusable("sizes known only at run time")
     if any(static(dim) == 0 for param in fused.params for dim in param.shape):
         raise Unfusable("an operand without elements")
     try:
-        return Plan(tuple(fused.params), (_Gemm(fused, target, policy).kernel(tile),))
+        made = _Gemm(fused, target, policy, constants)
+        return Plan(tuple(fused.params), (made.kernel(tile),), made.packings)
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason
 
 
 def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
     """The product that a fused function is; raises Unfusable as `gemm` does for other convolutions."""
-    return _Gemm(fused, target, policy).shape
+    return _Gemm(fused, target, policy, frozenset()).shape
 
 
 class _Gemm:
-    def __init__(self, fused: Fused, target: Target, policy: str):
-        self.fused, self.target, self.policy = fused, target, policy
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int]):
+        self.fused, self.target = fused, target
+        types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
+        if types not in _WORDS:
+            raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
+        own, self.group = _WORDS[types]
+        self.policy, self.sum = own or policy, ctype(types[2])
+        self.packings = () if self.group == 1 else (self._packing(constants),)
         self.signature = Signature((fused.output,))
         self.dims = [int(dim) for dim in fused.accumulator.shape]
         if fused.core["op"] == "conv2d":
             self.batch_dims, self.row_dims, self.k, self.a, self.b = [], self.dims[:-1], *self._windows()
         else:
             self.batch_dims, self.row_dims, self.k, self.a, self.b = self._matrices()
+        #: words of k
         self.m, self.n, self.batch = math.prod(self.row_dims), self.dims[-1], math.prod(self.batch_dims)
 
         self.shape = GemmShape(self.batch, self.m, self.k, self.n, self.a.vector, self.b.vector, "Windows" in self.a.source)
 
     def kernel(self, tile: TileSchedule | None) -> Kernel:
         tile = tile or best_tile(self.shape, self.target, self.policy)
-        a, b = (self.signature.name(buffer) for buffer in self.fused.inputs)
+        operands = [self.fused.inputs[0], self.packings[0].buffer if self.packings else self.fused.inputs[1]]
+        a, b = (self.signature.name(buffer) if self.group == 1 else f"tc::words({self.signature.name(buffer)})" for buffer in operands)
         lines = [f"using T = {tile.source};"]
         for side, name, operand in (("a", a, self.a), ("b", b, self.b)):
             offset = f" + {operand.offset}" if operand.offset else ""
             lines.append(f"const {operand.source} {side}{{{name}{offset}}};")
         lines.append(f"tc::gemm<tc::{self.policy}, T, {self.k}, {self.a.vector}, {self.b.vector}>(a, b, blockIdx.y * T::BM, blockIdx.x * T::BN,")
-        lines.append("                       [&](int m, int n, float sum) {")
+        lines.append(f"                       [&](int m, int n, {self.sum} sum) {{")
         lines += [f"  {line}" for line in self._epilogue()] + ["});"]
         grid = (-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch)
         kind = "conv2d" if self.fused.core["op"] == "conv2d" else "gemm"
-        workload = f"{kind} {self.batch}x{self.m}x{self.k}x{self.n} {self.policy}"
+        workload = f"{kind} {self.batch}x{self.m}x{self.k * self.group}x{self.n} {self.policy}"
         return self.signature.kernel(
             lines, grid=grid, threads=tile.threads, shared_bytes=tile.shared_bytes, kind=kind, workload=workload, schedule=str(tile)
         )
 
+    def _in_words(self, size: int) -> int:
+        if size % self.group:
+            raise Unfusable(f"{size} consecutive elements, no multiple of {self.group}")
+        return size // self.group
+
+    def _packing(self, constants: frozenset[int]) -> Packing:
+        weight = self.fused.inputs[1]
+        if list(self.fused.params).index(weight) not in constants:
+            raise Unfusable("weights that are computed")
+        shape = [int(dim) for dim in weight.shape]
+        if self.fused.core["op"] == "conv2d":
+            shape = [math.prod(shape[:3]), shape[3]]
+        buffer = tirx.decl_buffer((*shape[:-2], shape[-2] // self.group, shape[-1]), "int32", "weights")
+        return Packing(weight, buffer, lambda array: packed(array.reshape(shape), self.group))
+
     def _matrices(self) -> tuple[list[int], list[int], int, _Operand, _Operand]:
         a, b = ([int(dim) for dim in buffer.shape] for buffer in self.fused.inputs)
+        a[-1] = b[-2] = self._in_words(a[-1])
         k, n = b[-2:]
         flat = math.prod(b[:-2]) == 1  # one B for all: the leading dims of A are rows
         batch, rows = ([], self.dims[:-1]) if flat and math.prod(a[:-1]) == math.prod(self.dims[:-1]) else (self.dims[:-2], self.dims[-2:-1])
@@ -115,6 +146,7 @@ class _Gemm:
         if core["groups"] != 1:
             raise Unfusable("grouped convolution")
         batch, height, width, depth = (int(dim) for dim in self.fused.inputs[0].shape)
+        depth = self._in_words(depth)
         taps_h, taps_w, _, features = (int(dim) for dim in self.fused.inputs[1].shape)
         (stride_h, stride_w), (top, left, _, _), (dilate_h, dilate_w) = core["strides"], core["padding"], core["dilation"]
         k = taps_h * taps_w * depth
@@ -157,8 +189,15 @@ class _Gemm:
         return lines
 
 
+def packed(codes: np.ndarray, group: int) -> np.ndarray:
+    """[..., K, N] of one byte each -> words [..., K / group, N] of consecutive k."""
+    *lead, k, n = codes.shape
+    groups = np.moveaxis(codes.reshape(*lead, k // group, group, n), -2, -1)
+    return np.ascontiguousarray(groups).view(np.int32)[..., 0]
+
+
 def vector(columns: int) -> int:
-    """Floats per asynchronous copy along rows of this length: all rows have to be as aligned as the first."""
+    """Floats, or words, per asynchronous copy along rows of this length: all rows have to be as aligned as the first."""
     return next(width for width in (4, 2, 1) if columns % width == 0)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 #: C types by TVM's names
 CTYPES = {
@@ -57,11 +60,21 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """A constant parameter that a kernel reads in another layout, as `buffer`."""
+
+    param: Any
+    buffer: Any
+    pack: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A fused function as kernels in launch order; buffers of theirs that are no parameters of the function are intermediates."""
+    """A fused function as kernels in launch order; buffers of theirs that are neither parameters of the function nor packed are intermediates."""
 
     params: tuple[Any, ...]
     kernels: tuple[Kernel, ...]
+    packings: tuple[Packing, ...] = ()
 
 
 @dataclass

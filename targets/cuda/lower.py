@@ -18,7 +18,7 @@ from ..base import Target
 from ..common.fused import Unfusable, analyze
 from . import attention, generic, scan
 from .gemm import gemm
-from .kernel import Kernel, Plan, Unsupported, elements
+from .kernel import Kernel, Packing, Plan, Unsupported, elements
 from .memory import Lifetime, aligned, plan
 
 
@@ -78,6 +78,7 @@ class _Walk:
         self.values: dict[Any, Any] = {}  # variable -> Tensor, or a list of values
         self.plans: dict[str, tuple[Plan, tuple[str, ...]]] = {}
         self.constants: dict[Any, Tensor] = {}
+        self.fixed = constant_arguments(module)
         self.weight_bytes = 0
         self.temporaries: list[Tensor] = []
         self.blockers: list[Blocker] = []
@@ -126,17 +127,18 @@ class _Walk:
     def _call_tir(self, call: Any) -> Any:
         name = call.args[0].name_hint
         outs = self._outs(call.ty_args[0])
-        operands = [self._value(arg) for arg in call.args[1].fields]
-        func = self.module[name]
+        func, given = self.module[name], list(call.args[1].fields)
         nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         try:
             if len(call.args) > 2:
                 raise Unsupported("sizes known only at run time")
             if name not in self.plans:
-                self._add(name, plan_of(func, self.target, self.policy), nodes)
+                self._add(name, plan_of(func, self.target, self.policy, self.fixed.get(name, frozenset())), nodes)
         except Unsupported as reason:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
             return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
+        packed = {packing.param: packing for packing in self.plans[name][0].packings}
+        operands = [self._packed(arg, packed[param]) if param in packed else self._value(arg) for arg, param in zip(given, func.params, strict=False)]
         self._launch(name, [*operands, *outs])
         return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
 
@@ -164,7 +166,8 @@ class _Walk:
 
     def _launch(self, name: str, tensors: Sequence[Tensor]) -> None:
         made, names = self.plans[name]
-        known = dict(zip(made.params, tensors, strict=True))
+        buffers = {packing.param: packing.buffer for packing in made.packings}
+        known = {buffers.get(param, param): tensor for param, tensor in zip(made.params, tensors, strict=True)}
         for own, kernel in zip(names, made.kernels, strict=True):
             for buffer in kernel.buffers:
                 if buffer not in known:
@@ -193,12 +196,19 @@ class _Walk:
         return count
 
     def _constant(self, expr: Any) -> Tensor:
-        if expr not in self.constants:
-            value = expr.value.numpy()
+        return self._stored(expr, expr.value.numpy)
+
+    def _packed(self, expr: Any, packing: Packing) -> Tensor:
+        """A constant in the layout that a kernel reads; those of equal shape share it."""
+        return self._stored((expr, tuple(int(dim) for dim in packing.buffer.shape)), lambda: packing.pack(expr.value.numpy()))
+
+    def _stored(self, key: Any, make: Callable[[], np.ndarray]) -> Tensor:
+        if key not in self.constants:
+            value = make()
             self.result.weights[f"{len(self.constants):04d}"] = value
-            self.constants[expr] = Tensor(value.nbytes, Place("weights", self.weight_bytes))
+            self.constants[key] = Tensor(value.nbytes, Place("weights", self.weight_bytes))
             self.weight_bytes += aligned(value.nbytes)
-        return self.constants[expr]
+        return self.constants[key]
 
     def _refuse(self, node: str, reason: str, kind: Any) -> Any:
         self.blockers.append(Blocker(node, "", reason))
@@ -229,9 +239,26 @@ class _Walk:
             self.temporaries[key].place = Place("workspace", offset)
 
 
-def plan_of(func: Any, target: Target, policy: str) -> Plan:
-    """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does."""
+def constant_arguments(module: Any) -> dict[str, frozenset[int]]:
+    """Per kernel: the positions of arguments that are constants in every call."""
+    found: dict[str, frozenset[int]] = {}
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
+            own = frozenset(position for position, arg in enumerate(expr.args[1].fields) if isinstance(arg, Constant))
+            name = expr.args[0].name_hint
+            found[name] = found.get(name, own) & own
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    return found
+
+
+def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset()) -> Plan:
+    """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does.
+
+    constants: positions of parameters that are known at compile time.
+    """
     try:
-        return gemm(analyze(func), target, policy)
+        return gemm(analyze(func), target, policy, constants)
     except Unfusable as reason:
         return generic.schedule(func, str(reason))

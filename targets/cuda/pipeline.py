@@ -14,6 +14,8 @@ from ..common import legalize as definitions
 from . import attention, toolchain
 from .host import sources
 from .lower import Launches, sequence
+from .machines import EMIT_ONLY
+from .words import FillWords
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
@@ -37,6 +39,8 @@ def lower(steps: Steps) -> Lowered:
     precision = options.precision or DEFAULT_PRECISION
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
+    if steps.target.name in EMIT_ONLY and not options.emit_only:
+        raise UsageError(f"{steps.target.text}: there are sources for it, but no library; give --emit-only")
     require_fixed(steps.program.inputs)
     nvcc = None if options.emit_only else toolchain.find_nvcc()
     policy, meaning = PRECISIONS[precision]
@@ -103,7 +107,7 @@ def rows(launches: Launches) -> list[dict[str, Any]]:
 
 
 def _legalize(program: Program) -> Any:
-    module = _Decompose(relax.transform.DecomposeOpsForInference()(program.module)).apply()
+    module = FillWords(_Decompose(relax.transform.DecomposeOpsForInference()(program.module)).apply()).apply()
     module = definitions.legalize(module, keep=(dialect.NAME,))
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
 

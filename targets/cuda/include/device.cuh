@@ -12,6 +12,7 @@
 namespace tc {
 
 TC_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+TC_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 TC_DEVICE void report(int* error, int site) { atomicCAS(error, 0, site); }
 template <class V> TC_DEVICE V shuffle_xor(V value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 TC_DEVICE bool shuffle_xor(bool value, int mask) { return __shfl_xor_sync(0xffffffffu, (int)value, mask) != 0; }
@@ -60,6 +61,12 @@ template <bool BF16> TC_DEVICE void mma_half(float (&c)[4], uint32_t a0, uint32_
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+TC_DEVICE void mma_u8s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 }  // namespace tc

@@ -66,21 +66,38 @@ template <class T> TC_DEVICE T divisor(T value, int* error, int site) {
 struct alignas(8) Pair { float x, y; };
 TC_DEVICE Pair pair(const float* p) { return *reinterpret_cast<const Pair*>(p); }
 
-struct Tf32 {  // inputs rounded to 11 significant bits, sums in fp32
+// Operands of a word per value: Mma says how a value becomes a word, and multiplies 8 words of k.
+template <class Mma> struct Words {
+  using Sum = typename Mma::Sum;
   static constexpr bool blocked = false;
   struct A { uint32_t r[8]; };
   struct B { uint32_t r[4]; };
   static TC_DEVICE A a(Pair g0, Pair h0, Pair g1, Pair h1) {
-    return {{tf32(g0.x), tf32(h0.x), tf32(g0.y), tf32(h0.y), tf32(g1.x), tf32(h1.x), tf32(g1.y), tf32(h1.y)}};
+    return {{Mma::word(g0.x), Mma::word(h0.x), Mma::word(g0.y), Mma::word(h0.y), Mma::word(g1.x), Mma::word(h1.x), Mma::word(g1.y), Mma::word(h1.y)}};
   }
-  static TC_DEVICE B b(Pair k0, Pair k1) { return {{tf32(k0.x), tf32(k0.y), tf32(k1.x), tf32(k1.y)}}; }
-  static TC_DEVICE void mma(float (&c)[4], const A& a, const B& b) {
-    mma_tf32(c, a.r[0], a.r[1], a.r[2], a.r[3], b.r[0], b.r[1]);
-    mma_tf32(c, a.r[4], a.r[5], a.r[6], a.r[7], b.r[2], b.r[3]);
+  static TC_DEVICE B b(Pair k0, Pair k1) { return {{Mma::word(k0.x), Mma::word(k0.y), Mma::word(k1.x), Mma::word(k1.y)}}; }
+  static TC_DEVICE void mma(Sum (&c)[4], const A& a, const B& b) {
+    Mma::mma(c, a.r[0], a.r[1], a.r[2], a.r[3], b.r[0], b.r[1]);
+    Mma::mma(c, a.r[4], a.r[5], a.r[6], a.r[7], b.r[2], b.r[3]);
   }
 };
 
+struct MmaTf32 {  // inputs rounded to 11 significant bits, sums in fp32
+  using Sum = float;
+  static TC_DEVICE uint32_t word(float x) { return tf32(x); }
+  static TC_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_tf32(c, a0, a1, a2, a3, b0, b1); }
+};
+using Tf32 = Words<MmaTf32>;
+
+struct MmaU8S8 {  // four bytes of consecutive k lie in a word, in memory already; sums are exact
+  using Sum = int;
+  static TC_DEVICE uint32_t word(float x) { return as_bits(x); }
+  static TC_DEVICE void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_u8s8(c, a0, a1, a2, a3, b0, b1); }
+};
+using U8S8 = Words<MmaU8S8>;
+
 struct Fp32 {  // 3xTF32: x = big + small, products big*big + big*small + small*big: fp32's accuracy on tensor cores
+  using Sum = float;
   static constexpr bool blocked = true;  // every k block is summed apart: the tensor core truncates its sums
   struct A { uint32_t big[8], small[8]; };
   struct B { uint32_t big[4], small[4]; };
@@ -115,6 +132,7 @@ struct Fp32 {  // 3xTF32: x = big + small, products big*big + big*small + small*
 };
 
 template <bool BF16> struct Half {  // inputs rounded to fp16 (11 significant bits, up to 65504) or bf16 (8 bits), sums in fp32
+  using Sum = float;
   static constexpr bool blocked = false;
   struct A { uint32_t r[4]; };
   struct B { uint32_t r[2]; };
@@ -127,7 +145,10 @@ using Fp16 = Half<false>;
 using Bf16 = Half<true>;
 
 // ---- operands ----------------------------------------------------------------------------------------------------------------------------------------
-// A source gives the address of its element (r, c), or null outside of it, where zeros are read.
+// A source gives the address of its element (r, c), or null outside of it, where zeros are read. Elements are floats, or words of shorter numbers, which are
+// copied as floats are.
+TC_DEVICE const float* words(const void* data) { return static_cast<const float*>(data); }
+
 template <int ROWS, int COLS> struct Matrix {  // row-major
   const float* data;
   TC_DEVICE const float* at(int r, int c) const { return r < ROWS && c < COLS ? data + (size_t)r * COLS + c : nullptr; }
@@ -173,7 +194,7 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, int m0, int n0, const Ep
   constexpr int STEPS = (K + T::BK - 1) / T::BK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int wm = warp / T::WN * (T::MT * 16), wn = warp % T::WN * (T::NT * 8);
-  float c[T::MT][T::NT][4] = {};
+  typename P::Sum c[T::MT][T::NT][4] = {};
   auto fill = [&](int step) {
     float* slot = shared + step % T::STAGES * T::STAGE_FLOATS;
     stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(slot, a, m0, step * T::BK);
@@ -192,7 +213,7 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, int m0, int n0, const Ep
     commit_copies();
     const float* as = shared + step % T::STAGES * T::STAGE_FLOATS;
     const float* bs = as + T::A_FLOATS;
-    float block[T::MT][T::NT][4] = {};
+    typename P::Sum block[T::MT][T::NT][4] = {};
 #pragma unroll
     for (int k = 0; k < T::BK; k += 16) {
       typename P::A fa[T::MT];
