@@ -83,6 +83,12 @@ class _Peephole(relax.PyExprMutator):
         result = rule(self, call) if rule else None
         return call if result is None else result
 
+    def visit_tuple_getitem_(self, item: Any) -> Any:
+        item = super().visit_tuple_getitem_(item)
+        call = self._defining(item.tuple_value, "relax.nn.batch_norm") if item.index == 0 else None
+        result = _batch_norm(self, call) if call is not None else None
+        return item if result is None else result
+
 
 def count_uses(function: Any) -> dict[Any, int]:
     """How often each variable is read."""
@@ -152,18 +158,51 @@ def _neutral(value: float) -> Callable[[_Peephole, Any], Any]:
     return rule
 
 
+def _batch_norm(self: _Peephole, call: Any) -> Any:
+    """x * scale + shift, for statistics that are constants."""
+    values = [constant_value(arg) for arg in call.args[1:]]
+    attrs = call.attrs
+    if attrs.training or any(value is None for value in values):
+        return None
+    shape = [-1 if axis == int(attrs.axis) % call.args[0].ty.ndim else 1 for axis in range(call.args[0].ty.ndim)]
+    gamma, beta, mean, variance = (value.astype(np.float64).reshape(shape) for value in values if value is not None)
+    factor = (gamma if attrs.scale else 1.0) / np.sqrt(variance + attrs.epsilon)
+    shift = (beta if attrs.center else 0.0) - mean * factor
+    dtype = str(call.args[0].ty.dtype)
+    scale, shift = (relax.const(value.astype(dtype), dtype) for value in (factor, shift))
+    self._count("batch_norm")
+    return relax.op.add(self.builder_.emit(relax.op.multiply(call.args[0], scale)), shift)
+
+
+#: convolutions by the axis of their weight that a scale of the output channels runs along, where there is one
+_CONVOLUTIONS = {
+    f"relax.nn.conv{axes}d{suffix}": (axis, layout)
+    for axes, layout in ((1, "NCW"), (2, "NCHW"), (3, "NCDHW"))
+    for suffix, axis in (("", 0), ("_transpose", 1))
+}
+
+
 def _fold_scale(self: _Peephole, call: Any) -> Any:
-    """conv(x, W) * s -> conv(x, W * s): the scale half of a batch-norm."""
+    """conv(x, W) * s -> conv(x, W * s), also transposed: the scale half of a batch-norm."""
     for scale_arg, other in ((call.args[1], call.args[0]), (call.args[0], call.args[1])):
         scale = constant_value(scale_arg)
-        conv = self._defining(other, "relax.nn.conv2d")
-        if scale is None or conv is None or conv.attrs.data_layout != "NCHW" or self.uses.get(other, 2) > 1:
+        conv = self._defining(other, set(_CONVOLUTIONS))
+        if scale is None or conv is None or self.uses.get(other, 2) > 1:
             continue
-        weight = constant_value(conv.args[1])
-        if weight is None or scale.size not in (1, weight.shape[0]) or (scale.size > 1 and scale.shape[-3:] != (weight.shape[0], 1, 1)):
+        axis, layout = _CONVOLUTIONS[conv.op.name]
+        weight, groups = constant_value(conv.args[1]), int(conv.attrs.groups)
+        if weight is None or conv.attrs.data_layout != layout:
+            continue
+        channels, spatial = weight.shape[axis] * (groups if axis else 1), (1,) * (weight.ndim - 2)
+        if scale.size > 1 and scale.shape[-weight.ndim + 1 :] != (channels, *spatial):
+            continue
+        if scale.size not in (1, channels):
             continue
         self._count("scale_into_weight")
-        scaled = (weight * scale.reshape(-1, 1, 1, 1)).astype(weight.dtype)
+        scale = np.broadcast_to(scale.reshape(-1), (channels,))
+        # transposed: [Ci, Co / groups, ...], where every input channel has the outputs of its group
+        factor = np.repeat(scale.reshape(groups, -1), len(weight) // groups, axis=0) if axis else scale[:, None]
+        scaled = (weight * factor.reshape(*factor.shape, *spatial)).astype(weight.dtype)
         return relax.Call(conv.op, [conv.args[0], relax.const(scaled, str(scaled.dtype))], conv.attrs)
     return None
 

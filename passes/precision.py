@@ -44,6 +44,8 @@ class Precision(Pass):
         if context.target.kind != "cpu":
             raise UsageError(f"precision: this pass is for CPUs; the compile option chooses the products of {context.target.text}")
         graph = analyze(program)
+        # depthwise convolutions have one product per lane, and words of two numbers would only widen them
+        graph.sites = [site for site in graph.sites if not site.depthwise]
         if unknown := set(self.skip) - {site.name for site in graph.sites}:
             raise UsageError(f"precision: skip names no layer {', '.join(sorted(unknown))}; there are {', '.join(site.name for site in graph.sites)}")
         sites = [site for site in graph.sites if site.name not in self.skip]
@@ -107,4 +109,4 @@ class _Rewriter(relax.PyExprMutator):
             return self.builder_.emit(relax.op.matmul(x, weight, out_dtype="float32"), name)
         attrs = site.call.attrs
         numbers = ([int(value) for value in values] for values in (attrs.strides, attrs.padding, attrs.dilation))
-        return self.builder_.emit(relax.op.nn.conv2d(x, weight, *numbers, 1, "NCHW", "OIHW", "NCHW", "float32"), name)
+        return self.builder_.emit(relax.op.nn.conv2d(x, weight, *numbers, int(attrs.groups), "NCHW", "OIHW", "NCHW", "float32"), name)

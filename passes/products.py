@@ -19,7 +19,7 @@ VIEWS = ("relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze")
 class Site:
     """One product by a constant weight.
 
-    kind: "matmul" (x: [..., M, K], weight [K, N]) or "conv2d" (x: NCHW, weight OIHW). source: the variable whose codes are made once for all its readers; the operand is
+    kind: "matmul" (x: [..., M, K], weight [K, N]) or "conv2d" (x: NCHW, weight OIHW, I the channels of a group). source: the variable whose codes are made once for all its readers; the operand is
     a view of it. bias: what is added per output channel right behind, `total` the variable of that sum; total is the product itself without a bias.
     """
 
@@ -39,9 +39,20 @@ class Site:
         return self.weight.shape[-1] if self.kind == "matmul" else self.weight.shape[0]
 
     @property
-    def matrix(self) -> np.ndarray:
-        """The weight as [K, N]; rows in the order of `patches`."""
-        return self.weight if self.kind == "matmul" else self.weight.reshape(len(self.weight), -1).T
+    def groups(self) -> int:
+        return 1 if self.kind == "matmul" else int(self.call.attrs.groups)
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel for every output channel."""
+        return self.groups > 1 and self.weight.shape[1] == 1
+
+    def product(self, rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """[R, N]: rows [R, groups * K] in the order of `patches` times a weight of the shape of this one's."""
+        if self.kind == "matmul":
+            return rows @ weight
+        parts = zip(np.split(rows, self.groups, axis=1), np.split(weight, self.groups), strict=True)
+        return np.concatenate([part @ filters.reshape(len(filters), -1).T for part, filters in parts], axis=1)
 
     def per_channel(self, values: np.ndarray) -> np.ndarray:
         """[N] values in the shape that broadcasts over the output."""
@@ -160,8 +171,7 @@ def _site(graph: Graph, var: Any, call: Any, origins: Mapping[str, str]) -> Site
         return None
     if kind == "conv2d":
         attrs = call.attrs
-        # depthwise and grouped convolutions are bound by memory, and lose most by codes: they stay
-        if (attrs.data_layout, attrs.kernel_layout, attrs.out_layout or "NCHW") != ("NCHW", "OIHW", "NCHW") or int(attrs.groups) != 1:
+        if (attrs.data_layout, attrs.kernel_layout, attrs.out_layout or "NCHW") != ("NCHW", "OIHW", "NCHW"):
             return None
     total, bias = var, None
     reader = graph.single_reader(var)
@@ -185,7 +195,7 @@ def product_bias(add: Any, var: Any, kind: str, weight: np.ndarray) -> np.ndarra
 
 
 def patches(x: np.ndarray, site: Site, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Rows of `site.matrix`'s operand: rows of x [..., M, K], or windows of the padded x [N, C, H, W] flattened as (C, kh, kw), at most `count` at random."""
+    """Rows of what a site multiplies: rows of x [..., M, K], or windows of the padded x [N, C, H, W] flattened as (C, kh, kw), at most `count` at random."""
     if site.kind == "matmul":
         rows = x.reshape(-1, x.shape[-1])
         return rows if len(rows) <= count else rows[generator.choice(len(rows), count, replace=False)]

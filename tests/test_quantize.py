@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tcompile.passes.quantization.quantize import Quantize
 from tcompile.targets.base import Target
 
 RNG = np.random.default_rng(0)
-CPU = Target.parse("cpu")
+#: this machine, also where it multiplies integers by pairs only
+CPU = replace(Target.parse("cpu"), formats=Target.parse("cpu").formats | {"int8"})
 
 
 class Mlp(torch.nn.Module):
@@ -40,6 +42,20 @@ class Mlp(torch.nn.Module):
     def forward(self, x):
         y = self.norm(x)
         return self.c(torch.relu(self.a(y)) * self.b(y))
+
+
+class Separable(torch.nn.Module):
+    """Depthwise with a multiplier of one and of two, grouped, all with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.point, self.depth = torch.nn.Conv2d(3, 12, 1), torch.nn.Conv2d(12, 12, 3, 2, 1, groups=12)
+        self.twice, self.grouped = torch.nn.Conv2d(12, 24, (5, 1), padding=(2, 0), groups=12), torch.nn.Conv2d(24, 20, 3, padding=2, dilation=2, groups=4)
+
+    def forward(self, x):
+        x = torch.nn.functional.hardswish(self.depth(torch.relu(self.point(x))))
+        return self.grouped(torch.sigmoid(self.twice(x)))
 
 
 class Residual(torch.nn.Module):
@@ -60,9 +76,8 @@ def data(shape: tuple[int, ...], count: int = 6) -> list[dict[str, np.ndarray]]:
 
 
 def compiled(net: torch.nn.Module, samples: list[dict[str, np.ndarray]], quantize: Any, **options: Any) -> Any:
-    return tcompile.compile(
-        net.eval(), example_inputs=(torch.from_numpy(samples[0]["x"]),), quantize=quantize, calibration=[(x["x"],) for x in samples], **options
-    )
+    calls = [(x["x"],) for x in samples]
+    return tcompile.compile(net.eval(), CPU, example_inputs=(torch.from_numpy(samples[0]["x"]),), quantize=quantize, calibration=calls, **options)
 
 
 def quantize_report(model: Any) -> dict[str, Any]:
@@ -114,6 +129,20 @@ def test_convolutions_and_residual_stay_in_codes() -> None:
     assert len(alone) == 1, alone
 
 
+def test_grouped_and_depthwise_convolutions() -> None:
+    samples, net = data((2, 3, 13, 11)), Separable()
+    model = compiled(net, samples, "int8")
+    report = quantize_report(model)
+    assert report["matches"] == {"conv2d": 4}
+    assert all(row["sqnr_db"] > 30 for row in report["tables"]["quantized layers"])
+    depthwise = report["tables"]["quantized layers"][1]
+    assert depthwise["weight"] == "12x1x3x3" and depthwise["int8_bound_us"] == depthwise["fp32_bound_us"]
+    x = samples[2]["x"]
+    assert relative(model(x), net(torch.from_numpy(x)).detach().numpy()) < 0.04
+    assert sum("u8s8" in kernel["workload"] for kernel in model.report()["kernels"]) == 4
+    assert any(kernel["template"] == "conv_depthwise" for kernel in model.report()["kernels"])
+
+
 def test_smoothing_moves_outliers_into_the_weights() -> None:
     net, samples = Mlp(), data((16, 20))
     with torch.no_grad():
@@ -147,7 +176,7 @@ def test_a_limit_that_no_layer_meets_is_a_failed_verification() -> None:
 
 def test_without_calibration() -> None:
     with pytest.raises(UsageError, match="--calibration"):
-        tcompile.compile(Mlp().eval(), example_inputs=(torch.zeros(5, 20),), quantize="int8")
+        tcompile.compile(Mlp().eval(), CPU, example_inputs=(torch.zeros(5, 20),), quantize="int8")
 
 
 def test_empty_calibration() -> None:
@@ -270,9 +299,7 @@ def test_dynamic_rows() -> None:
     net, samples = Mlp().eval(), data((60, 20), 3)
     samples[1]["x"] = RNG.standard_normal((9, 20)).astype(np.float32)
     dims = {"x": "1..8..64x20"}
-    model = tcompile.compile(
-        net, example_inputs=(torch.from_numpy(samples[0]["x"]),), shapes=dims, quantize="int8", calibration=[(s["x"],) for s in samples]
-    )
+    model = compiled(net, samples, "int8", shapes=dims)
     for rows in (1, 5, 13):
         x = RNG.standard_normal((rows, 20)).astype(np.float32).clip(-2, 2)
         assert relative(model(x), net(torch.from_numpy(x)).detach().numpy()) < 0.1

@@ -180,14 +180,14 @@ class _Static:
     def _row(self, site: Site, affine: Affine) -> dict[str, Any]:
         """A layer's own error on sampled rows of its operand, and the least time its multiply-adds take."""
         x = np.concatenate(self.operands[site.var])
-        exact = x @ site.matrix
-        weight = weight_format(site).encode(site.weight).decode()
-        codes = affine.decode(affine.encode(x))
-        ours = codes @ (weight if site.kind == "matmul" else weight.reshape(len(weight), -1).T)
+        exact = site.product(x, site.weight)
+        ours = site.product(affine.decode(affine.encode(x)), weight_format(site).encode(site.weight).decode())
         power, noise = float(np.mean(exact**2)), float(np.mean((exact - ours) ** 2))
         ratio = 10 * math.log10(power / noise) if power and noise else math.inf if power else 0.0
         work = 2 * site.multiplications(self.shapes[site.x]) / 1e3
         target = self.context.target
+        # one product per lane and instruction is all that a depthwise convolution has
+        int8 = target.peak_gflops("float32" if site.depthwise else "int8")
         return {
             "layer": site.name,
             "kind": site.kind,
@@ -197,7 +197,7 @@ class _Static:
             "scale": float(f"{affine.scale:.6g}"),
             "zero": affine.zero,
             "fp32_bound_us": round(work / target.peak_gflops("float32") / target.cores, 2),
-            "int8_bound_us": round(work / target.peak_gflops("int8") / target.cores, 2),
+            "int8_bound_us": round(work / int8 / target.cores, 2),
         }
 
     def _within(

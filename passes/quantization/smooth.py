@@ -77,7 +77,7 @@ def _last(expr: Any) -> int:
 def factors(statistics: Statistics, sites: list[Site], strength: float) -> np.ndarray:
     """[K] factors, 1 for channels without activations or weights; their geometric mean is 1, so ranges stay comparable."""
     top = statistics.top.astype(np.float64)
-    weight = np.max([np.abs(site.matrix).max(axis=1) for site in sites], axis=0).astype(np.float64)
+    weight = np.max([np.abs(site.weight).max(axis=1) for site in sites], axis=0).astype(np.float64)
     used = (top > 0) & (weight > 0)
     factor = np.ones_like(top)
     factor[used] = top[used] ** strength / weight[used] ** (1 - strength)
