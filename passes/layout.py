@@ -21,8 +21,7 @@ from .layout_rules import RULES, Form, identity, inverse, reshaped
 
 @dataclass(frozen=True)
 class ChannelsLast(Pass):
-    """Rewrite NCHW convolutions to NHWC (weights HWIO) and carry the layout through the graph; conv1d becomes conv2d of height one,
-    a conv2d_transpose whose windows do not overlap a 1x1 convolution."""
+    """Rewrite NCHW convolutions to NHWC (weights HWIO) and carry the layout through the graph."""
 
     name: ClassVar[str] = "channels_last"
 
@@ -37,7 +36,7 @@ class ChannelsLast(Pass):
 
 
 def _has_convolution(function: Any) -> bool:
-    return any(_count(function, f"relax.nn.{op}") for op in ("conv1d", "conv2d", "conv2d_transpose"))
+    return _count(function, "relax.nn.conv2d") > 0
 
 
 def _count(function: Any, op: str) -> int:

@@ -29,7 +29,6 @@ Rule = Callable[[Any, Any], Form | None]
 RULES: dict[str, Rule] = {}
 
 NCHW_TO_NHWC: Perm = (0, 2, 3, 1)
-NCW_TO_NWC: Perm = (0, 2, 1)
 OIHW_TO_HWIO: Perm = (2, 3, 1, 0)
 
 
@@ -66,45 +65,6 @@ def _conv2d(rewriter: Any, call: Any) -> Form | None:
     return Form(_nhwc(x, w, attrs.strides, attrs.padding, attrs.dilation, attrs.groups, attrs.out_dtype), NCHW_TO_NHWC)
 
 
-@rule("nn.conv1d")
-def _conv1d(rewriter: Any, call: Any) -> Form | None:
-    attrs = call.attrs
-    if attrs.data_layout != "NCW" or attrs.kernel_layout != "OIW" or attrs.out_layout not in ("", "NCW"):
-        return None
-    x = rewriter.emit(relax.op.expand_dims(rewriter.taken(call.args[0], NCW_TO_NWC), 1))
-    w = rewriter.taken(call.args[1], (2, 1, 0))
-    w = constant_or(w, lambda array: array[None], lambda expr: rewriter.emit(relax.op.expand_dims(expr, 0)))
-    left, right = attrs.padding
-    rewriter.convolutions += 1
-    y = _nhwc(x, w, [1, *attrs.strides], [0, left, 0, right], [1, *attrs.dilation], attrs.groups, attrs.out_dtype)
-    return Form(relax.op.squeeze(rewriter.emit(y), [1]), NCW_TO_NWC)
-
-
-@rule("nn.conv2d_transpose")
-def _conv2d_transpose(rewriter: Any, call: Any) -> Form | None:
-    """A transposed convolution whose windows tile the output (stride = kernel) is a 1x1 convolution to kh * kw * Co channels, spread out over the pixels."""
-    attrs = call.attrs
-    x, w = call.args
-    kernel = [int(size) for size in list(w.ty.shape)[2:]]
-    tiling = [int(stride) for stride in attrs.strides] == kernel and not any(int(pad) for pad in [*attrs.padding, *attrs.output_padding])
-    if not (
-        tiling
-        and is_constant(w)
-        and attrs.groups == 1
-        and (attrs.data_layout, attrs.kernel_layout) == ("NCHW", "IOHW")
-        and attrs.out_layout in ("", "NCHW")
-    ):
-        return None
-    (kh, kw), (ci, co) = kernel, w.value.numpy().shape[:2]
-    weight = constant_or(w, lambda array: array.transpose(0, 2, 3, 1).reshape(1, 1, ci, kh * kw * co), lambda expr: expr)
-    y = rewriter.emit(_nhwc(rewriter.taken(x, NCHW_TO_NHWC), weight, [1, 1], [0, 0, 0, 0], [1, 1], 1, attrs.out_dtype))
-    n, height, width, _ = y.ty.shape
-    y = rewriter.emit(reshaped(y, [n, height, width, kh, kw * co]))
-    y = rewriter.emit(relax.op.permute_dims(y, [0, 1, 3, 2, 4]))
-    rewriter.convolutions += 1
-    return Form(reshaped(y, [n, height * kh, width * kw, co]), NCHW_TO_NHWC)
-
-
 def _nhwc(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, groups: int, out_dtype: Any) -> Any:
     return relax.op.nn.conv2d(x, w, list(strides), list(padding), list(dilation), groups, "NHWC", "HWIO", "NHWC", out_dtype)
 
@@ -139,7 +99,7 @@ def _spatial(rewriter: Any, call: Any) -> Form | None:
     return Form(pool(x, *window, "NHWC", "NHWC"), form.perm)
 
 
-_UNARY = [
+UNARY = [
     "abs",
     "acos",
     "acosh",
@@ -181,7 +141,7 @@ _UNARY = [
     "nn.selu",
     "nn.relu6",
 ]
-_BINARY = [
+BINARY = [
     "add",
     "subtract",
     "multiply",
@@ -208,7 +168,7 @@ _BINARY = [
 ]
 
 
-@rule(*_UNARY)
+@rule(*UNARY)
 def _unary(rewriter: Any, call: Any) -> Form | None:
     form = rewriter.form(call.args[0])
     if form.perm == identity(len(form.perm)):
@@ -216,7 +176,7 @@ def _unary(rewriter: Any, call: Any) -> Form | None:
     return Form(_again(rewriter, call, [form.expr, *call.args[1:]]), form.perm)
 
 
-@rule(*_BINARY)
+@rule(*BINARY)
 def _broadcast(rewriter: Any, call: Any) -> Form | None:
     """Element-wise with broadcasting: the largest permuted operand decides, the others follow."""
     rank = len(call.ty.shape)
@@ -277,6 +237,16 @@ def _pad(rewriter: Any, call: Any) -> Form | None:
     widths = [int(width) for width in attrs.pad_width]
     pairs = [widths[2 * axis + side] for axis in form.perm for side in (0, 1)]
     return Form(relax.op.nn.pad(form.expr, pairs, attrs.pad_mode, attrs.pad_value), form.perm)
+
+
+@rule("strided_slice")
+def _strided_slice(rewriter: Any, call: Any) -> Form | None:
+    form = rewriter.form(call.args[0])
+    rank = len(form.perm)
+    if form.perm == identity(rank):
+        return None
+    axes = relax.Tuple([tirx.IntImm("int64", form.perm.index(int(axis) % rank)) for axis in call.args[1].fields])
+    return Form(relax.Call(call.op, [form.expr, axes, *call.args[2:]], call.attrs), form.perm)
 
 
 @rule("split")
@@ -342,11 +312,13 @@ def _reshape(rewriter: Any, call: Any) -> Form | None:
         position = next(index for index, (inside, _) in enumerate(groups) if axis in inside)
         if not order or order[-1] != position:
             order.append(position)
-    together = [axis for position in order for axis in groups[position][0]]
-    if len(set(order)) != len(order) or together != list(form.perm):
-        return None
+    order = list(dict.fromkeys(order))
+    together = tuple(axis for position in order for axis in groups[position][0])
     perm = tuple(axis for position in order for axis in groups[position][1])
-    return Form(reshaped(form.expr, [target[axis] for axis in perm]), perm)
+    if together != form.perm and perm != NCHW_TO_NHWC:
+        return None
+    # dims that are joined and lie apart have to be moved; to where images want them
+    return Form(reshaped(rewriter.taken(call.args[0], together), [target[axis] for axis in perm]), perm)
 
 
 def _groups(source: list[Any], target: list[Any]) -> list[tuple[list[int], list[int]]] | None:

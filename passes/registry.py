@@ -5,6 +5,7 @@ from __future__ import annotations
 from .attention.fuse import FuseAttention
 from .base import Pass
 from .canonicalize import Canonicalize
+from .convolutions import Convolutions
 from .layout import ChannelsLast
 from .normalization import RecognizeNormalizations
 from .precision import Precision
@@ -15,5 +16,16 @@ from .token_pruning.prune import TokenPruning
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (Canonicalize, RecognizeQdq, RecognizeNormalizations, FuseAttention, TokenPruning, Sparsify, Quantize, Precision, ChannelsLast)
+    for cls in (
+        Canonicalize,
+        Convolutions,
+        RecognizeQdq,
+        RecognizeNormalizations,
+        FuseAttention,
+        TokenPruning,
+        Sparsify,
+        Quantize,
+        Precision,
+        ChannelsLast,
+    )
 }

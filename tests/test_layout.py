@@ -114,31 +114,13 @@ def test_sequence_head_comes_free() -> None:
     check(("n", 3, 8, "w"), (2, 3, 8, 13), 1, body)
 
 
-def test_channel_shuffle_falls_back_where_it_must() -> None:
+def test_channel_shuffle_moves_channels_alone() -> None:
     def body(emit: Any, x: Any) -> Any:
         y = emit(op.reshape(conv(emit, x, 8, groups=1), (1, 2, 4, 6, 6)))
         y = emit(op.reshape(emit(op.permute_dims(y, [0, 2, 1, 3, 4])), (1, 8, 6, 6)))
         return conv(emit, y, 4)
 
-    check((1, 3, 6, 6), (1, 3, 6, 6), 4, body)
-
-
-def test_conv1d_becomes_conv2d() -> None:
-    def body(emit: Any, x: Any) -> Any:
-        y = emit(op.nn.conv1d(x, weight(6, 4, 3), strides=2, padding=1))
-        return emit(op.nn.relu(emit(op.add(y, weight(1, 6, 1)))))
-
-    after = check((2, 4, "w"), (2, 4, 11), 2, body)
-    assert "nn.conv1d" not in after.module.script()
-
-
-def test_tiling_transposed_convolution_becomes_pointwise() -> None:
-    def body(emit: Any, x: Any) -> Any:
-        y = emit(op.nn.conv2d_transpose(conv(emit, x, 4), weight(4, 5, 2, 3), strides=(2, 3)))
-        return emit(op.nn.relu(emit(op.add(y, weight(1, 5, 1, 1)))))
-
-    after = check((1, 3, "h", "w"), (1, 3, 4, 5), 3, body)
-    assert "conv2d_transpose" not in after.module.script()
+    check((1, 3, 6, 6), (1, 3, 6, 6), 3, body)
 
 
 def test_match_cast_keeps_the_layout() -> None:

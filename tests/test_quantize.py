@@ -51,7 +51,10 @@ class Separable(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.point, self.depth = torch.nn.Conv2d(3, 12, 1), torch.nn.Conv2d(12, 12, 3, 2, 1, groups=12)
-        self.twice, self.grouped = torch.nn.Conv2d(12, 24, (5, 1), padding=(2, 0), groups=12), torch.nn.Conv2d(24, 20, 3, padding=2, dilation=2, groups=4)
+        self.twice, self.grouped = (
+            torch.nn.Conv2d(12, 24, (5, 1), padding=(2, 0), groups=12),
+            torch.nn.Conv2d(24, 20, 3, padding=2, dilation=2, groups=4),
+        )
 
     def forward(self, x):
         x = torch.nn.functional.hardswish(self.depth(torch.relu(self.point(x))))

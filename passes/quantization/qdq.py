@@ -164,7 +164,12 @@ class _Recognizer(relax.PyExprMutator):
         return call is not None and isinstance(call.args[0], relax.Var) and _per_tensor(call) is not None
 
     def _weight(self, expr: Any, channel: int) -> Encoded | None:
-        """Constant int8 codes with scales per slice along `channel`, through a transpose."""
+        """Constant int8 codes with scales per slice along `channel`, through a transpose or a view that keeps the channels in front."""
+        view = self.graph.defining(expr, *VIEWS)
+        if view is not None and channel == 0 and view.ty.shape[0] == view.args[0].ty.shape[0]:
+            inner = self._weight(view.args[0], 0)
+            shape = [int(size) for size in view.ty.shape]
+            return inner and Encoded(inner.codes.reshape(shape), *(part.reshape(-1, *[1] * (len(shape) - 1)) for part in (inner.scale, inner.zero)))
         transpose = self.graph.defining(expr, "relax.permute_dims")
         axes = None
         if transpose is not None:
