@@ -58,7 +58,7 @@ def right(model) -> float:
 def test_the_command_compresses_compiles_and_reports(files):
     model = tcompile.load(files / "vit.tcm")
     plain = tcompile.compile(ZOO["mnist-vit"].onnx_path(), shapes={"x": (1, 1, 28, 28)})
-    assert right(model) >= right(plain) - 0.06
+    assert right(model) >= right(plain) - 0.07
     report = model.report()
     steps = {entry["name"]: entry for entry in report["passes"]}
     order = [entry["name"] for entry in report["passes"] if entry.get("lossy")]

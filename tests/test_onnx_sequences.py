@@ -91,8 +91,15 @@ def test_an_optional_is_its_element():
         ([node("SequenceConstruct", ["x"], ["y"])], "a sequence cannot be used as a tensor"),
         ([node("SequenceEmpty", [], ["s"]), node("SequenceErase", ["s"], ["t"]), node("SequenceAt", ["t", "i"], ["y"])], "an empty sequence"),
         ([node("SequenceEmpty", [], ["s"]), node("ConcatFromSequence", ["s"], ["y"], axis=0)], "an empty sequence"),
-        ([node("SplitToSequence", ["x", "i"], ["s"], axis=0), node("SequenceAt", ["s", "x"], ["y"])], "run time"),
-        ([node("SequenceAt", ["x", "i"], ["y"])], "input 0 must be a sequence"),
+        (
+            [
+                node("SplitToSequence", ["x", "i"], ["s"], axis=0),
+                node("Cast", ["x"], ["at"], to=TensorProto.INT64),
+                node("SequenceAt", ["s", "at"], ["y"]),
+            ],
+            "run time",
+        ),
+        ([node("SequenceAt", ["x", "i"], ["y"])], "operand 0 is of type float32"),
     ],
 )
 def test_what_cannot_be_taken_is_named(nodes, reason):

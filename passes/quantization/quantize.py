@@ -74,10 +74,12 @@ class Quantize(Pass):
             return program
         if self.format in WEIGHT_ONLY:
             return quantize_weights(program, context, WEIGHT_ONLY[self.format], self.group, self.symmetric, self.skip)
-        if "int8" not in context.target.formats:
+        if "int8" not in context.target.formats and context.target.kind != "cpu":
             raise UsageError(
                 f"quantize: target {context.target.text} computes in {', '.join(sorted(context.target.formats))}, not in int8; try w8 or w4"
             )
+        if "int8" not in context.target.formats:
+            context.note(f"target {context.target.text} has no instruction for int8: weights take half of the memory, products run at float32's rate")
         return _Static(self, program, context).run()
 
 
