@@ -59,13 +59,16 @@ class _Signals:
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():  # no other one runs handlers
             self._handlers = {number: handler for number in signal.valid_signals() if callable(handler := signal.getsignal(number))}
-        for number in self._handlers:
-            signal.signal(number, lambda *occurrence: self._waiting.append(occurrence))
+        try:
+            for number in self._handlers:
+                signal.signal(number, lambda *occurrence: self._waiting.append(occurrence))
+        except BaseException:  # of a handler that was still in place
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        _install(dict(self._handlers))
         for occurrence in self._waiting:
             self._handlers[occurrence[0]](*occurrence)
 
@@ -78,6 +81,17 @@ class _Signals:
             except BaseException as raised:
                 self.raised = raised
                 raise RuntimeError("interrupted") from None
+
+
+def _install(handlers: dict[int, Any]) -> None:
+    """Put all handlers in place, which become none: also when one that is in place already raises in between."""
+    try:
+        for number in tuple(handlers):
+            signal.signal(number, handlers[number])
+            del handlers[number]
+    except BaseException:
+        _install(handlers)
+        raise
 
 
 @tvm_ffi.register_global_func(BRANCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -297,8 +298,35 @@ def test_a_loop_can_be_interrupted(tmp_path):
         assert len(seen) == 60 and signal.getsignal(signal.SIGUSR1) is stop
         assert loop(np.array(2), *feeds[1:])[1].shape == (2, 3)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr[-2000:]
+
+
+def test_an_interruption_while_handlers_change_leaves_the_callers_own(monkeypatch):
+    """Whichever change of a handler a signal meets, before the model runs or behind it."""
+    from tcompile.compiler.tvm_control import _Signals
+
+    change = signal.signal
+    own = {number: change(number, lambda *_: None) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        changes = 2 * sum(map(callable, before.values()))
+        for meets in range(1, changes + 1):
+            count = iter(range(1, 1000))
+
+            def interrupted(number, handler, count=count, meets=meets):
+                change(number, handler)
+                if next(count) == meets:
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(signal, "signal", interrupted)
+            with pytest.raises(KeyboardInterrupt), _Signals():
+                pass
+            assert {number: signal.getsignal(number) for number in before} == before
+    finally:
+        monkeypatch.setattr(signal, "signal", change)
+        for number, handler in own.items():
+            change(number, handler)
 
 
 def test_other_targets_refuse():
