@@ -189,10 +189,10 @@ def test_triangle_and_running_sum():
     ],
 )
 def test_an_image_smaller_than_the_window(op: str, weight: tuple[int, ...] | None, options: dict[str, Any], least: int):
-    """A result of size 0 is one; a negative one raises."""
+    """A result of size 0 is one; a negative size names the node."""
     constants = {} if weight is None else {"w": np.ones(weight, "float32")}
     node = helper.make_node(op, ["x", *constants], ["y"], name="windows", **options)
     model = tcompile.compile(small([node], {"x": [1, 2, "h", "w"]}, ["y"], constants))
     assert 0 in model(data(1, 2, least, least)).shape and 0 not in model(data(1, 2, 9, 9)).shape
-    with pytest.raises(TcompileError, match="its result would have a negative size"):
+    with pytest.raises(TcompileError, match="node 'windows': its result would have a negative size"):
         model(data(1, 2, least - 1, 9))

@@ -28,7 +28,7 @@ def bound_storage(module: Any, origins: Mapping[str, str]) -> Any:
     for variable, function in relax_functions(module):
         checked: set[str] = set()
         cast: set[Any] = set()
-        written = _written(module, function, origins)
+        makers: dict[Any, str] = {}
         blocks = []
         for block in function.body.blocks:
             bindings: list[Any] = []
@@ -41,7 +41,8 @@ def bound_storage(module: Any, origins: Mapping[str, str]) -> Any:
                     symbols = list(dict.fromkeys(symbol for dim in dims for symbol in tirx.analysis.undefined_vars(dim)))
                     checks = []
                     if negative := [dim for dim in dims if _may_be_negative(dim)]:
-                        checks.append((_not_negative(negative, symbols, written.get(binding.var) or _made_by(symbols, origins)), "check_sizes"))
+                        makers = makers or _makers(module, function, origins)
+                        checks.append((_not_negative(negative, symbols, makers.get(binding.var) or _made_by(symbols, origins)), "check_sizes"))
                     if _largest(dims) > _COUNTED:
                         checks.append((_bounded(dims, symbols, _made_by(symbols, origins)), "check_bytes"))
                     for kernel, name in checks:
@@ -112,8 +113,8 @@ def _may_be_negative(dim: Any) -> bool:
     return not analyzer.can_prove(dim >= 0)
 
 
-def _written(module: Any, function: Any, origins: Mapping[str, str]) -> dict[Any, str]:
-    """Tensor, or storage of one -> the source nodes of the kernel that takes it first, or of the value that it is."""
+def _makers(module: Any, function: Any, origins: Mapping[str, str]) -> dict[Any, str]:
+    """Tensor, or storage of one -> the source nodes of the kernel that takes it first, or of the value that it is; of a kernel without nodes, those of what it reads."""
     found: dict[Any, str] = {}
     storage: dict[Any, Any] = {}
 
@@ -124,14 +125,18 @@ def _written(module: Any, function: Any, origins: Mapping[str, str]) -> dict[Any
     for block in function.body.blocks:
         for binding in block.bindings:
             value = getattr(binding, "value", None)
-            if isinstance(value, relax.Var) and (node := _node(binding.var.name, origins)) != binding.var.name:
-                name(value, node)
+            if isinstance(value, relax.Var):
+                node = _node(binding.var.name, origins)
+                node = node if node != binding.var.name else found.get(value, "")
+                for tensor in (value, binding.var) if node else ():
+                    name(tensor, node)
             elif isinstance(value, relax.Call) and getattr(value.op, "name", "") == "relax.memory.alloc_tensor":
                 storage[binding.var] = value.args[0]
             elif isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
-                if nodes := [str(node) for node in (module[value.op].attrs or {}).get(NODES, ())]:
-                    for arg in value.args:
-                        name(arg, ", ".join(nodes))
+                nodes = ", ".join(str(node) for node in (module[value.op].attrs or {}).get(NODES, ()))
+                nodes = nodes or next((found[arg] for arg in value.args if arg in found), "")
+                for arg in value.args if nodes else ():
+                    name(arg, nodes)
     return found
 
 
