@@ -13,6 +13,7 @@ from ..compiler.tvm import mutator, relax, tvm
 from .base import Pass, PassContext
 from .folding import fold_constants
 from .products import constant_value
+from .rewriting import same_dims
 
 _VIEWS = {"relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze"}
 
@@ -38,14 +39,6 @@ class Canonicalize(Pass):
         module = transform.CanonicalizeBindings()(module) if folded else module  # folded constants stand where they are read
         module = transform.EliminateCommonSubexpr()(module)
         return program.with_module(transform.DeadCodeElimination()(module))
-
-
-def _same_shape(a: Any, b: Any) -> bool:
-    x, y = a.ty.shape, b.ty.shape
-    if x is None or y is None or len(x) != len(y):
-        return False
-    analyzer = tvm.sym.Analyzer()
-    return all(analyzer.can_prove_equal(p, q) for p, q in zip(x, y, strict=True))
 
 
 @mutator
@@ -111,7 +104,7 @@ def _view(self: _Peephole, call: Any) -> Any:
     if call.ty.shape is None:
         return None
     source = call.args[0]
-    if _same_shape(call, source):
+    if same_dims(call.ty.shape, source.ty.shape):
         self._count("identity")
         return source
     inner = self._defining(source, _VIEWS)
@@ -150,7 +143,7 @@ def _neutral(value: float) -> Callable[[_Peephole, Any], Any]:
 
     def rule(self: _Peephole, call: Any) -> Any:
         constant = constant_value(call.args[1])
-        if constant is not None and constant.size <= 4096 and _same_shape(call, call.args[0]) and np.all(constant == value):
+        if constant is not None and constant.size <= 4096 and same_dims(call.ty.shape, call.args[0].ty.shape) and np.all(constant == value):
             self._count("identity")
             return call.args[0]
         return _fold_scale(self, call) if call.op.name == "relax.multiply" else None

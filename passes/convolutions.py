@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..compiler.program import Program
-from ..compiler.tvm import mutator, relax, tvm
+from ..compiler.tvm import mutator, relax
 from .base import Pass, PassContext
 from .convolution_rules import RULES, Folded
 from .layout_rules import BINARY, UNARY
 from .products import constant_value, operator
+from .rewriting import emit_as, same_dims
 
 _UNARY, _BINARY = ({f"relax.{name}" for name in names} for names in (UNARY, BINARY))
 _CODES = ("relax.quantize", "relax.dequantize")
@@ -59,11 +60,8 @@ class _Rewriter(relax.PyExprMutator):
             super().visit_var_binding_(binding)
             return
         self.folded[binding.var] = found
-        dataflow = isinstance(binding.var, relax.DataflowVar)
-        if dataflow:
-            return
-        emit = self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit
-        self.set_var_remap(binding.var, emit(found.unfolded(self.emit), self.name))
+        if not isinstance(binding.var, relax.DataflowVar):
+            self.set_var_remap(binding.var, emit_as(self.builder_, binding.var, found.unfolded(self.emit)))
 
     def visit_dataflow_var_(self, var: Any) -> Any:
         found = self.folded.get(var)
@@ -87,7 +85,7 @@ class _Rewriter(relax.PyExprMutator):
     def _element_wise(self, call: Any, count: int) -> Folded | None:
         """call: its first `count` arguments are tensors that broadcast."""
         known = next((self.folded[arg] for arg in call.args[:count] if arg in self.folded), None)
-        if known is None or not _same(known.shape, call.ty.shape):
+        if known is None or not same_dims(known.shape, call.ty.shape):
             return None
         operands = [self._operand(arg, known) for arg in call.args[:count]]
         if any(operand is None for operand in operands):
@@ -97,14 +95,9 @@ class _Rewriter(relax.PyExprMutator):
     def _operand(self, arg: Any, known: Folded) -> Any:
         if arg in self.folded:
             mine = self.folded[arg]
-            return mine.expr if mine.folding == known.folding and _same(mine.shape, known.shape) else None
+            return mine.expr if mine.folding == known.folding and same_dims(mine.shape, known.shape) else None
         array = constant_value(arg)
         if array is not None:
             wide = known.folding.constant(array.reshape((1,) * (len(known.shape) - array.ndim) + array.shape))
             return None if wide is None else relax.const(wide, str(array.dtype))
-        return known.folding.fold(self.emit, self.visit_expr(arg)) if isinstance(arg, relax.Var) and _same(arg.ty.shape, known.shape) else None
-
-
-def _same(a: Any, b: Any) -> bool:
-    prover = tvm.sym.Analyzer()
-    return a is not None and b is not None and len(a) == len(b) and all(prover.can_prove_equal(p, q) for p, q in zip(a, b, strict=True))
+        return known.folding.fold(self.emit, self.visit_expr(arg)) if isinstance(arg, relax.Var) and same_dims(arg.ty.shape, known.shape) else None

@@ -17,6 +17,7 @@ from ..compiler.program import Program
 from ..compiler.tvm import Constant, is_constant, relax, tirx
 from .base import Pass, PassContext
 from .layout_rules import RULES, Form, identity, inverse, reshaped
+from .rewriting import emit_as
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ class _Rewriter(relax.PyExprMutator):
         if isinstance(binding.var, relax.DataflowVar):
             self.forms[binding.var] = form
         else:
-            emit = self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit
-            self.set_var_remap(binding.var, emit(self.source_order(form), self.name))
+            self.set_var_remap(binding.var, emit_as(self.builder_, binding.var, self.source_order(form)))
 
     def visit_match_cast_(self, binding: Any) -> None:
         form = self.forms.get(binding.value)

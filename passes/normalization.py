@@ -18,6 +18,7 @@ from ..compiler.element_types import numpy_dtype
 from ..compiler.program import Program
 from ..compiler.tvm import is_constant, relax, tvm
 from .base import Pass, PassContext
+from .rewriting import same_dims
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,7 @@ def _norm_by_product(view: _View, call: relax.Call) -> relax.Expr | None:
 
 def _fits(weight: relax.Expr, norm: relax.Call) -> bool:
     shape = [norm.args[0].ty.shape[int(axis)] for axis in norm.attrs.axes]
-    own = list(weight.ty.shape) if isinstance(weight.ty, relax.TensorType) and weight.ty.shape is not None else []
-    return len(own) == len(shape) and all(tvm.sym.Analyzer().can_prove_equal(a, b) for a, b in zip(own, shape, strict=True))
+    return isinstance(weight.ty, relax.TensorType) and same_dims(weight.ty.shape, shape)
 
 
 def _absorb_scale(view: _View, call: relax.Call) -> relax.Expr | None:

@@ -15,6 +15,7 @@ from ..compiler.program import Program
 from ..compiler.tvm import mutator, relax, tirx
 from .base import Pass, PassContext
 from .products import Graph, Site, analyze, operator
+from .rewriting import emit_as
 
 #: what --precision names for a CPU
 FORMATS = ("fp32", "bf16")
@@ -95,7 +96,7 @@ class _Rewriter(relax.PyExprMutator):
             super().visit_var_binding_(binding)
             return
         if not isinstance(binding.var, relax.DataflowVar):
-            value = (self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit)(value, binding.var.name)
+            value = emit_as(self.builder_, binding.var, value)
         self.set_var_remap(binding.var, value)
 
     def _round(self, x: Any, name: str) -> Any:

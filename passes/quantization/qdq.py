@@ -19,6 +19,7 @@ from ...compiler.program import Program
 from ...compiler.tvm import mutator, relax
 from ..base import Pass, PassContext
 from ..products import VIEWS, Graph, Site, analyze, constant_value, operator, product_bias
+from ..rewriting import emit_as
 from .formats import Affine, Encoded
 from .rewrite import dequantized, integer_product, quantized
 
@@ -110,7 +111,7 @@ class _Recognizer(relax.PyExprMutator):
             super().visit_var_binding_(binding)
             return
         if not dataflow:
-            result = (self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit)(result, self.name)
+            result = emit_as(self.builder_, binding.var, result)
         self.set_var_remap(binding.var, result)
 
     def visit_dataflow_var_(self, var: Any) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from ...compiler.program import Program, TensorSpec
 from ...compiler.tvm import mutator, relax
 from ..products import Graph, Site
+from ..rewriting import emit_as
 from .formats import Affine, Encoded, Int8
 
 op = relax.op
@@ -127,8 +128,7 @@ class Quantizer(relax.PyExprMutator):
         else:
             value = self._simulated(site)
         if not isinstance(binding.var, relax.DataflowVar):
-            emit = self.builder_.emit_output if self.builder_.current_block_is_dataflow() else self.builder_.emit
-            value = emit(value, self.name)
+            value = emit_as(self.builder_, binding.var, value)
         self.set_var_remap(binding.var, value)
 
     def visit_dataflow_var_(self, var: Any) -> Any:

@@ -17,6 +17,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Unfusable
 from ..common.ops_cast import rounded_bits
+from ..common.words import packed_words
 
 
 def vector(base: Any, lanes: int) -> Any:
@@ -146,8 +147,7 @@ class Dot:
         """codes: [..., W, group, N] (int8 or bfloat16; zero filled to whole groups) -> words [..., W, N]."""
         if not self.grouped:
             return codes[..., 0, :]
-        wide = np.ascontiguousarray(np.moveaxis(codes, -2, -1))
-        return (wide.astype(np.int16) if self.name == "madd" else wide).view(np.int32)[..., 0]
+        return packed_words(codes.astype(np.int16) if self.name == "madd" else codes)
 
 
 #: lanes of the vectors for which `pair` has functions

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.tvm import Constant, mutator, relax, relax_functions, tirx
 from ...passes.fusion import NODES
+from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
 from .sparse_weights import Constants, density_class
 
@@ -15,25 +15,14 @@ from .sparse_weights import Constants, density_class
 def constant_arguments(module: Any) -> dict[str, Constants]:
     """Per PrimFunc: the argument positions that hold a constant at every call site, with the constants."""
     found = {}
-    for name, sites in _call_sites(module).items():
-        positions = set.intersection(*({position for position, arg in enumerate(args) if isinstance(arg, Constant)} for args in sites))
+    for name, sites in call_sites(module).items():
         found[name] = Constants.of(
-            {position: [array.value.numpy() for array in _distinct(args[position] for args in sites)] for position in sorted(positions)}
+            {
+                position: [array.value.numpy() for array in _distinct(args[position] for args in sites)]
+                for position in sorted(constant_positions(sites))
+            }
         )
     return found
-
-
-def _call_sites(module: Any) -> dict[str, list[Sequence[Any]]]:
-    """Per PrimFunc: the arguments of each of its calls, in the program's order."""
-    sites: dict[str, list[Sequence[Any]]] = {}
-
-    def visit(expr: Any) -> None:
-        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
-            sites.setdefault(expr.args[0].name_hint, []).append(list(expr.args[1].fields))
-
-    for _, function in relax_functions(module):
-        relax.analysis.post_order_visit(function, visit)
-    return sites
 
 
 def _distinct(constants: Any) -> list[Any]:
@@ -48,7 +37,7 @@ def split_sites(module: Any) -> Any:
     """The module with a copy of every matmul kernel for each class of density among the weights it is called with; the same object where one class is all."""
     functions = {variable.name_hint: func for variable, func in module.functions_items() if isinstance(func, tirx.PrimFunc)}
     mixed: dict[str, _Mixed] = {}
-    for name, sites in _call_sites(module).items():
+    for name, sites in call_sites(module).items():
         position = _weight_position(functions.get(name))
         if position is None or not all(isinstance(args[position], Constant) for args in sites):
             continue

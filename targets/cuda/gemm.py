@@ -23,6 +23,7 @@ import numpy as np
 from ...compiler.tvm import TensorLoad, structural_map, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, static
+from ..common.words import packed_words
 from .kernel import Kernel, Packing, Plan, Signature, Unsupported, ctype
 from .printer import Printer, check_indices
 from .schedule import GemmShape, TileSchedule, best_tile
@@ -192,8 +193,7 @@ class _Gemm:
 def packed(codes: np.ndarray, group: int) -> np.ndarray:
     """[..., K, N] of one byte each -> words [..., K / group, N] of consecutive k."""
     *lead, k, n = codes.shape
-    groups = np.moveaxis(codes.reshape(*lead, k // group, group, n), -2, -1)
-    return np.ascontiguousarray(groups).view(np.int32)[..., 0]
+    return packed_words(codes.reshape(*lead, k // group, group, n))
 
 
 def vector(columns: int) -> int:

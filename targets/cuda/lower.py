@@ -15,6 +15,7 @@ from ...compiler.errors import Blocker, UnsupportedModel
 from ...compiler.tvm import Constant, relax, tirx
 from ...passes.fusion import NODES
 from ..base import Target
+from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
 from . import attention, generic, scan
 from .gemm import gemm
@@ -78,7 +79,7 @@ class _Walk:
         self.values: dict[Any, Any] = {}  # variable -> Tensor, or a list of values
         self.plans: dict[str, tuple[Plan, tuple[str, ...]]] = {}
         self.constants: dict[Any, Tensor] = {}
-        self.fixed = constant_arguments(module)
+        self.fixed = {name: constant_positions(sites) for name, sites in call_sites(module).items()}
         self.weight_bytes = 0
         self.temporaries: list[Tensor] = []
         self.blockers: list[Blocker] = []
@@ -133,7 +134,7 @@ class _Walk:
             if len(call.args) > 2:
                 raise Unsupported("sizes known only at run time")
             if name not in self.plans:
-                self._add(name, plan_of(func, self.target, self.policy, self.fixed.get(name, frozenset())), nodes)
+                self._add(name, plan_of(func, self.target, self.policy, self.fixed[name]), nodes)
         except Unsupported as reason:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
             return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
@@ -237,20 +238,6 @@ class _Walk:
         self.result.unshared_bytes = sum(aligned(lifetime.size_bytes) for lifetime in lifetimes.values())
         for key, offset in offsets.items():
             self.temporaries[key].place = Place("workspace", offset)
-
-
-def constant_arguments(module: Any) -> dict[str, frozenset[int]]:
-    """Per kernel: the positions of arguments that are constants in every call."""
-    found: dict[str, frozenset[int]] = {}
-
-    def visit(expr: Any) -> None:
-        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir":
-            own = frozenset(position for position, arg in enumerate(expr.args[1].fields) if isinstance(arg, Constant))
-            name = expr.args[0].name_hint
-            found[name] = found.get(name, own) & own
-
-    relax.analysis.post_order_visit(module["main"], visit)
-    return found
 
 
 def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset()) -> Plan:

@@ -15,7 +15,7 @@ from . import attention, toolchain
 from .host import sources
 from .lower import Launches, sequence
 from .machines import EMIT_ONLY
-from .words import FillWords
+from .words import filled
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
@@ -107,14 +107,14 @@ def rows(launches: Launches) -> list[dict[str, Any]]:
 
 
 def _legalize(program: Program) -> Any:
-    module = FillWords(_Decompose(relax.transform.DecomposeOpsForInference()(program.module)).apply()).apply()
+    module = _Prepare(relax.transform.DecomposeOpsForInference()(program.module)).apply()
     module = definitions.legalize(module, keep=(dialect.NAME,))
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
 
 
 @mutator
-class _Decompose(relax.PyExprMutator):
-    """Attention that the kernel does not take, by plain operators."""
+class _Prepare(relax.PyExprMutator):
+    """Attention that the kernel does not take, by plain operators; integer products in whole words."""
 
     def __init__(self, module: Any):
         super().__init__(module)
@@ -128,4 +128,4 @@ class _Decompose(relax.PyExprMutator):
         call = super().visit_call_(call)
         if getattr(call.op, "name", "") == dialect.NAME and attention.refusal(call):
             return dialect.decompose(self.builder_, call)
-        return call
+        return filled(self.builder_, call)

@@ -12,6 +12,7 @@ import onnx
 from ...dialect.opaque import hide_shape
 from ...element_types import CARRIERS, numpy_dtype
 from ...tvm import relax, tirx
+from .definitions import defaults_of, standard
 from .symbolic import Dim, DimArithmetic, Ratio
 from .values import Absent, Host, RangeLearned, Refusal, Sequence, Stored, Value
 
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 
 #: sizes that one input may hold, where they are computed at run time: expressions over more symbols than that overflow the stack
 MOST_SIZES = 64
-
-
-def standard(domain: str) -> str:
-    """The domain, "" for both spellings of the standard one."""
-    return "" if domain == "ai.onnx" else domain
 
 
 class Node:
@@ -52,8 +48,7 @@ class Node:
         #: the graph's type of what the converter sees as float32 (`precision`); None where it sees the graph's own types
         self.narrow: str | None = None
         self._attributes = {attribute.name: attribute for attribute in proto.attribute}
-        schema = onnx.defs.get_schema(self.op, opset, self.domain) if onnx.defs.has(self.op, self.domain) else None
-        self._defaults = {} if schema is None else {name: definition.default_value for name, definition in schema.attributes.items()}
+        self._defaults = defaults_of(self.op, opset, self.domain)
 
     # attributes
 

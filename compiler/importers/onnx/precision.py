@@ -14,6 +14,7 @@ import onnx
 
 from ...element_types import CARRIERS
 from ...tvm import relax
+from .definitions import schema_of
 from .load import DTYPES
 from .node import Node
 from .registry import find_storage_converter
@@ -46,9 +47,9 @@ def convert(node: Node, converter: Callable[[Node], Results], domain: str) -> tu
 
 
 def _convert(node: Node, converter: Callable[[Node], Results]) -> Results:
-    if node.op in _OWN_RULES or not onnx.defs.has(node.op, node.domain):
+    schema = schema_of(node.op, node.opset, node.domain)
+    if node.op in _OWN_RULES or schema is None:
         return converter(node)
-    schema = onnx.defs.get_schema(node.op, node.opset, node.domain)
     moving = node.op in _MOVING and node.attr("reduction", "none") == "none"
     changed: dict[str, str] = {}  # type variable of the schema -> the graph's type
     for position, (value, variable) in enumerate(zip(list(node.inputs), _variables(schema.inputs), strict=False)):

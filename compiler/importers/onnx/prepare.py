@@ -12,9 +12,10 @@ import onnx.shape_inference
 
 from ...errors import Blocker, UnsupportedModel
 from .bodies import name_bodies
+from .definitions import schema_of, standard
 from .graphs import nested_nodes, read_names, subgraphs
 from .labels import label_bodies
-from .node import node_label, standard
+from .node import node_label
 from .registry import find_converter, oldest_opset
 
 OLDEST_OPSET = 1
@@ -65,7 +66,7 @@ def _inline_selected(model: onnx.ModelProto, wanted: set[tuple[str, str]], opset
     _declare_initializers(typed.graph)
     for node in nested_nodes(typed.graph.node):
         if (node.domain, node.op_type) in wanted:
-            _write_defaults(node, _schema(node.op_type, opset, standard(node.domain)))
+            _write_defaults(node, schema_of(node.op_type, opset, standard(node.domain)))
     named = name_bodies(typed, {(domain, name) for domain, name in wanted if standard(domain) == ""}, opset)
     result = onnx.inliner.inline_selected_functions(named, sorted(wanted), inline_schema_functions=True)
     label_bodies(model, result, lambda node: (node.domain, node.op_type) in wanted, detailed=False)
@@ -192,7 +193,7 @@ def _function_to_inline(node: onnx.NodeProto, versions: dict[str, int]) -> tuple
     domain = standard(node.domain)
     if domain not in versions or find_converter(domain, node.op_type, versions[domain]) is not None:
         return None
-    schema = _schema(node.op_type, versions[domain], domain)
+    schema = schema_of(node.op_type, versions[domain], domain)
     return (node.domain, node.op_type) if schema is not None and (schema.has_function or schema.has_context_dependent_function) else None
 
 
@@ -200,7 +201,7 @@ def _blocking_reason(node: onnx.NodeProto, domain: str, versions: dict[str, int]
     if domain not in versions:
         return f"the model does not import an opset of domain '{domain or 'ai.onnx'}'"
     opset = versions[domain]
-    schema = _schema(node.op_type, opset, domain)
+    schema = schema_of(node.op_type, opset, domain)
     if domain == "" and node.op_type not in _FOREIGN and (schema is None or schema.deprecated):
         return f"opset {opset} has no such operator"
     if find_converter(domain, node.op_type, opset) is None:
@@ -231,10 +232,3 @@ def _wrong_count(node: onnx.NodeProto, schema: Any) -> str | None:
     present = {attribute.name for attribute in node.attribute}
     missing = next((name for name, attribute in schema.attributes.items() if attribute.required and name not in present), None)
     return None if missing is None else f"attribute '{missing}' is missing"
-
-
-def _schema(operator: str, opset: int, domain: str) -> Any:
-    try:
-        return onnx.defs.get_schema(operator, opset, domain)
-    except onnx.defs.SchemaError:
-        return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import onnx
 from onnx import TensorProto
 
 from ...element_types import CARRIERS
 from ...tvm import relax
+from .definitions import formals_of
 from .load import DTYPES, STORAGE
 from .node import Node
 from .values import Host, Refusal, Stored, Value
@@ -22,24 +22,19 @@ _WRITTEN = {name: f"tensor({TensorProto.DataType.Name(code).lower()})" for code,
 def check_node(node: Node) -> None:
     """Raises Refusal where an operand is of a type that the operator's definition does not have, where operands that share a type there are of two, and
     where a count among the attributes is less than one."""
-    if not onnx.defs.has(node.op, node.domain) or (node.domain == "" and node.opset < _STRICT):
-        return
-    try:
-        formals = onnx.defs.get_schema(node.op, node.opset, node.domain).inputs
-    except onnx.defs.SchemaError:
+    formals = formals_of(node.op, node.opset, node.domain)
+    if not formals or (node.domain == "" and node.opset < _STRICT):
         return
     for name in _COUNTS:
         value = node.attr(name)
         if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
             raise Refusal(f"{name} is {value}")
-    operands = [
-        (place, _dtype(value), formals[min(place, len(formals) - 1)]) for place, value in enumerate(node.inputs) if value is not None and formals
-    ]
+    operands = [(place, _dtype(value), formals[min(place, len(formals) - 1)]) for place, value in enumerate(node.inputs) if value is not None]
     known = [(place, dtype, formal) for place, dtype, formal in operands if dtype is not None]
     bound: dict[str, str] = {}
     for _, dtype, formal in known:
-        if not formal.type_str.startswith("tensor(") and formal.is_homogeneous and bound.setdefault(formal.type_str, dtype) != dtype:
-            raise Refusal(f"operands are of types {bound[formal.type_str]} and {dtype}, where the standard asks for one type")
+        if not formal.variable.startswith("tensor(") and formal.homogeneous and bound.setdefault(formal.variable, dtype) != dtype:
+            raise Refusal(f"operands are of types {bound[formal.variable]} and {dtype}, where the standard asks for one type")
     for place, dtype, formal in known:
         # what is only stored is moved by any operator that moves, in older opsets too; `precision` refuses the rest
         if dtype not in CARRIERS and _WRITTEN[dtype] not in formal.types:

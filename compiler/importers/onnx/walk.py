@@ -13,10 +13,11 @@ from ...shapes import ShapeSpec
 from ...tvm import relax, tvm
 from ..naming import ImpossibleTensor, NamingBuilder
 from . import precision
+from .definitions import standard
 from .graphs import initializer_names, nested_nodes, read_names
 from .inputs import declare_inputs
 from .load import Source, read_tensor
-from .node import Node, identifier, node_label, standard
+from .node import Node, identifier, node_label
 from .prepare import inline_functions, list_blockers, live_nodes, opset_versions
 from .registry import find_converter, find_evaluator
 from .sparse import densify
