@@ -111,7 +111,7 @@ def test_bad_run(call, tmp_path, model):
     np.save(tmp_path / "x.npy", np.zeros((2, 4), "float32"))
     np.save(tmp_path / "wrong.npy", np.zeros((2, 5), "float32"))
     np.save(tmp_path / "double.npy", np.zeros((2, 4)))
-    np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
     (tmp_path / "noise.npy").write_bytes(b"noise")
     for arguments, words in [
         (["--input", "x=wrong.npy"], ["'x'", "[2, 4]", "[2, 5]"]),

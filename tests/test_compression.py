@@ -17,6 +17,7 @@ from tcompile.models.zoo import ZOO
 from tcompile.passes.quantization.quantize import Quantize
 from tcompile.passes.sparsity.sparsify import Sparsify
 from tcompile.passes.token_pruning.prune import TokenPruning
+from tcompile.targets.base import Target
 
 pytest.importorskip("torch")
 SHAPE = "x=1x1x28x28"
@@ -58,7 +59,8 @@ def right(model) -> float:
 def test_the_command_compresses_compiles_and_reports(files):
     model = tcompile.load(files / "vit.tcm")
     plain = tcompile.compile(ZOO["mnist-vit"].onnx_path(), shapes={"x": (1, 1, 28, 28)})
-    assert right(model) >= right(plain) - 0.07
+    # which layers are sparse follows from predicted times, so from the machine: 0.065 is lost on AVX2, where int8 has no instruction
+    assert right(model) >= right(plain) - (0.06 if "int8" in Target.parse("cpu").formats else 0.07)
     report = model.report()
     steps = {entry["name"]: entry for entry in report["passes"]}
     order = [entry["name"] for entry in report["passes"] if entry.get("lossy")]

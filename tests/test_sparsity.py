@@ -224,7 +224,8 @@ def test_zeros_stay_zeros_in_integers():
     assert np.linalg.norm(both(x) - sparse(x)) < 0.03 * np.linalg.norm(sparse(x))
     used = [kernel["workload"] for kernel in both.report()["kernels"] if kernel["template"] == "gemm_blocks"]
     assert len(used) == 2 and all("u8s8" in workload for workload in used)
-    assert both.report()["weights_bytes"] < 0.6 * sparse.report()["weights_bytes"]  # without VNNI, codes are packed as 16 bit
+    # without an instruction for int8, codes are packed as 16 bit
+    assert both.report()["weights_bytes"] < (0.5 if "int8" in Target.parse("cpu").formats else 0.6) * sparse.report()["weights_bytes"]
 
 
 def test_wanda_needs_data():

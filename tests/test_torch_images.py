@@ -8,20 +8,12 @@ import tcompile
 
 torch = pytest.importorskip("torch")
 from torch.nn import functional as F
-
-
-class Call(torch.nn.Module):
-    def __init__(self, function, options):
-        super().__init__()
-        self.function, self.options = function, options
-
-    def forward(self, x):
-        return self.function(x, **self.options)
+from torch_modules import CallOfX
 
 
 def check(function, shape, dtype=torch.float32, **options):
     x = torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(0)).to(dtype)  # equal elements: the first of them is the maximum's place
-    module = Call(function, options).eval()
+    module = CallOfX(lambda x: function(x, **options)).eval()
     want = module(x)
     found = tcompile.compile(module, example_inputs=(x,))(x)
     pairs = zip(found, want, strict=True) if isinstance(want, tuple) else [(found, want)]
@@ -78,7 +70,7 @@ def test_smoothed(size, mode, corners):
 
 def at_several_sizes(function):
     """One artifact for images of 2 channels and any size up to 64 x 64."""
-    module, dims = Call(function, {}).eval(), {2: torch.export.Dim("height", min=1, max=64), 3: torch.export.Dim("width", min=1, max=64)}
+    module, dims = CallOfX(function).eval(), {2: torch.export.Dim("height", min=1, max=64), 3: torch.export.Dim("width", min=1, max=64)}
     exported = torch.export.export(module, (torch.rand(1, 2, 9, 12),), dynamic_shapes=(dims,))
     model = tcompile.compile(exported)
     for height, width in [(9, 12), (1, 7), (31, 2)]:

@@ -10,22 +10,7 @@ import tcompile
 from tcompile.compiler.errors import TcompileError, UnsupportedModel
 
 torch = pytest.importorskip("torch")
-
-
-class Call(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *operands):
-        return self.function(*operands)
-
-
-class CallOfX(Call):
-    """With a name for its operand, which `shapes` asks for."""
-
-    def forward(self, x):
-        return self.function(x)
+from torch_modules import Call, CallOfX
 
 
 def put(x):

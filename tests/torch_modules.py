@@ -16,6 +16,24 @@ class Sdpa(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **self.options)
 
 
+class Call(torch.nn.Module):
+    """One function of its operands, for which the exported program has no names."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *operands):
+        return self.function(*operands)
+
+
+class CallOfX(Call):
+    """Of one operand whose name, x, shapes and dims can be given by."""
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Calls(torch.nn.Module):
     """Several functions of the same operands, compiled at once."""
 
