@@ -9,7 +9,6 @@ onnxruntime on the same file, and PyTorch's scaled_dot_product_attention. The la
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from pathlib import Path
 
@@ -34,12 +33,6 @@ class Attention(torch.nn.Module):
         return (((q @ k.transpose(-1, -2)) * self.width**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def planned_bytes(model: tcompile.CompiledModel) -> int:
-    (step,) = [step for step in model.report()["passes"] if step["name"] == "plan_memory"]
-    (count,) = re.findall(r"planned_bytes=(\d+)", " ".join(step["notes"]))
-    return int(count)
-
-
 def measure(tokens: int, heads: int, width: int, threads: int, rounds: int, folder: Path) -> str:
     module, generator = Attention(heads, width).eval(), torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, tokens, heads * width, generator=generator) for _ in range(3)]
@@ -61,7 +54,7 @@ def measure(tokens: int, heads: int, width: int, threads: int, rounds: int, fold
         np.testing.assert_allclose(model(**feeds), sdpa().numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
     times = {name: timing.median * 1e3 for name, timing in interleaved(calls, rounds=rounds).items()}
     ratios = [f"{times[name] / times['fused']:.2f}" for name in ("unfused", "torch", "onnxruntime")]
-    planned = [f"{planned_bytes(model) / 1e6:.1f}" for model in models.values()]
+    planned = [f"{model.report()['memory']['workspace_bytes'] / 1e6:.1f}" for model in models.values()]
     return "| " + " | ".join([str(tokens), str(threads), *(f"{time:.2f}" for time in times.values()), *ratios, *planned]) + " |"
 
 

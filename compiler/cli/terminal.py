@@ -78,6 +78,12 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
+def memory_line(memory: dict[str, int]) -> str:
+    """A report's "memory" in one line."""
+    more = f", {memory['dynamic_tensors']} more whose size is known while running" if memory.get("dynamic_tensors") else ""
+    return f"{memory['workspace_bytes']} bytes for intermediate tensors ({memory['lower_bound_bytes']} alive at once, {memory['unshared_bytes']} unshared){more}"
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A compact table on stdout: columns as wide as their content, numbers right-aligned, the rest left-aligned. Plain when stdout is no terminal."""
     from rich.box import SIMPLE_HEAD

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from ..errors import UsageError
-from .terminal import Json, Seed, Shape, Threads, guarded, print_json
+from .terminal import Json, Seed, Shape, Threads, guarded, memory_line, print_json
 
 
 @guarded
@@ -92,6 +92,8 @@ def compile_verb(
         )
         return
     print(f"{path}  {resolved.text}, {weight_bytes / 1e6:.1f} MB weights, {len(artifact.library) / 1e6:.1f} MB code, {seconds:.1f} s")
+    if "memory" in artifact.report:
+        print(f"  {memory_line(artifact.report['memory'])}")
     for spec in artifact.inputs:
         print(f"  in   {spec}")
     for spec in artifact.outputs:

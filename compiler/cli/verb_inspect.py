@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from .terminal import Json, Shape, guarded, print_json, print_table
+from .terminal import Json, Shape, guarded, memory_line, print_json, print_table
 
 
 @guarded
@@ -42,15 +42,16 @@ def _inspect_artifact(path: Path, check: bool, as_json: bool) -> None:
     from ..artifact import read, read_manifest
 
     manifest = read_manifest(path)
-    if check:
-        read(path, check="full")
+    memory = read(path, check="full" if check else "quick").report.get("memory")
     if as_json:
-        print_json(manifest)
+        print_json(manifest if memory is None else {**manifest, "memory": memory})
         return
     print(
         f"{path}: format {manifest['format']}, {manifest['target']['text']}, from {manifest['provenance']['source']}{', all hashes agree' if check else ''}"
     )
     _print_tensors(manifest["inputs"], manifest["outputs"])
+    if memory is not None:
+        print(memory_line(memory))
     print_table(["file", "bytes", "sha256"], [[name, entry["size"], entry["sha256"][:16]] for name, entry in manifest["files"].items()])
     print_table(["package", "version"], manifest["versions"].items())
 

@@ -57,7 +57,7 @@ def lower(steps: Steps) -> Lowered:
         return current.with_module(module)
 
     steps.step("lift_weights", lift)
-    steps.step("plan_memory", PlanMemory().run)
+    (memory,) = steps.step("plan_memory", PlanMemory().run).tables["memory"]
     with stage("code generation") as generation:
         executable, sources = cpu_build.build(steps.program.module, steps.target, steps.program.origins)
     rows = [asdict(choice) for choice in choices]
@@ -65,6 +65,7 @@ def lower(steps: Steps) -> Lowered:
         _measure(steps, weights, rows, graph, scheduled)
     report = {
         "kernels": rows,
+        "memory": memory,
         "weights_bytes": sum(array.nbytes for array in weights.values()),
         "code_generation": {"seconds": round(generation.seconds, 3)},
     }

@@ -37,7 +37,7 @@ def sources(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[
 def _banner(launches: Launches, command: str) -> str:
     return "\n".join(
         [
-            f"// {len(launches.kernels)} kernels, {len(launches.launches)} launches, {launches.workspace_bytes} bytes of workspace. Built by:",
+            f"// {len(launches.kernels)} kernels, {len(launches.launches)} launches, {launches.workspace.size_bytes} bytes of workspace. Built by:",
             f"//   {command}",
             "// Entry point: __tvm_ffi_main(workspace, weights, error, inputs..., outputs...), tensors on one CUDA device; it runs on tvm-ffi's current stream.",
         ]
@@ -47,7 +47,7 @@ def _banner(launches: Launches, command: str) -> str:
 def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
     weight_bytes = device_offsets(launches.weights)[1]
     arguments = [
-        TensorSpec("workspace", (launches.workspace_bytes,), "uint8"),
+        TensorSpec("workspace", (launches.workspace.size_bytes,), "uint8"),
         TensorSpec("weights", (weight_bytes,), "uint8"),
         TensorSpec("error", (1,), "int32"),
         *inputs,

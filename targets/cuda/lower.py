@@ -12,17 +12,16 @@ import numpy as np
 from ...compiler.dialect import attention as dialect
 from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import Blocker, UnsupportedModel
-from ...compiler.tvm import Constant, TensorLoad, relax, tirx
+from ...compiler.tvm import Constant, relax, tirx
+from ...compiler.weights import DEVICE_ALIGNMENT
+from ...compiler.workspace import Lifetime, Workspace, aligned, plan
 from ...passes.fusion import NODES
-from ...passes.products import operator
 from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
-from ..common.stages import Unreadable, read_stages, reads_in_place
 from . import attention, generic, scan
 from .gemm import gemm
-from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
-from .memory import Lifetime, aligned, plan
+from .kernel import Kernel, Packing, Plan, Unsupported, elements
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,14 @@ class Launch:
 class Launches:
     """What one call of the model does.
 
-    kernels: name -> kernel, in the order of first use; nodes: kernel -> source nodes. workspace_bytes: planned; unshared_bytes: if no two tensors shared memory.
+    kernels: name -> kernel, in the order of first use; nodes: kernel -> source nodes. workspace: of the intermediate tensors.
     """
 
     kernels: dict[str, Kernel] = field(default_factory=dict)
     nodes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
-    workspace_bytes: int = 0
-    unshared_bytes: int = 0
+    workspace: Workspace = Workspace(0, 0, 0, {})
 
     @property
     def calls(self) -> Counter[str]:
@@ -85,7 +83,6 @@ class _Walk:
         self.weight_bytes = 0
         self.temporaries: list[Tensor] = []
         self.blockers: list[Blocker] = []
-        self.rounded = _rounded_copies(module)
 
     def run(self) -> Launches:
         main = self.module["main"]
@@ -94,8 +91,7 @@ class _Walk:
         body = main.body
         for block in body.blocks:
             for binding in block.bindings:
-                if binding.var not in self.values:  # a rounded copy is there already
-                    self.values[binding.var] = self._value(binding.value, binding.var)
+                self.values[binding.var] = self._value(binding.value)
         if self.blockers:
             raise UnsupportedModel(list(dict.fromkeys(self.blockers)))
         self._outputs(self._value(body.body))
@@ -104,7 +100,7 @@ class _Walk:
 
     # -- values ------------------------------------------------------------------------------------------------------------------------------------
 
-    def _value(self, expr: Any, var: Any = None) -> Any:
+    def _value(self, expr: Any) -> Any:
         if isinstance(expr, Constant):
             return self._constant(expr)
         if isinstance(expr, relax.Tuple):
@@ -112,44 +108,39 @@ class _Walk:
         if isinstance(expr, relax.TupleGetItem):
             return self._value(expr.tuple_value)[expr.index]
         if isinstance(expr, relax.Call):
-            return self._call(expr, var)
+            return self._call(expr)
         if expr in self.values:
             return self.values[expr]
         return self._refuse("", f"a {type(expr).__name__} expression", expr.ty)
 
-    def _call(self, call: Any, var: Any) -> Any:
+    def _call(self, call: Any) -> Any:
         name = getattr(call.op, "name", str(call.op))
         if name == "relax.reshape":
             return self._value(call.args[0])
         if name == "relax.call_tir":
-            return self._call_tir(call, var)
+            return self._call_tir(call)
         if name == dialect.NAME:
             return self._whole(call, "attention", lambda: attention.kernel(call, self.target, self.policy))
         if name in scan.OPERATORS:
             return self._whole(call, name.removeprefix("relax."), lambda: scan.kernel(call))
         return self._refuse("", f"operator {name} has no CUDA kernel yet", call.ty)
 
-    def _call_tir(self, call: Any, var: Any) -> Any:
-        function = call.args[0].name_hint
-        copy, dtype = self.rounded.get(var, (None, ""))
-        name = f"{function}_and_{dtype}" if dtype else function
+    def _call_tir(self, call: Any) -> Any:
+        name = call.args[0].name_hint
         outs = self._outs(call.ty_args[0])
-        func, given = self.module[function], list(call.args[1].fields)
+        func, given = self.module[name], list(call.args[1].fields)
         nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         try:
             if len(call.args) > 2:
                 raise Unsupported("sizes known only at run time")
             if name not in self.plans:
-                self._add(name, plan_of(func, self.target, self.policy, self.fixed[function], dtype), nodes)
+                self._add(name, plan_of(func, self.target, self.policy, self.fixed[name]), nodes)
         except Unsupported as reason:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
             return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
         packed = {packing.param: packing for packing in self.plans[name][0].packings}
         operands = [self._packed(arg, packed[param]) if param in packed else self._value(arg) for arg, param in zip(given, func.params, strict=False)]
-        copies = [self._temporary(outs[0].size_bytes // 2)] if dtype else []
-        self._launch(name, [*operands, *outs, *copies])
-        if dtype:
-            self.values[copy] = copies[0]
+        self._launch(name, [*operands, *outs])
         return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
 
     def _whole(self, call: Any, hint: str, make: Callable[[], Plan]) -> Any:
@@ -217,7 +208,7 @@ class _Walk:
             value = make()
             self.result.weights[f"{len(self.constants):04d}"] = value
             self.constants[key] = Tensor(value.nbytes, Place("weights", self.weight_bytes))
-            self.weight_bytes += aligned(value.nbytes)
+            self.weight_bytes += aligned(value.nbytes, DEVICE_ALIGNMENT)
         return self.constants[key]
 
     def _refuse(self, node: str, reason: str, kind: Any) -> Any:
@@ -243,44 +234,17 @@ class _Walk:
                 if tensor.place is None:
                     uses.setdefault(tensor.key, []).append(number)
         lifetimes = {key: Lifetime(self.temporaries[key].size_bytes, min(numbers), max(numbers)) for key, numbers in uses.items()}
-        offsets, self.result.workspace_bytes = plan(lifetimes)
-        self.result.unshared_bytes = sum(aligned(lifetime.size_bytes) for lifetime in lifetimes.values())
-        for key, offset in offsets.items():
+        self.result.workspace = plan(lifetimes, DEVICE_ALIGNMENT)
+        for key, offset in self.result.workspace.offsets.items():
             self.temporaries[key].place = Place("workspace", offset)
 
 
-def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset(), rounded: str = "") -> Plan:
+def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset()) -> Plan:
     """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does.
 
-    constants: positions of parameters that are known at compile time. rounded: a type of two bytes in which the float32 result is written, too, as a last parameter.
+    constants: positions of parameters that are known at compile time.
     """
     try:
-        return gemm(analyze(func), target, policy, constants, rounded=rounded)
+        return gemm(analyze(func), target, policy, constants)
     except Unfusable as reason:
-        return generic.schedule(func, str(reason), rounded)
-
-
-def _rounded_copies(module: Any) -> dict[Any, tuple[Any, str]]:
-    """Variable of a kernel's only result -> (variable that is the same rounded to two bytes, its type): one kernel writes both."""
-    made, found = {}, {}
-    for block in module["main"].body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if operator(call) != "relax.call_tir" or isinstance(call.ty_args[0], relax.TupleType):
-                continue
-            made[binding.var] = call
-            source = call.args[1].fields[0] if len(call.args[1].fields) == 1 else None
-            dtype = str(call.ty_args[0].dtype)
-            if source in made and source not in found and dtype in SHORT and str(source.ty.dtype) == "float32" and _is_cast(module[call.args[0]]):
-                found[source] = binding.var, dtype
-    return found
-
-
-def _is_cast(func: Any) -> bool:
-    """The function is nothing but a cast."""
-    try:
-        (stage,) = read_stages(func)
-    except (Unreadable, ValueError):
-        return False
-    value = stage.value
-    return not stage.reduced and isinstance(value, tirx.Cast) and isinstance(value.value, TensorLoad) and reads_in_place(value.value, stage)
+        return generic.schedule(func, str(reason))
