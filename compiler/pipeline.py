@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..passes.base import PassReport
+from ..passes.precision import FORMATS
 from ..passes.registry import PASSES
 from ..targets.base import Target
 from ..targets.registry import BACKENDS
@@ -44,7 +45,7 @@ def graph_passes(program: Program, target: Target, options: CompileOptions, accu
             ]
         )
     recipe = Recipe.of(options)
-    if target.kind == "cpu" and options.precision is not None:  # on a GPU the lowering chooses
+    if options.precision is not None and (target.kind == "cpu" or options.precision in FORMATS):  # what else a GPU knows is its lowering's
         recipe = recipe.having(PASSES["precision"].from_flag(options.precision))
     steps = Steps(program, target, options, BACKENDS[target.kind].scope, accuracy, recipe.to_dict())
     for graph_pass in recipe.passes:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 
 from ..compiler.dialect.attention import NAME as ATTENTION
 from ..compiler.dialect.attention import attrs_of
+from ..compiler.element_types import numpy_dtype
 from ..compiler.errors import UsageError
 from ..compiler.program import Program
-from ..compiler.tvm import mutator, relax, tirx
+from ..compiler.tvm import mutator, operator_attrs, relax, tirx
 from .base import Pass, PassContext
-from .products import Graph, Site, analyze, operator
+from .products import VIEWS, Graph, Site, analyze, operator
 from .rewriting import emit_as
 
-#: what --precision names for a CPU
-FORMATS = ("fp32", "bf16")
+#: what --precision names -> the type in which operands are stored, None where nothing changes
+FORMATS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
 
 
 @dataclass(frozen=True)
 class Precision(Pass):
-    """Matrix products and convolutions by constant weights, and attention, with operands rounded to bfloat16 and sums in float32; everything else stays in float32.
+    """Matrix products and convolutions by constant weights, and attention, with operands rounded to 16 bits and sums in float32; everything else stays in float32.
 
-    format: "fp32" (nothing changes) or "bf16". skip: layers (node names) to leave in float32.
+    A tensor is rounded once, where it is made, so what products alone read is stored in 16 bits. format: "fp32" (nothing changes), "bf16" or, on a GPU, "fp16".
+    skip: layers (node names) to leave in float32.
     """
 
     name: ClassVar[str] = "precision"
@@ -36,33 +38,35 @@ class Precision(Pass):
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise UsageError(f"precision: a CPU multiplies in {' or '.join(FORMATS)}, not in '{self.format}'")
+            raise UsageError(f"precision: products are in {', '.join(FORMATS)}, not in '{self.format}'")
         object.__setattr__(self, "skip", tuple(self.skip))
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.format == "fp32":
+        dtype = FORMATS[self.format]
+        if context.target.kind not in FOR_TARGETS or self.format not in FOR_TARGETS[context.target.kind]:
+            known = FOR_TARGETS.get(context.target.kind, ("fp32",))
+            raise UsageError(f"precision: {context.target.text} multiplies in {' or '.join(known)}, not in '{self.format}'")
+        if dtype is None:
             return program
-        if context.target.kind != "cpu":
-            raise UsageError(f"precision: this pass is for CPUs; the compile option chooses the products of {context.target.text}")
         graph = analyze(program)
         # depthwise convolutions have one product per lane, and words of two numbers would only widen them
         graph.sites = [site for site in graph.sites if not site.depthwise]
         if unknown := set(self.skip) - {site.name for site in graph.sites}:
             raise UsageError(f"precision: skip names no layer {', '.join(sorted(unknown))}; there are {', '.join(site.name for site in graph.sites)}")
         sites = [site for site in graph.sites if site.name not in self.skip]
-        attentions = [var for var, value in graph.bindings.items() if operator(value) == ATTENTION and _takes_bfloat16(value)]
+        attentions = [var for var, value in graph.bindings.items() if operator(value) == ATTENTION and _takes_words(value)]
         if not sites and not attentions:
             context.note("neither a product by constant weights nor attention was found")
             return program
-        if "bfloat16" not in context.target.formats:
+        if dtype not in context.target.formats:
             context.note(
-                f"target {context.target.text} has no instruction for bfloat16: weights take half of the memory, products are computed in float32"
+                f"target {context.target.text} has no instruction for {dtype}: weights take half of the memory, products are computed in float32"
             )
         context.matched(**{kind: sum(site.kind == kind for site in sites) for kind in ("matmul", "conv2d")}, attention=len(attentions))
-        return _Rewriter(graph, sites, attentions).apply()
+        return _Rewriter(graph, sites, attentions, dtype).apply()
 
 
-def _takes_bfloat16(call: Any) -> bool:
+def _takes_words(call: Any) -> bool:
     """Words of two numbers along an even depth, and no second result, whose sums over all queries are of the exact probabilities."""
     q = call.args[0]
     depth = q.ty.shape[3]
@@ -73,9 +77,9 @@ def _takes_bfloat16(call: Any) -> bool:
 class _Rewriter(relax.PyExprMutator):
     """Products on rounded operands; an operand that several products read is rounded once."""
 
-    def __init__(self, graph: Graph, sites: list[Site], attentions: list[Any]):
+    def __init__(self, graph: Graph, sites: list[Site], attentions: list[Any], dtype: str):
         super().__init__(graph.program.module)
-        self.graph, self.attentions = graph, set(attentions)
+        self.graph, self.attentions, self.dtype = graph, set(attentions), dtype
         self.sites = {site.var: site for site in sites}
         self.rounded: dict[Any, Any] = {}
 
@@ -91,7 +95,8 @@ class _Rewriter(relax.PyExprMutator):
         elif binding.var in self.attentions:
             call = binding.value
             operands = [self._round(arg, binding.var.name) if place < 3 else self.visit_expr(arg) for place, arg in enumerate(call.args)]
-            value = self.builder_.emit(relax.Call(call.op, operands, call.attrs), binding.var.name)
+            attrs = operator_attrs(**{**asdict(attrs_of(call)), "dtype": "float32"})
+            value = self.builder_.emit(relax.Call(call.op, operands, attrs), binding.var.name)
         else:
             super().visit_var_binding_(binding)
             return
@@ -100,12 +105,18 @@ class _Rewriter(relax.PyExprMutator):
         self.set_var_remap(binding.var, value)
 
     def _round(self, x: Any, name: str) -> Any:
+        """x rounded, behind its views: next to what makes it, which then does the rounding."""
         if x not in self.rounded:
-            self.rounded[x] = self.builder_.emit(relax.op.astype(self.visit_expr(x), "bfloat16"), name)
+            view = self.graph.defining(x, *VIEWS)
+            if view is not None and isinstance(view.args[0], relax.Var):
+                short = relax.Call(view.op, [self._round(view.args[0], name), *(self.visit_expr(arg) for arg in view.args[1:])], view.attrs)
+            else:
+                short = relax.op.astype(self.visit_expr(x), self.dtype)
+            self.rounded[x] = self.builder_.emit(short, name)
         return self.rounded[x]
 
     def _product(self, site: Site, name: str) -> Any:
-        x, weight = self._round(site.x, name), relax.const(np.ascontiguousarray(site.weight.astype(ml_dtypes.bfloat16)), "bfloat16")
+        x, weight = self._round(site.x, name), relax.const(np.ascontiguousarray(site.weight.astype(numpy_dtype(self.dtype))), self.dtype)
         if site.kind == "matmul":
             return self.builder_.emit(relax.op.matmul(x, weight, out_dtype="float32"), name)
         attrs = site.call.attrs

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from machines import HASWELL, each_machine  # noqa: F401  (a fixture)
 from scipy.special import erf
-from tcompile.compiler.tvm import IRBuilder, T, tirx, tvm
+from tcompile.compiler.tvm import IRBuilder, T, TensorLoad, structural_walk, tirx, tvm
 from tcompile.targets.cpu.lower import tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE, call_exp_nonpositive
+from tcompile.targets.cpu.math import TIR_PIPELINE, call_exp_nonpositive, vector_math
 
 TARGET = HASWELL
 CALLS = re.compile(r"call\w*\s+\*?\w*(expf?|logf?|erff?|tanhf?|powf?|sinf?|cosf?|fmaxf?|fminf?)\b")
@@ -136,6 +136,39 @@ def test_extrema_keep_nan(dtype):
     np.testing.assert_array_equal(evaluate(lambda a: T.max(T.min(a, constant(6.0)), constant(0.0)), x), np.clip(x, 0, 6))
     np.testing.assert_array_equal(evaluate(lambda a, b: T.max(a, b), x, y), np.maximum(x, y))
     np.testing.assert_array_equal(evaluate(lambda a, b: T.min(a, b), x, y), np.minimum(x, y))
+
+
+def test_a_long_chain_of_clips_compiles():
+    """Each clip reads its operand three times: put into each other, twelve would be a tree of half a million nodes."""
+
+    def chain(x):
+        for _ in range(12):
+            x = T.bind(T.max(T.min(tirx.nearbyint(x * T.float32(0.9)), T.float32(255)), T.float32(0)))
+        return x
+
+    x = np.float32([-3, 0.4, 17, 300, 1e9, 250, 100, 2])
+    expected = x
+    for _ in range(12):
+        expected = np.clip(np.round(expected * np.float32(0.9)), 0, 255)
+    np.testing.assert_array_equal(evaluate(chain, x), expected)
+
+
+def test_guarded_extrema_read_nothing_before_the_test():
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        x, y, z = (T.arg(name, T.buffer((8,), "float32")) for name in "xyz")
+        with T.serial(T.int64(8)) as i:
+            T.buffer_store(z, T.if_then_else(i > 2, T.max(x[i - 3], y[i - 3]), T.float32(0)) + T.max(x[i], T.float32(0)), [i])
+    read = []
+    for statement in named(vector_math(builder.get())):
+        structural_walk(statement.value, (TensorLoad, read.append))
+    assert [isinstance(load.indices[0], tirx.Var) for load in read] == [True]  # x[i] alone
+
+
+def named(func) -> list:
+    """The stores into values that are computed ahead of a statement."""
+    stores = []
+    structural_walk(func.body, (tirx.BufferStore, lambda store: stores.append(store) if store.buffer.name != "z" else None))
+    return stores
 
 
 @pytest.mark.parametrize("function", [T.exp, T.log, T.erf, T.tanh, T.sigmoid, T.sin], ids=["exp", "log", "erf", "tanh", "sigmoid", "sin"])

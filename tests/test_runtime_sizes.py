@@ -70,6 +70,11 @@ def test_expand_and_tile():
         expand.agree(data(3, 1), ints(*shape))
     with pytest.raises(TcompileError):
         expand.compiled(data(3, 1), ints(2, 5, 6))
+    nodes = [helper.make_node("Concat", ["n", "n"], ["shape"], axis=0), helper.make_node("Expand", ["w", "shape"], ["y"])]
+    row = tcompile.compile(small(nodes, {"n": ([1], INT64)}, ["y"], {"w": data(1, 3)}))  # a constant that only the sizes refuse
+    np.testing.assert_array_equal(row(ints(3)), np.broadcast_to(data(1, 3), (3, 3)))
+    with pytest.raises(TcompileError):
+        row(ints(2))
     tile = Pair("Tile", {"x": (FLOAT, [2, 3]), "repeats": (INT64, [2])})
     for repeats in ((1, 1), (3, 2), (0, 1)):
         tile.agree(data(2, 3), ints(*repeats))

@@ -22,7 +22,7 @@ class AttentionAttrs:
 
     fill: the score of a position that a boolean mask or `causal` hides, before the softmax. safe: a query whose scores are all -inf gives zeros, as in torch's
     scaled_dot_product_attention, instead of NaN. received: the second output. layout: order of the dims of q, k, v and the result, "BHSD" or "BSHD", or one for each
-    of the four, joined by commas.
+    of the four, joined by commas. dtype: of the result; by default that of q, float32 for bfloat16.
     """
 
     scale: float = 1.0
@@ -31,6 +31,7 @@ class AttentionAttrs:
     safe: bool = True
     received: bool = False
     layout: str = "BHSD"
+    dtype: str = ""
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -100,15 +101,15 @@ def _infer(builder: Any, call: Any) -> Any:
         agree(f"{what} of k and v", k[position], v[position])
     if isinstance(q[1], tirx.IntImm) and isinstance(k[1], tirx.IntImm) and int(q[1]) % int(k[1]):
         raise ValueError(f"{NAME}: {int(q[1])} heads of q cannot share {int(k[1])} heads of k")
-    dtype = result_dtype(call.args[0])
+    dtype = attrs.dtype or working_dtype(call.args[0])
     out = relax.TensorType(_plain([*q[:3], v[3]], attrs.layouts[3]), dtype)
     if not attrs.received:
         return out
     return relax.TupleType([out, relax.TensorType([q[0], k[2]], dtype)])
 
 
-def result_dtype(q: relax.Expr) -> str:
-    """Operands of bfloat16 give float32, all others their own type."""
+def working_dtype(q: relax.Expr) -> str:
+    """The type in which `decompose` computes: float32 for operands of bfloat16, the operands' own for all others."""
     return "float32" if str(q.ty.dtype) == "bfloat16" else str(q.ty.dtype)
 
 
@@ -123,7 +124,7 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
     q, k, v = call.args[:3]
     mask = call.args[3] if len(call.args) == 4 else None
     q, k, v = (x if layout == "BHSD" else emit(op.permute_dims(x, SWAPPED)) for x, layout in zip((q, k, v), attrs.layouts, strict=False))
-    dtype = result_dtype(q)
+    dtype = working_dtype(q)
     q, k, v = (x if str(x.ty.dtype) == dtype else emit(op.astype(x, dtype)) for x in (q, k, v))
     dims = dims_of(*(list(x.ty.shape) for x in (q, k, v)), ("BHSD",) * 3)
     k, v = (_repeat(emit, x, dims.heads) for x in (k, v))
@@ -147,6 +148,8 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
     else:
         weights = emit(op.nn.softmax(scores, axis=-1))
     out = emit(op.matmul(weights, v))
+    if attrs.dtype not in ("", dtype):
+        out = emit(op.astype(out, attrs.dtype))
     if attrs.layouts[3] == "BSHD":
         out = emit(op.permute_dims(out, SWAPPED))
     return relax.Tuple([out, emit(op.mean(weights, axis=[1, 2]))]) if attrs.received else out

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.control import DRIVER_PREFIX
+from ...compiler.dialect.opaque import NAME as HIDE_SHAPE
 from ...compiler.dialect.opaque import reveal_shapes
 from ...compiler.tvm import PIPELINE_MAP, Constant, link_executable, mutator, relax, relax_functions, tirx, tvm
 from ..base import Target
@@ -61,12 +62,17 @@ class _Lifter(relax.PyExprMutator):
 
     def _collect(self, function: Any) -> None:
         def visit(expr: Any) -> None:
-            if not (isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_tir"):
+            name = getattr(expr.op, "name", "") if isinstance(expr, relax.Call) else ""
+            if name == "relax.call_tir":
+                reader, operands = expr.args[0].name_hint, expr.args[1].fields
+            elif name == HIDE_SHAPE:  # the VM cannot drop a constant that another name was given to
+                reader, operands = "hide_shape", expr.args
+            else:
                 return
-            for arg in expr.args[1].fields:
+            for arg in operands:
                 if isinstance(arg, Constant) and isinstance(arg.ty, relax.TensorType) and arg not in self.position:
                     self.position[arg] = len(self.position)
-                    self.weights[f"{self.position[arg]:04d}.{expr.args[0].name_hint}"] = arg.value.numpy()
+                    self.weights[f"{self.position[arg]:04d}.{reader}"] = arg.value.numpy()
                     self.types.append(arg.ty)
 
         relax.analysis.post_order_visit(function, visit)

@@ -325,7 +325,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _extremum(name: Names, node: Any) -> Any:
+def _extremum(name: Callable[[Any], Any], node: Any) -> Any:
     """Float max and min that keep NaN: one select when an operand is a constant, a NaN test more when not."""
     if not str(node.ty.dtype).startswith("float"):
         return node
@@ -336,9 +336,9 @@ def _extremum(name: Names, node: Any) -> Any:
         return _select(first > second if above else first < second, first, second)
 
     if _constant(node.a) is not None:
-        return pick(node.a, node.b)
+        return pick(node.a, name(node.b))
     if _constant(node.b) is not None:
-        return pick(node.b, node.a)
+        return pick(node.b, name(node.a))
     a, b = name(node.a), name(node.b)
     return _select(T.isnan(a), a, pick(a, b))
 
@@ -362,7 +362,8 @@ def _expand(statement: Any) -> Any:
         function = FUNCTIONS.get(_marked(node))
         return node if function is None else function(name, *node.args[1:])
 
-    value = structural_map(statement.value, [(tvm.ir.Call, call), ((tirx.Max, tirx.Min), lambda node: _extremum(name, node))])
+    value = structural_map(statement.value, (tvm.ir.Call, _settle_guarded))
+    value = structural_map(value, [(tvm.ir.Call, call), ((tirx.Max, tirx.Min), lambda node: _extremum(name, node))])
     if value.same_as(statement.value):
         return statement
     if isinstance(statement, tirx.Bind):
@@ -370,6 +371,16 @@ def _expand(statement: Any) -> Any:
     else:
         last = tirx.BufferStore(statement.buffer, value, list(statement.indices))
     return structural_map(tirx.SeqStmt([*name.statements, last]) if name.statements else last, ((tirx.Add, tvm.ir.Call), _lowered))
+
+
+def _settle_guarded(call: Any) -> Any:
+    """Float extremes within the branches of an if-then-else, without names: those would be computed before the test."""
+    if getattr(call.op, "name", "") != "prim.if_then_else":
+        return call
+    condition, *branches = call.args
+    settled = [structural_map(branch, ((tirx.Max, tirx.Min), lambda node: _extremum(lambda value: value, node))) for branch in branches]
+    changed = any(not new.same_as(old) for new, old in zip(settled, branches, strict=True))
+    return T.if_then_else(condition, *settled) if changed else call
 
 
 def _marked(call: Any) -> str:

@@ -15,10 +15,12 @@ from ...compiler.dialect.attention import AttentionAttrs, attrs_of, dims_of
 from ...compiler.tvm import tirx
 from ..base import Target
 from .gemm import vector
-from .kernel import Kernel, Plan, Signature, Unsupported
+from .kernel import Kernel, Plan, Signature, Unsupported, ctype
 from .printer import literal
 
 QUERIES, THREADS = 64, 128
+#: number policies of operands that lie in memory as tensor cores take them, two in a word; others have the policy that was asked for
+POLICIES = {"bfloat16": "Bf16x2", "float16": "Fp16x2"}
 #: widest head: its outputs stay in registers
 MAX_WIDTH = 128
 
@@ -31,9 +33,12 @@ def refusal(call: Any) -> str:
         return "the attention that keys receive is asked for"
     if any(not isinstance(dim, tirx.IntImm) for shape in shapes for dim in shape):
         return "sizes known only at run time"
-    if any(str(arg.ty.dtype) != "float32" for arg in call.args[:3]) or any(str(arg.ty.dtype) not in ("float32", "bool") for arg in call.args[3:]):
-        return "not float32"
+    types = {str(arg.ty.dtype) for arg in call.args[:3]}
+    if len(types) > 1 or not types <= {*POLICIES, "float32"} or any(str(arg.ty.dtype) not in ("float32", "bool") for arg in call.args[3:]):
+        return f"operands of {', '.join(str(arg.ty.dtype) for arg in call.args)}"
     dims = dims_of(*shapes[:3], attrs.layouts)
+    if types <= {*POLICIES} and (int(dims.depth) % 2 or int(dims.width) % 2):
+        return "heads that fill no whole words"
     if max(int(dims.depth), int(dims.width)) > MAX_WIDTH:
         return f"heads wider than {MAX_WIDTH}"
     if min(int(dim) for shape in shapes for dim in shape) == 0:
@@ -46,7 +51,8 @@ def kernel(call: Any, target: Target, policy: str) -> Plan:
     if reason := refusal(call):
         raise Unsupported(reason)
     operands = [tirx.decl_buffer([int(dim) for dim in arg.ty.shape], str(arg.ty.dtype), f"arg{position}") for position, arg in enumerate(call.args)]
-    out = tirx.decl_buffer([int(dim) for dim in call.ty.shape], "float32", "out")
+    out = tirx.decl_buffer([int(dim) for dim in call.ty.shape], str(call.ty.dtype), "out")
+    policy = POLICIES.get(str(call.args[0].ty.dtype), policy)
     return Plan((*operands, out), (_kernel(operands, out, attrs_of(call), target, policy),))
 
 
@@ -56,8 +62,8 @@ def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target
     batch, heads, own, queries, keys, depth, width = (
         int(dim) for dim in (found.batch, found.heads, found.kv_heads, found.queries, found.keys, found.depth, found.width)
     )
-    block = 64 if max(depth, width) <= 64 else 32
-    padded, wide = (-(-size // 16) * 16 for size in (depth, width))
+    block, group = 64 if max(depth, width) <= 64 else 32, 2 if policy in POLICIES.values() else 1
+    padded, wide = -(-depth // (16 * group)) * 16, -(-width // 16) * 16 // group
     shared = 4 * (QUERIES * (padded + 8) + 2 * block * (padded + 8 + wide + 4))
     if shared > target.shared_bytes:
         raise Unsupported(f"{shared} bytes of shared memory, {target.name} has {target.shared_bytes}")
@@ -65,19 +71,20 @@ def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target
     names = [signature.name(buffer) for buffer in operands[:3]]
     causal = attrs.causal and attrs.fill == -math.inf
     lines = [
-        f"using T = tc::Heads<{depth}, {width}, {block}>;",
+        f"using T = tc::Heads<tc::{policy}, {depth}, {width}, {block}>;",
         f"const int head = blockIdx.y, shared_head = head / {heads // own}, batch = blockIdx.z;",
     ]
     sizes = ((queries, depth, heads, "head"), (keys, depth, own, "shared_head"), (keys, width, own, "shared_head"))
     for side, name, layout, (rows, columns, count, head) in zip("qkv", names, attrs.layouts, sizes, strict=False):
         base, stride = _layout(layout, count, rows, columns, head)
-        lines.append(f"const tc::Rows<{rows}, {columns}, {stride}> {side}{{{name} + {base}}};")
-    flags = f"{str(causal).lower()}, {str(attrs.safe).lower()}"
-    numbers = f"{queries}, {keys}, {width}, {flags}, {vector(depth)}, {vector(width)}"
-    lines.append(f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, blockIdx.x * T::BQ, [&](int s, int t, float x) {{")
-    lines += [f"  {line}" for line in _score(operands, attrs, signature, (batch, heads, queries, keys))]
+        start = f"{name} + {base}" if group == 1 else f"tc::words({name} + {base})"
+        lines.append(f"const tc::Rows<{rows}, {columns // group}, {stride // group}> {side}{{{start}}};")
     base, stride = _layout(attrs.layouts[3], heads, queries, width, "head")
-    lines.append(f"}}, [&](int s, int e, float value) {{ {signature.name(out)}[{base} + (size_t)s * {stride} + e] = value; }});")
+    lines.append(f"const tc::To<{ctype(out.ty.dtype)}> to{{{signature.name(out)} + {base}}};")
+    flags = f"{str(causal).lower()}, {str(attrs.safe).lower()}"
+    numbers = f"{queries}, {keys}, {width}, {stride}, {flags}, {vector(depth // group)}, {vector(width // group)}"
+    lines.append(f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, to, blockIdx.x * T::BQ, [&](int s, int t, float x) {{")
+    lines += [f"  {line}" for line in _score(operands, attrs, signature, (batch, heads, queries, keys))] + ["});"]
     workload = f"attention {batch}x{heads}({own})x{queries}x{keys}x{depth} {policy}" + (" causal" if attrs.causal else "")
     return signature.kernel(
         lines,

@@ -7,8 +7,8 @@
 
 A convolution is the same product over the windows of its image, whose addresses are computed (implicit GEMM): nothing is copied in global memory.
 
-uint8 times int8 is the same product of words: four consecutive k of an activation lie in one already, and constant weights are packed to words [K / 4][N]. Copies, tiles
-and fragments do not care what a word holds; only `mma.sync` does.
+uint8 times int8, bfloat16 and float16 are the same product of words: four or two consecutive k of an activation lie in one already, and constant weights are packed to words
+[K / 4][N] or [K / 2][N]. Copies, tiles and fragments do not care what a word holds; only `mma.sync` does.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from ...compiler.tvm import TensorLoad, structural_map, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, static
 from ..common.words import packed_words
-from .kernel import Kernel, Packing, Plan, Signature, Unsupported, ctype
+from .kernel import Kernel, Packing, Plan, Signature, Unsupported, copies_of, ctype
 from .printer import Printer, check_indices
 from .schedule import GemmShape, TileSchedule, best_tile
+from .words import GROUPS
 
-#: types of A, B and their sums -> number policy of include/tcompile.cuh, consecutive k in a word; fp32 products have the policy that was asked for
-_WORDS = {("float32", "float32", "float32"): ("", 1), ("uint8", "int8", "int32"): ("U8S8", 4)}
+#: types of A -> number policy of include/tcompile.cuh of what lies in words; fp32 products have the policy that was asked for
+_POLICIES = {"uint8": "U8S8", "bfloat16": "Bf16x2", "float16": "Fp16x2"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,13 @@ class _Operand:
     offset: str = ""
 
 
-def gemm(fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: TileSchedule | None = None) -> Plan:
-    """One kernel, of this tile or the best; raises Unfusable when the function is not for this template. constants: positions of parameters that may be packed."""
+def gemm(
+    fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: TileSchedule | None = None, rounded: str = ""
+) -> Plan:
+    """One kernel, of this tile or the best; raises Unfusable when the function is not for this template.
+
+    constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
+    """
     if fused.core["op"] not in ("matmul", "conv2d"):
         raise Unfusable(f"no tensor-core template for {fused.core['op']}")
     if any(static(dim) is None for param in fused.params for dim in param.shape):
@@ -50,8 +56,8 @@ def gemm(fused: Fused, target: Target, policy: str, constants: frozenset[int] = 
     if any(static(dim) == 0 for param in fused.params for dim in param.shape):
         raise Unfusable("an operand without elements")
     try:
-        made = _Gemm(fused, target, policy, constants)
-        return Plan(tuple(fused.params), (made.kernel(tile),), made.packings)
+        made = _Gemm(fused, target, policy, constants, rounded)
+        return Plan((*fused.params, *made.copies), (made.kernel(tile),), made.packings)
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason
 
@@ -62,15 +68,15 @@ def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
 
 
 class _Gemm:
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int]):
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
         self.fused, self.target = fused, target
         types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
-        if types not in _WORDS:
+        if types != ("float32",) * 3 and types not in GROUPS:
             raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
-        own, self.group = _WORDS[types]
-        self.policy, self.sum = own or policy, ctype(types[2])
+        self.policy, self.group, self.sum = _POLICIES.get(types[0], policy), GROUPS.get(types, 1), ctype(types[2])
         self.packings = () if self.group == 1 else (self._packing(constants),)
-        self.signature = Signature((fused.output,))
+        self.copies = copies_of(fused.output, rounded)
+        self.signature = Signature((fused.output, *self.copies))
         self.dims = [int(dim) for dim in fused.accumulator.shape]
         if fused.core["op"] == "conv2d":
             self.batch_dims, self.row_dims, self.k, self.a, self.b = [], self.dims[:-1], *self._windows()
@@ -89,8 +95,14 @@ class _Gemm:
         for side, name, operand in (("a", a, self.a), ("b", b, self.b)):
             offset = f" + {operand.offset}" if operand.offset else ""
             lines.append(f"const {operand.source} {side}{{{name}{offset}}};")
-        lines.append(f"tc::gemm<tc::{self.policy}, T, {self.k}, {self.a.vector}, {self.b.vector}>(a, b, blockIdx.y * T::BM, blockIdx.x * T::BN,")
-        lines.append(f"                       [&](int m, int n, {self.sum} sum) {{")
+        start = f" + (size_t)blockIdx.z * {self.m * self.n}" if self.batch > 1 else ""
+        written = (self.fused.output, *self.copies)
+        kinds = [ctype(buffer.ty.dtype) for buffer in written]
+        lines.append(f"const tc::To<{', '.join(kinds)}> out{{{', '.join(self.signature.name(buffer) + start for buffer in written)}}};")
+        sizes = f"{self.m}, {self.n}, {self.k}, {self.a.vector}, {self.b.vector}"
+        lines.append(
+            f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{"
+        )
         lines += [f"  {line}" for line in self._epilogue()] + ["});"]
         grid = (-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch)
         kind = "conv2d" if self.fused.core["op"] == "conv2d" else "gemm"
@@ -160,8 +172,8 @@ class _Gemm:
         return k, _Operand(source, vector(depth)), _Operand(f"tc::Matrix<{k}, {features}>", vector(features))
 
     def _epilogue(self) -> list[str]:
-        """The body of the lambda: (m, n, sum) -> store."""
-        lines = [f"if (m >= {self.m} || n >= {self.n}) return;"]
+        """The body of the lambda: (m, n, sum) -> the element of the output."""
+        lines: list[str] = []
         indices: list[str] = []
         for position, dims in (("blockIdx.z", self.batch_dims), ("m", self.row_dims)):
             stride = total = math.prod(dims)
@@ -186,12 +198,11 @@ class _Gemm:
             lines.append(f"const {ctype(block.body.buffer.ty.dtype)} v{number} = {printer(value)};")
             self.signature.indexed |= printer.indexed
             values[block.body.buffer] = f"v{number}"
-        lines.append(f"{self.signature.name(self.fused.output)}[{_address(self.fused.output, indices)}] = {values[self.fused.output]};")
-        return lines
+        return [*lines, f"return {values[self.fused.output]};"]
 
 
 def packed(codes: np.ndarray, group: int) -> np.ndarray:
-    """[..., K, N] of one byte each -> words [..., K / group, N] of consecutive k."""
+    """[..., K, N] of `group` elements in 4 bytes -> words [..., K / group, N] of consecutive k."""
     *lead, k, n = codes.shape
     return packed_words(codes.reshape(*lead, k // group, group, n))
 

@@ -17,7 +17,7 @@ from ..common.fused import loads, variables_of
 from ..common.nests import Axis, Flat, Nest, Step, group
 from ..common.refine import coefficients, drop_units, merge, split_divisions
 from ..common.stages import Unreadable, inline, read_stages
-from .kernel import MAX_ELEMENTS, Kernel, Plan, Signature, Unsupported, ctype
+from .kernel import MAX_ELEMENTS, Kernel, Plan, Signature, Unsupported, copies_of, ctype, summed
 from .printer import Printer, check_indices
 
 #: threads per block of kernels whose threads do not work together
@@ -31,8 +31,11 @@ _COMBINE = {
 }  # fmt: skip
 
 
-def schedule(func: tirx.PrimFunc, reason: str = "") -> Plan:
-    """Kernels of any function that reads as stages; raises Unsupported with what does not. reason: why no template took it, for the report."""
+def schedule(func: tirx.PrimFunc, reason: str = "", rounded: str = "") -> Plan:
+    """Kernels of any function that reads as stages; raises Unsupported with what does not.
+
+    reason: why no template took it, for the report. rounded: a type in which the last parameter, the only result, is written, too, as one more parameter.
+    """
     params = tuple(param for param in func.params)
     try:
         outputs, flat = set(params), Flat()
@@ -41,15 +44,17 @@ def schedule(func: tirx.PrimFunc, reason: str = "") -> Plan:
     except Unreadable as problem:
         raise Unsupported(str(problem)) from problem
     own = {planned: source for source, planned in flat.buffers.items()}
-    return Plan(params, tuple(replace(kernel, reason=reason) for nest in nests for kernel in _emit(nest, own)))
+    copies = copies_of(params[-1], rounded)
+    kernels = [kernel for nest in nests for kernel in _emit(nest, own, dict(zip(params[-1:], copies, strict=False)))]
+    return Plan((*params, *copies), tuple(replace(kernel, reason=reason) for kernel in kernels))
 
 
-def _emit(nest: Nest, own: dict[Any, Any]) -> list[Kernel]:
+def _emit(nest: Nest, own: dict[Any, Any], copies: dict[Any, Any]) -> list[Kernel]:
     if any(_extent(axis) == 0 for axis in nest.axes):
         if any(step.combine for step in nest.steps):
             raise Unsupported("a reduction over nothing")
         return []
-    return [_Emitter(nest, own).kernel()]
+    return [_Emitter(nest, own, copies).kernel()]
 
 
 def _extent(axis: Axis) -> int:
@@ -59,17 +64,17 @@ def _extent(axis: Axis) -> int:
 
 
 class _Emitter:
-    """Prints one nest."""
+    """Prints one nest. copies: tensor -> another one that takes the same numbers."""
 
-    def __init__(self, nest: Nest, own: dict[Any, Any]):
-        self.nest = nest
+    def __init__(self, nest: Nest, own: dict[Any, Any], copies: dict[Any, Any]):
+        self.nest, self.copies = nest, copies
         self.rows = [axis for axis in nest.axes if not axis.inner]
         self.inner = [axis for axis in nest.axes if axis.inner]
         self.points, self.length = (math.prod(_extent(axis) for axis in axes) for axes in (self.rows, self.inner))
         if max(self.points, self.length) > MAX_ELEMENTS:
             raise Unsupported(f"{self.points} rows of {self.length} elements")
         written = tuple(own[step.target] for step in nest.steps if step.address is not None)
-        self.signature = Signature(written)
+        self.signature = Signature((*written, *(copies[buffer] for buffer in written if buffer in copies)))
         self.own = own
         ranges = {axis.var: _extent(axis) for axis in nest.axes}
         self.names = {axis.var: f"{'k' if axis.inner else 'i'}{position}" for position, axis in enumerate(nest.axes)}
@@ -143,8 +148,10 @@ class _Emitter:
 
     def _store(self, step: Step, indent: str, condition: str = "") -> None:
         if step.address is not None:
-            target = f"{self.signature.name(self.own[step.target])}[{self.print.index(step.address)}]"
-            self.lines.append(f"{indent}{condition}{target} = {self.names[step.ref]};")
+            target, address = self.own[step.target], self.print.index(step.address)
+            for buffer in (target, self.copies.get(target)):
+                if buffer is not None:
+                    self.lines.append(f"{indent}{condition}{self.signature.name(buffer)}[{address}] = {self.names[step.ref]};")
 
     def _passes(self, width: int) -> None:
         """One walk over the row per reduction, then one for what is stored point by point."""
@@ -173,7 +180,7 @@ class _Emitter:
         self._decode("k", self.inner, self.length, "  ")
 
     def _fold(self, step: Step, points: list[Step], width: int) -> None:
-        kind, name = ctype(step.dtype), f"v{len(self.names)}"
+        kind, name = summed(step.dtype), f"v{len(self.names)}"
         self.names[step.ref] = name
         self.lines.append(f"{kind} {name} = {self.print(step.init)};")
         self._walk(width)

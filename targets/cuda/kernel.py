@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.tvm import tirx
+
 #: C types by TVM's names
 CTYPES = {
     "float32": "float",
@@ -21,7 +23,11 @@ CTYPES = {
     "int64": "long long",
     "uint64": "unsigned long long",
     "bool": "bool",
+    "float16": "tc::float16",
+    "bfloat16": "tc::bfloat16",
 }
+#: numbers of two bytes that are computed with as float
+SHORT = ("float16", "bfloat16")
 #: the largest count of elements or threads along x: positions are 32-bit
 MAX_ELEMENTS = 2**31 - 1
 
@@ -31,10 +37,15 @@ class Unsupported(Exception):
 
 
 def ctype(dtype: Any) -> str:
-    """The C type of a dtype; raises Unsupported for those without one (float16, bfloat16)."""
+    """The C type of a dtype; raises Unsupported for those without one."""
     if str(dtype) not in CTYPES:
         raise Unsupported(f"dtype {dtype}")
     return CTYPES[str(dtype)]
+
+
+def summed(dtype: Any) -> str:
+    """The C type in which numbers of a dtype are folded."""
+    return "float" if str(dtype) in SHORT else ctype(dtype)
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,11 @@ class Signature:
         if grid[0] > MAX_ELEMENTS or max(grid[1:]) > 65535:
             raise Unsupported(f"a grid of {grid} blocks")
         return Kernel("\n".join(lines), tuple(self.names), self.written, grid, threads, indexed=self.indexed, **rest)
+
+
+def copies_of(buffer: Any, dtype: str) -> tuple[Any, ...]:
+    """A tensor of the same shape for the same numbers rounded to `dtype`; none without one."""
+    return (tirx.decl_buffer(buffer.shape, dtype, "rounded"),) if dtype else ()
 
 
 def elements(buffer: Any) -> int:

@@ -12,16 +12,18 @@ import numpy as np
 from ...compiler.dialect import attention as dialect
 from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import Blocker, UnsupportedModel
-from ...compiler.tvm import Constant, relax, tirx
+from ...compiler.tvm import Constant, TensorLoad, relax, tirx
 from ...compiler.weights import DEVICE_ALIGNMENT
 from ...compiler.workspace import Lifetime, Workspace, aligned, plan
 from ...passes.fusion import NODES
+from ...passes.products import operator
 from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
+from ..common.stages import Unreadable, read_stages, reads_in_place
 from . import attention, generic, scan
 from .gemm import gemm
-from .kernel import Kernel, Packing, Plan, Unsupported, elements
+from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class _Walk:
         self.weight_bytes = 0
         self.temporaries: list[Tensor] = []
         self.blockers: list[Blocker] = []
+        self.rounded = _rounded_copies(module)
 
     def run(self) -> Launches:
         main = self.module["main"]
@@ -91,7 +94,8 @@ class _Walk:
         body = main.body
         for block in body.blocks:
             for binding in block.bindings:
-                self.values[binding.var] = self._value(binding.value)
+                if binding.var not in self.values:  # a rounded copy is there already
+                    self.values[binding.var] = self._value(binding.value, binding.var)
         if self.blockers:
             raise UnsupportedModel(list(dict.fromkeys(self.blockers)))
         self._outputs(self._value(body.body))
@@ -100,7 +104,7 @@ class _Walk:
 
     # -- values ------------------------------------------------------------------------------------------------------------------------------------
 
-    def _value(self, expr: Any) -> Any:
+    def _value(self, expr: Any, var: Any = None) -> Any:
         if isinstance(expr, Constant):
             return self._constant(expr)
         if isinstance(expr, relax.Tuple):
@@ -108,39 +112,44 @@ class _Walk:
         if isinstance(expr, relax.TupleGetItem):
             return self._value(expr.tuple_value)[expr.index]
         if isinstance(expr, relax.Call):
-            return self._call(expr)
+            return self._call(expr, var)
         if expr in self.values:
             return self.values[expr]
         return self._refuse("", f"a {type(expr).__name__} expression", expr.ty)
 
-    def _call(self, call: Any) -> Any:
+    def _call(self, call: Any, var: Any) -> Any:
         name = getattr(call.op, "name", str(call.op))
         if name == "relax.reshape":
             return self._value(call.args[0])
         if name == "relax.call_tir":
-            return self._call_tir(call)
+            return self._call_tir(call, var)
         if name == dialect.NAME:
             return self._whole(call, "attention", lambda: attention.kernel(call, self.target, self.policy))
         if name in scan.OPERATORS:
             return self._whole(call, name.removeprefix("relax."), lambda: scan.kernel(call))
         return self._refuse("", f"operator {name} has no CUDA kernel yet", call.ty)
 
-    def _call_tir(self, call: Any) -> Any:
-        name = call.args[0].name_hint
+    def _call_tir(self, call: Any, var: Any) -> Any:
+        function = call.args[0].name_hint
+        copy, dtype = self.rounded.get(var, (None, ""))
+        name = f"{function}_and_{dtype}" if dtype else function
         outs = self._outs(call.ty_args[0])
-        func, given = self.module[name], list(call.args[1].fields)
+        func, given = self.module[function], list(call.args[1].fields)
         nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         try:
             if len(call.args) > 2:
                 raise Unsupported("sizes known only at run time")
             if name not in self.plans:
-                self._add(name, plan_of(func, self.target, self.policy, self.fixed[name]), nodes)
+                self._add(name, plan_of(func, self.target, self.policy, self.fixed[function], dtype), nodes)
         except Unsupported as reason:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
             return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
         packed = {packing.param: packing for packing in self.plans[name][0].packings}
         operands = [self._packed(arg, packed[param]) if param in packed else self._value(arg) for arg, param in zip(given, func.params, strict=False)]
-        self._launch(name, [*operands, *outs])
+        copies = [self._temporary(outs[0].size_bytes // 2)] if dtype else []
+        self._launch(name, [*operands, *outs, *copies])
+        if dtype:
+            self.values[copy] = copies[0]
         return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
 
     def _whole(self, call: Any, hint: str, make: Callable[[], Plan]) -> Any:
@@ -239,12 +248,38 @@ class _Walk:
             self.temporaries[key].place = Place("workspace", offset)
 
 
-def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset()) -> Plan:
+def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset(), rounded: str = "") -> Plan:
     """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does.
 
-    constants: positions of parameters that are known at compile time.
+    constants: positions of parameters that are known at compile time. rounded: a type of two bytes in which the float32 result is written, too, as a last parameter.
     """
     try:
-        return gemm(analyze(func), target, policy, constants)
+        return gemm(analyze(func), target, policy, constants, rounded=rounded)
     except Unfusable as reason:
-        return generic.schedule(func, str(reason))
+        return generic.schedule(func, str(reason), rounded)
+
+
+def _rounded_copies(module: Any) -> dict[Any, tuple[Any, str]]:
+    """Variable of a kernel's only result -> (variable that is the same rounded to two bytes, its type): one kernel writes both."""
+    made, found = {}, {}
+    for block in module["main"].body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if operator(call) != "relax.call_tir" or isinstance(call.ty_args[0], relax.TupleType):
+                continue
+            made[binding.var] = call
+            source = call.args[1].fields[0] if len(call.args[1].fields) == 1 else None
+            dtype = str(call.ty_args[0].dtype)
+            if source in made and source not in found and dtype in SHORT and str(source.ty.dtype) == "float32" and _is_cast(module[call.args[0]]):
+                found[source] = binding.var, dtype
+    return found
+
+
+def _is_cast(func: Any) -> bool:
+    """The function is nothing but a cast."""
+    try:
+        (stage,) = read_stages(func)
+    except (Unreadable, ValueError):
+        return False
+    value = stage.value
+    return not stage.reduced and isinstance(value, tirx.Cast) and isinstance(value.value, TensorLoad) and reads_in_place(value.value, stage)

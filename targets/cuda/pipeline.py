@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.dialect import attention as dialect
 from ...compiler.errors import Blocker, UnsupportedModel, UsageError
 from ...compiler.progress import stage
-from ...compiler.tvm import mutator, relax
+from ...compiler.tvm import mutator, operator_attrs, relax
 from ...passes.fusion import FuseEpilogues
+from ...passes.products import analyze, operator
 from ..common import legalize as definitions
 from . import attention, toolchain
 from .host import sources
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
 PRECISIONS = {
     "fp32": ("Fp32", "3xTF32: operands split in two tf32 parts, three products; as accurate as fp32"),
     "tf32": ("Tf32", "operands of GEMM, convolution and attention rounded to tf32 (11 significant bits), fp32 sums"),
-    "fp16": ("Fp16", "operands of GEMM, convolution and attention rounded to fp16 (11 significant bits, overflow above 65504), fp32 sums"),
-    "bf16": ("Bf16", "operands of GEMM, convolution and attention rounded to bf16 (8 significant bits), fp32 sums"),
+    "fp16": (
+        "Fp16",
+        "operands of GEMM, convolution and attention rounded to fp16 (11 significant bits, overflow above 65504) and stored so, fp32 sums",
+    ),
+    "bf16": ("Bf16", "operands of GEMM, convolution and attention rounded to bf16 (8 significant bits) and stored so, fp32 sums"),
 }
 DEFAULT_PRECISION = "fp32"
 
@@ -106,25 +111,36 @@ def rows(launches: Launches) -> list[dict[str, Any]]:
 
 
 def _legalize(program: Program) -> Any:
-    module = _Prepare(relax.transform.DecomposeOpsForInference()(program.module)).apply()
-    module = definitions.legalize(module, keep=(dialect.NAME,))
+    module = relax.transform.CanonicalizeBindings()(relax.transform.DecomposeOpsForInference()(program.module))
+    module = _Prepare(program.with_module(module)).apply()
+    module = definitions.legalize(module, {"relax.astype": definitions.default_legalization}, keep=(dialect.NAME,))
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
 
 
 @mutator
 class _Prepare(relax.PyExprMutator):
-    """Attention that the kernel does not take, by plain operators; integer products in whole words."""
+    """Attention that the kernel does not take, by plain operators; one that is only read rounded, rounded by the kernel; products of short numbers in whole words."""
 
-    def __init__(self, module: Any):
-        super().__init__(module)
-        self.module = module
+    def __init__(self, program: Program):
+        super().__init__(program.module)
+        self.graph = analyze(program)
 
     def apply(self) -> Any:
-        self.builder_.update_func(self.module.get_global_var("main"), self.visit_expr(self.module["main"]))
+        program = self.graph.program
+        self.builder_.update_func(program.module.get_global_var("main"), self.visit_expr(program.main))
         return self.builder_.get()
 
+    def visit_var_binding_(self, binding: Any) -> None:
+        """Attention whose one reader rounds it gives way to that reader."""
+        if operator(binding.value) != dialect.NAME or self.graph.defining(self.graph.single_reader(binding.var), "relax.astype") is None:
+            super().visit_var_binding_(binding)
+
     def visit_call_(self, call: Any) -> Any:
+        made = self.graph.defining(call.args[0], dialect.NAME) if operator(call) == "relax.astype" else None
+        if made is not None and self.graph.single_reader(call.args[0]) is not None:
+            attrs = operator_attrs(**{**asdict(dialect.attrs_of(made)), "dtype": str(call.attrs.dtype)})
+            call = self.builder_.normalize(relax.Call(made.op, list(made.args), attrs))
         call = super().visit_call_(call)
-        if getattr(call.op, "name", "") == dialect.NAME and attention.refusal(call):
+        if operator(call) == dialect.NAME and attention.refusal(call):
             return dialect.decompose(self.builder_, call)
         return filled(self.builder_, call)

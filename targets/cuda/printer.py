@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...compiler.tvm import TensorLoad, structural_map, structural_walk, tirx, tvm
-from .kernel import Unsupported, ctype
+from .kernel import SHORT, Unsupported, ctype
 
 _BINARY = {
     "Add": "+", "Sub": "-", "Mul": "*", "EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">=", "And": "&&", "Or": "||",
@@ -112,7 +112,12 @@ class Printer:
         return f"!{self(expr.a)}"
 
     def _select(self, expr: Any) -> str:
-        return f"({self(expr.condition)} ? {self(expr.true_value)} : {self(expr.false_value)})"
+        return self._choice(expr.condition, expr.true_value, expr.false_value)
+
+    def _choice(self, condition: Any, *values: Any) -> str:
+        """Both values as one C type: arithmetic on numbers of two bytes gives float."""
+        taken, other = (f"(float)({self(value)})" if str(value.ty.dtype) in SHORT else self(value) for value in values)
+        return f"({self(condition)} ? {taken} : {other})"
 
     def _min(self, expr: Any) -> str:
         return f"tc::{type(expr).__name__.lower()}<{ctype(expr.ty.dtype)}>({self(expr.a)}, {self(expr.b)})"
@@ -120,7 +125,7 @@ class Printer:
     _max = _min
 
     def _div(self, expr: Any) -> str:
-        if str(expr.ty.dtype).startswith("float"):
+        if str(expr.ty.dtype).startswith(("float", "bfloat")):
             return f"({self(expr.a)} / {self(expr.b)})"
         return f"tc::truncdiv<{ctype(expr.ty.dtype)}>({self(expr.a)}, {self._divisor(expr.b)})"
 
@@ -158,14 +163,15 @@ class Printer:
     def _call(self, expr: Any) -> str:
         name, args, dtype = getattr(expr.op, "name", str(expr.op)), expr.args, str(expr.ty.dtype)
         if name == "prim.if_then_else":
-            return f"({self(args[0])} ? {self(args[1])} : {self(args[2])})"
-        if dtype == "float32" and name in ("tirx.sin", "tirx.cos", "tirx.tan"):
+            return self._choice(*args)
+        single = dtype == "float32" or dtype in SHORT
+        if single and name in ("tirx.sin", "tirx.cos", "tirx.tan"):
             sine, cosine = (f"tc::{function}({self(args[0])})" for function in ("sine", "cosine"))
             return {"tirx.sin": sine, "tirx.cos": cosine, "tirx.tan": f"({sine} / {cosine})"}[name]
         if name in _MATH:
-            if dtype not in ("float32", "float64"):
+            if not single and dtype != "float64":
                 raise Unsupported(f"{name} of {dtype}")
-            return f"{_MATH[name]}{'f' if dtype == 'float32' else ''}({', '.join(self(arg) for arg in args)})"
+            return f"{_MATH[name]}{'f' if single else ''}({', '.join(self(arg) for arg in args)})"
         value = self(args[0]) if name not in ("tirx.call_pure_extern", "tirx.infinity") else ""
         if name == "tirx.call_pure_extern" and str(args[0].value) == INDEX:
             self.indexed = True
@@ -176,13 +182,13 @@ class Printer:
                 self._position = outer
         simple = {
             "tirx.sigmoid": f"tc::sigmoid({value})",
-            "tirx.rsqrt": f"(1.0f / sqrtf({value}))" if dtype == "float32" else f"(1.0 / sqrt({value}))",
+            "tirx.rsqrt": f"(1.0f / sqrtf({value}))" if single else f"(1.0 / sqrt({value}))",
             "tirx.isnan": f"tc::is_nan({value})",
             "tirx.isinf": f"tc::is_infinite({value})",
             "tirx.isfinite": f"tc::is_finite({value})",
             "tirx.likely": value,
             "prim.likely": value,
-            "tirx.abs": f"tc::absolute({value})",
+            "tirx.abs": f"tc::absolute<{'float' if single else ctype(dtype)}>({value})",
             "tirx.infinity": "INFINITY",
         }
         if name not in simple:
@@ -192,7 +198,7 @@ class Printer:
 
 def literal(value: float, dtype: str) -> str:
     """A floating-point constant that reads back as the very same number."""
-    single = dtype == "float32"
+    single = dtype == "float32" or dtype in SHORT
     if math.isnan(value):
         return "NAN"
     if math.isinf(value):

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ...compiler.tvm import tirx
-from .kernel import Plan, Signature, Unsupported, ctype
+from .kernel import Plan, Signature, Unsupported, summed
 
 OPERATORS = ("relax.cumsum", "relax.cumprod")
 _WARPS = 4
@@ -24,7 +24,7 @@ def kernel(call: Any) -> Plan:
     rows = math.prod(shape) // max(1, length)
     given, out = tirx.decl_buffer(shape, str(source.dtype), "x"), tirx.decl_buffer(shape, str(result.dtype), "out")
     signature = Signature((out,))
-    kind, read, write = ctype(result.dtype), signature.name(given), signature.name(out)
+    kind, read, write = summed(result.dtype), signature.name(given), signature.name(out)
     start, sign = ("0", "+") if call.op.name == "relax.cumsum" else ("1", "*")
     exclusive = bool(getattr(call.attrs, "exclusive", False))
     lines = [

@@ -13,7 +13,7 @@ from ..base import Target
 #: k elements per stage
 BK = 32
 #: multiply-adds of words per cycle and SM that mma.sync does by policy, as a fraction of `Target.fma_per_cycle` (which counts tf32)
-_RATE = {"Fp32": 1 / 3, "Tf32": 1.0, "Fp16": 2.0, "Bf16": 2.0, "U8S8": 1.0}
+_RATE = {"Fp32": 1 / 3, "Tf32": 1.0, "Fp16": 2.0, "Bf16": 2.0, "U8S8": 1.0, "Fp16x2": 1.0, "Bf16x2": 1.0}
 _SHARED_BYTES_PER_CYCLE = 128.0
 _L2_BYTES_PER_CYCLE = 48.0
 #: cycles that a block waits per k step where nothing hides them, and around its loop
@@ -23,7 +23,7 @@ _SQUEEZE = 1.05
 #: registers that one thread may have, and those of a multiprocessor
 THREAD_REGISTERS, FILE_REGISTERS = 255, 65536
 #: 32-bit registers of a fragment of A and of B by number policy (struct A and B in include/tcompile.cuh)
-_FRAGMENTS = {"Fp32": (16, 8), "Tf32": (8, 4), "Fp16": (4, 2), "Bf16": (4, 2), "U8S8": (8, 4)}
+_FRAGMENTS = {"Fp32": (16, 8), "Tf32": (8, 4), "Fp16": (4, 2), "Bf16": (4, 2), "U8S8": (8, 4), "Fp16x2": (8, 4), "Bf16x2": (8, 4)}
 #: counters, pointers and positions; an address and a predicate per copy of a step (rounded from the points in autotune/pretrained/cuda-points.jsonl.gz)
 _OTHER_REGISTERS, _COPY_REGISTERS = 32, 2
 

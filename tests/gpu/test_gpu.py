@@ -6,6 +6,7 @@ import cuda_models
 import numpy as np
 import pytest
 import tcompile
+import test_cuda_half
 import test_cuda_kernels
 from tcompile.compiler import artifact
 from tcompile.compiler.compare import agree
@@ -38,19 +39,24 @@ class _OnGpu:
 
 
 KERNEL_TESTS = [
-    (name, [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"])
-    for name, test in sorted(vars(test_cuda_kernels).items())
+    (module, name, [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"])
+    for module in (test_cuda_kernels, test_cuda_half)
+    for name, test in sorted(vars(module).items())
     if name.startswith("test_")
 ]
-CASES = [(name, case) for name, marks in KERNEL_TESTS for case in (marks[0].args[1] if marks else [()])]
+CASES = [
+    (module, name, case if isinstance(case, tuple) else (case,))
+    for module, name, marks in KERNEL_TESTS
+    for case in (marks[0].args[1] if marks else [()])
+]
 
 
-@pytest.mark.parametrize(("name", "arguments"), CASES, ids=[f"{name}-{case[0]}" if case else name for name, case in CASES])
-def test_kernels(gpu, monkeypatch, name, arguments):
+@pytest.mark.parametrize(("module", "name", "arguments"), CASES, ids=[f"{name}-{case[0]}" if case else name for _, name, case in CASES])
+def test_kernels(gpu, monkeypatch, module, name, arguments):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
-    monkeypatch.setattr(test_cuda_kernels, "RANDOM", np.random.default_rng(7))
-    getattr(test_cuda_kernels, name)(*arguments)
+    monkeypatch.setattr(module, "RANDOM", np.random.default_rng(7))
+    getattr(module, name)(*arguments)
 
 
 @pytest.mark.networks

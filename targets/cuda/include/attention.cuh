@@ -10,16 +10,38 @@ template <int ROWS, int COLS, int STRIDE> struct Rows {  // row-major with a str
   TC_DEVICE const float* at(int r, int c) const { return r < ROWS && c < COLS ? data + (size_t)r * STRIDE + c : nullptr; }
 };
 
-template <int D, int E, int BT_> struct Heads {
-  static constexpr int BQ = 64, BT = BT_, THREADS = 128;
-  static constexpr int DP = (D + 15) / 16 * 16, EP = (E + 15) / 16 * 16, LDQ = DP + 8, LDV = EP + 4;
+// Probabilities times values: the policy of that product, how many values lie in a word of memory, and fragments of 16 keys x 16 columns of rows of STRIDE floats.
+template <class P> struct Values {
+  using Policy = P;
+  static constexpr int PER_WORD = 1;
+  template <int STRIDE> static TC_DEVICE void load(typename P::B (&f)[2], const float* rows, int column) {
+    const float* p = rows + 2 * (threadIdx.x % 4) * STRIDE + column + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int j = 0; j < 2; ++j, p += 8) f[j] = P::b({p[0], p[STRIDE]}, {p[8 * STRIDE], p[9 * STRIDE]});
+  }
+};
+template <bool BF16> struct Values<Words<MmaHalf<BF16>>> {  // keys are k here, so what lies in a word has to be parted
+  using Policy = Half<BF16>;
+  static constexpr int PER_WORD = 2;
+  template <int STRIDE> static TC_DEVICE void load(typename Policy::B (&f)[2], const float* rows, int column) {
+    uint32_t r[4];
+    load_transposed(r, rows + threadIdx.x % 16 * STRIDE + column / 2 + threadIdx.x % 32 / 16 * 4);
+    f[0] = {{r[0], r[1]}};
+    f[1] = {{r[2], r[3]}};
+  }
+};
+
+// D, E: elements of a key and of a value; DP, EP: words of theirs that are computed with.
+template <class P, int D, int E, int BT_> struct Heads {
+  static constexpr int BQ = 64, BT = BT_, THREADS = 128, PER_WORD = Values<P>::PER_WORD;
+  static constexpr int DP = (D / PER_WORD + 15) / 16 * 16, E16 = (E + 15) / 16 * 16, EP = E16 / PER_WORD, LDQ = DP + 8, LDV = EP + 4;
   static constexpr int Q_FLOATS = BQ * LDQ, K_FLOATS = BT * LDQ, STAGE_FLOATS = K_FLOATS + BT * LDV;
 };
 
-// Queries q0 .. q0 + 63 of one head. score(s, t, x): the masked, scaled score of query s and key t whose product is x; store(s, e, value) is called for s < QUERIES,
-// e < E. CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out. SAFE: a query that sees nothing gives 0 instead of NaN.
-template <class P, class T, int QUERIES, int KEYS, int E, bool CAUSAL, bool SAFE, int VD, int VE, class Q, class K, class V, class Score, class Store>
-TC_DEVICE void attention(const Q& q, const K& k, const V& v, int q0, const Score& score, const Store& store) {
+// Queries q0 .. q0 + 63 of one head to the rows of `out`, STRIDE elements apart. score(s, t, x): the masked, scaled score of query s and key t whose product is x. CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out. SAFE: a query that sees nothing gives 0 instead of NaN.
+template <class P, class T, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, int VD, int VE, class Q, class K, class V, class Out, class Score>
+TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int q0, const Score& score) {
+  using W = typename Values<P>::Policy;
   TC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* const stages = shared + T::Q_FLOATS;
@@ -32,7 +54,7 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, int q0, const Score
   stage<T::BQ, T::DP, T::LDQ, T::THREADS, VD>(shared, q, q0, 0);
   fill(0);
   commit_copies();
-  float out[T::EP / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+  float sums[T::E16 / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     wait_copies<0>();
@@ -80,19 +102,21 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, int q0, const Score
         }
       total[r] = total[r] * old + sum;
 #pragma unroll
-      for (int j = 0; j < T::EP / 8; ++j) {
-        out[j][r * 2] *= old;
-        out[j][r * 2 + 1] *= old;
+      for (int j = 0; j < T::E16 / 8; ++j) {
+        sums[j][r * 2] *= old;
+        sums[j][r * 2 + 1] *= old;
       }
     }
 #pragma unroll
     for (int i = 0; i < T::BT / 16; ++i) {  // the scores' registers are those of an A operand: columns of C are k of the next product
       const float(&a)[4] = s[2 * i], (&b)[4] = s[2 * i + 1];
-      const typename P::A fp = P::a({a[0], a[1]}, {a[2], a[3]}, {b[0], b[1]}, {b[2], b[3]});
+      const typename W::A fp = W::a({a[0], a[1]}, {a[2], a[3]}, {b[0], b[1]}, {b[2], b[3]});
 #pragma unroll
-      for (int j = 0; j < T::EP / 8; ++j) {
-        const float* p = vs + (i * 16 + 2 * t) * T::LDV + j * 8 + g;
-        P::mma(out[j], fp, P::b({p[0], p[T::LDV]}, {p[8 * T::LDV], p[9 * T::LDV]}));
+      for (int j = 0; j < T::E16 / 8; j += 2) {
+        typename W::B fv[2];
+        Values<P>::template load<T::LDV>(fv, vs + i * 16 * T::LDV, j * 8);
+        W::mma(sums[j], fp, fv[0]);
+        W::mma(sums[j + 1], fp, fv[1]);
       }
     }
   }
@@ -103,13 +127,10 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, int q0, const Score
     sum += shuffle_xor(sum, 2);
     const float scale = SAFE && sum == 0.0f ? 0.0f : 1.0f / sum;
     const int query = q0 + warp * 16 + g + r * 8;
+    if (query >= QUERIES) continue;
 #pragma unroll
-    for (int j = 0; j < T::EP / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = j * 8 + 2 * t + e;
-        if (query < QUERIES && column < E) store(query, column, sum == 0.0f && !SAFE ? NAN : out[j][r * 2 + e] * scale);
-      }
+    for (int j = 0; j < T::E16 / 8; ++j)
+      put<E>(out, (size_t)query * STRIDE, j * 8 + 2 * t, [&](int e) { return sum == 0.0f && !SAFE ? NAN : sums[j][r * 2 + e] * scale; });
   }
 }
 

@@ -47,6 +47,27 @@ TC_DEVICE uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+// a 16-bit number: bf16 or fp16, rounded to nearest
+template <bool BF16> TC_DEVICE uint16_t round_half(float x) {
+  uint16_t bits;
+  if (BF16)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+template <bool BF16> TC_DEVICE float widen_half(uint16_t bits) {
+  if (BF16) return as_float((uint32_t)bits << 16);
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+// Four 8 x 8 matrices of 16-bit numbers in shared memory: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned) and gets, of each matrix, column
+// l / 4 of the rows 2 (l % 4) and the next, in a word.
+TC_DEVICE void load_transposed(uint32_t (&r)[4], const float* row) {
+  const uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
 TC_DEVICE void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -233,6 +233,36 @@ TC_DEVICE uint32_t bf16(float x) {
 }
 TC_DEVICE uint32_t pack_bf16(float low, float high) { return bf16(low) | bf16(high) << 16; }
 
+template <bool BF16> uint16_t round_half(float x) { return BF16 ? bf16(x) : (uint16_t)pack_fp16(x, 0.0f); }
+template <bool BF16> float widen_half(uint16_t bits) {
+  if (BF16) return as_float((uint32_t)bits << 16);
+  _Float16 x;
+  memcpy(&x, &bits, 2);
+  return (float)x;
+}
+
+TC_DEVICE void load_transposed(uint32_t (&r)[4], const float* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) {
+    fprintf(stderr, "misaligned row of a matrix\n");
+    abort();
+  }
+  uint32_t give[2];
+  memcpy(give, &row, 8);
+  const uint32_t* got = simt::meet(give, 2, [](simt::Warp& w) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const uint16_t* from;
+          memcpy(&from, w.in[8 * matrix + 2 * (lane % 4) + i], 8);
+          pair[i] = from[lane / 4];
+        }
+        memcpy(&w.out[lane][matrix], pair, 4);
+      }
+  });
+  memcpy(r, got, 16);
+}
+
 // C of a whole warp from A [16][K] and B [K][8]; registers 0..3 of a lane are C's pairs, rows g and g + 8
 template <int K> void product(simt::Warp& w, const float (&a)[16][K], const float (&b)[K][8], int first_c) {
   for (int row = 0; row < 16; ++row) {
@@ -268,11 +298,7 @@ template <bool BF16> void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       auto value = [&](int i, int half) {
-        const uint16_t bits = w.in[lane][i] >> 16 * half;
-        if (BF16) return as_float((uint32_t)bits << 16);
-        _Float16 x;
-        memcpy(&x, &bits, 2);
-        return (float)x;
+        return widen_half<BF16>(w.in[lane][i] >> 16 * half);
       };
       for (int half = 0; half < 2; ++half) {
         const int k = 2 * t + half;

@@ -31,6 +31,17 @@ template <class T> TC_DEVICE bool is_nan(T x) { return x != x; }
 template <class T> TC_DEVICE bool is_infinite(T x) { return x == x && x - x != x - x; }
 template <class T> TC_DEVICE bool is_finite(T x) { return x - x == x - x; }
 template <class T> TC_DEVICE T absolute(T x) { return x < 0 ? T(0) - x : x; }
+
+// Numbers of 16 bits as memory holds them; arithmetic is in float.
+template <bool BF16> struct Short {
+  uint16_t bits;
+  Short() = default;
+  TC_DEVICE Short(float x) : bits(round_half<BF16>(x)) {}
+  TC_DEVICE operator float() const { return widen_half<BF16>(bits); }
+};
+using float16 = Short<false>;
+using bfloat16 = Short<true>;
+
 TC_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Sine (quadrant 0) or cosine (quadrant 1), 2 ulp for |x| < 2^40: reduced in double, since CUDA's own reduction of large arguments takes local memory.
@@ -95,6 +106,14 @@ struct MmaU8S8 {  // four bytes of consecutive k lie in a word, in memory alread
   static TC_DEVICE void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_u8s8(c, a0, a1, a2, a3, b0, b1); }
 };
 using U8S8 = Words<MmaU8S8>;
+
+template <bool BF16> struct MmaHalf {  // two numbers of consecutive k lie in a word, in memory already; products are exact, sums in fp32
+  using Sum = float;
+  static TC_DEVICE uint32_t word(float x) { return as_bits(x); }
+  static TC_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_half<BF16>(c, a0, a1, a2, a3, b0, b1); }
+};
+using Fp16x2 = Words<MmaHalf<false>>;
+using Bf16x2 = Words<MmaHalf<true>>;
 
 struct Fp32 {  // 3xTF32: x = big + small, products big*big + big*small + small*big: fp32's accuracy on tensor cores
   using Sum = float;
@@ -186,10 +205,35 @@ template <int BM_, int BN_, int WM_, int WN_, int STAGES_> struct Tile {
   static_assert(BM % (WM * 16) == 0 && BN % (WN * 8) == 0 && BN % 16 == 0, "tiles of whole fragments");
 };
 
-// C[m0.., n0..] = epilogue(A B) where A is rows x K and B is K x columns; epilogue(row, column, sum) is called for every element of the tile,
-// also for those outside of the matrix. VA, VB: floats per copy.
-template <class P, class T, int K, int VA, int VB, class SourceA, class SourceB, class Epilogue>
-TC_DEVICE void gemm(const SourceA& a, const SourceB& b, int m0, int n0, const Epilogue& epilogue) {
+// Where results go: neighbours in a row that begins at an even place are written together.
+template <class V> struct alignas(2 * sizeof(V)) Two { V x, y; };
+template <class V, class Rounded = void> struct To {  // in two types
+  V* data;
+  Rounded* rounded;
+  TC_DEVICE void one(size_t at, V x) const { data[at] = x, rounded[at] = x; }
+  TC_DEVICE void two(size_t at, V x, V y) const {
+    *reinterpret_cast<Two<V>*>(data + at) = {x, y};
+    *reinterpret_cast<Two<Rounded>*>(rounded + at) = {x, y};
+  }
+};
+template <class V> struct To<V, void> {
+  V* data;
+  TC_DEVICE void one(size_t at, V x) const { data[at] = x; }
+  TC_DEVICE void two(size_t at, V x, V y) const { *reinterpret_cast<Two<V>*>(data + at) = {x, y}; }
+};
+// COLUMNS: of the whole row.
+template <int COLUMNS, class Out, class Value> TC_DEVICE void put(const Out& out, size_t row, int column, const Value& value) {
+  if (COLUMNS % 2 == 0) {
+    if (column < COLUMNS) out.two(row + column, value(0), value(1));
+  } else {
+    if (column < COLUMNS) out.one(row + column, value(0));
+    if (column + 1 < COLUMNS) out.one(row + column + 1, value(1));
+  }
+}
+
+// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B, where A is M x K and B is K x N. VA, VB: floats per copy.
+template <class P, class T, int M, int N, int K, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
+TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, int n0, const Value& value) {
   TC_SHARED(float, shared);
   constexpr int STEPS = (K + T::BK - 1) / T::BK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -244,7 +288,10 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, int m0, int n0, const Ep
 #pragma unroll
     for (int j = 0; j < T::NT; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) epilogue(m0 + wm + i * 16 + g + e / 2 * 8, n0 + wn + j * 8 + 2 * t + e % 2, c[i][j][e]);
+      for (int r = 0; r < 2; ++r) {
+        const int m = m0 + wm + i * 16 + g + r * 8, n = n0 + wn + j * 8 + 2 * t;
+        if (m < M) put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][j][2 * r + e]); });
+      }
 }
 
 // ---- reductions --------------------------------------------------------------------------------------------------------------------------------------
