@@ -113,6 +113,27 @@ def smollm2(attention: str = "sdpa") -> nn.Module:
     return _wrap(transformers.LlamaForCausalLM.from_pretrained(weights.parent, **options), "logits", masked=False)
 
 
+def decode_step(decoder: nn.Module) -> nn.Module:
+    """One token behind a cache, of what `llama` or `smollm2` gives. input_ids: [N, 1] int64, keys, values: [layers, N, kv heads, T, D] -> (logits: [N, 1, vocabulary], the
+    token's own keys and values: [layers, N, kv heads, 1, D])."""
+    torch, transformers = require("torch"), require("transformers")
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = decoder.model
+
+        def forward(self, input_ids, keys, values):
+            cache = transformers.DynamicCache()
+            for layer in range(len(keys)):
+                cache.update(keys[layer], values[layer], layer)
+            logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+            own = ([getattr(layer, name)[:, :, -1:] for layer in cache.layers] for name in ("keys", "values"))
+            return logits, *(torch.stack(part) for part in own)
+
+    return Step().eval()
+
+
 def _ids(vocabulary: int) -> Input:
     return Input("input_ids", ("batch", "seq"), token_ids(vocabulary))
 

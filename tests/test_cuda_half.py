@@ -10,6 +10,8 @@ from cuda_models import run, templates
 from tcompile.compiler.dialect.attention import AttentionAttrs, attention, reference
 from tcompile.compiler.element_types import numpy_dtype
 from tcompile.compiler.tvm import relax
+from tcompile.targets.cuda import gemm
+from tcompile.targets.cuda.schedule import TileSchedule
 from test_cuda_kernels import convolution
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation of a GPU needs g++")
@@ -83,6 +85,15 @@ def test_what_products_alone_read_is_stored_in_16_bits_and_what_others_read_in_b
     text = lowered.sources["model.cu"]
     name = f"tc::{TYPES[precision][0]}"
     assert f"tc::To<float, {name}> out" in text and f"tc::To<{name}> out" in text and "tc::To<float> out" in text
+
+
+@pytest.mark.parametrize("tile", [TileSchedule(128, 64, 2, 2, 3), TileSchedule(128, 128, 2, 4, 4)], ids=str)
+def test_tiles_of_many_accumulators(monkeypatch, tile):
+    monkeypatch.setattr(gemm, "best_tile", lambda *_: tile)
+    x, w = floats(137, 200), floats(200, 141)
+    (out,), lowered = run(lambda emit, x: [emit(op.matmul(x, constant(w)))], {"x": x}, precision="bf16")
+    a, b = short(x, "bf16"), short(w, "bf16")
+    assert (np.abs(out - a @ b) <= SUMS * (np.abs(a) @ np.abs(b))).all() and str(tile) == lowered.report["kernels"][-1]["schedule"]
 
 
 def test_convolutions_read_16_bits(precision="fp16"):

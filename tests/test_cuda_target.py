@@ -261,8 +261,11 @@ def test_what_has_no_kernel_is_refused_by_name():
 @pytest.mark.parametrize("arch", sorted(MACHINES))
 def test_schedules_fit_the_machine(arch):
     target = Target.parse(f"cuda:{arch}")
-    for tile in space(target):
-        assert tile.shared_bytes <= target.shared_bytes and tile.threads <= 1024
-        assert tile.bm * tile.bn // tile.threads <= 32  # accumulators a thread
+    for many, most in ((False, 32), (True, 64)):
+        for tile in space(target, many):
+            assert tile.shared_bytes <= target.shared_bytes and tile.threads <= 1024
+            assert tile.bm * tile.bn // tile.threads <= most  # accumulators a thread
     small, large = (best_tile(GemmShape(1, size, size, size), target, "Fp32") for size in (128, 4096))
     assert small.bm * small.bn < large.bm * large.bn  # few blocks want small tiles, many want to read less
+    short = best_tile(GemmShape(1, 4096, 2048, 4096), target, "Bf16x2")
+    assert short.bm * short.bn // short.threads == 64 and short not in space(target)

@@ -67,8 +67,12 @@ class TileSchedule:
         return f"{self.bm}x{self.bn}x{BK}, {self.wm}x{self.wn} warps, {self.stages} stages"
 
 
-def space(target: Target) -> Sequence[TileSchedule]:
-    """Tiles whose fragments fit the registers (at most 32 accumulators a thread) and whose stages fit the shared memory."""
+#: policies of operands that reach the tensor cores as they lie in memory
+_IN_WORDS = ("U8S8", "Fp16x2", "Bf16x2")
+
+
+def space(target: Target, many: bool = False) -> Sequence[TileSchedule]:
+    """Tiles whose fragments fit the registers (at most 32 accumulators a thread; with `many` also 64) and whose stages fit the shared memory."""
     shapes = [
         (16, 32, 1, 2),
         (16, 64, 1, 4),
@@ -80,6 +84,8 @@ def space(target: Target) -> Sequence[TileSchedule]:
         (128, 64, 4, 2),
         (128, 128, 4, 4),
     ]
+    if many:
+        shapes += [(128, 64, 2, 2), (128, 128, 2, 4)]
     found = [TileSchedule(*shape, stages) for shape in shapes for stages in (3, 4)]
     return [tile for tile in found if tile.shared_bytes <= target.shared_bytes]
 
@@ -146,6 +152,7 @@ def fitting(shape: GemmShape, tiles: Sequence[TileSchedule], target: Target, pol
 
 def best_tile(shape: GemmShape, target: Target, policy: str) -> TileSchedule:
     """The tile of least predicted time, of those that are predicted to fit; of all when none is."""
-    tiles = space(target)
+    # what is neither split nor rounded leaves registers for accumulators, unless narrow copies want them for addresses
+    tiles = space(target, policy in _IN_WORDS and min(shape.va, shape.vb) == 4)
     found = fitting(shape, tiles, target, policy) or tiles
     return min(found, key=lambda tile: predicted_cycles(shape, tile, target, policy))
