@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .artifact import Artifact
+from .element_types import numpy_dtype
 from .errors import TcompileError, ToolchainError, UsageError
 from .program import TensorSpec
 from .tvm_runtime import load_library
@@ -60,7 +61,7 @@ class GpuModel:
             self.check()
             outputs = [output.cpu() for output in outputs]
             if not isinstance(values[0], torch.Tensor):
-                outputs = [output.numpy() for output in outputs]
+                outputs = [self._array(output) for output in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def check(self) -> None:
@@ -88,11 +89,17 @@ class GpuModel:
         self._weights[device.index] = torch.from_numpy(blob).to(device)
         self._errors[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
 
+    def _array(self, tensor: Any) -> np.ndarray:
+        if tensor.dtype == self._torch.bfloat16:
+            return tensor.view(self._torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        return tensor.numpy()
+
     def _tensor(self, value: Any, spec: TensorSpec, device: Any) -> Any:
         """`value` on the device, checked against its spec (UsageError); copied only where it lies elsewhere, has gaps or is not aligned."""
         torch = self._torch
         if isinstance(value, (np.ndarray, np.generic)):
-            value = torch.from_numpy(np.array(value, copy=True))
+            array = np.array(value, copy=True)
+            value = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)
         if not isinstance(value, torch.Tensor):
             raise UsageError(f"input '{spec.name}': expected a torch tensor or numpy array of {spec}, got {type(value).__name__}")
         if str(value.dtype).removeprefix("torch.") != spec.dtype:

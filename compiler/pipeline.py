@@ -34,7 +34,8 @@ def graph_passes(program: Program, target: Target, options: CompileOptions, accu
         raise UsageError(f"--emit-only is for CUDA targets; leave it out for {target.text}")
     if target.kind not in ("cpu", "cuda") and options.precision is not None:
         raise UsageError(f"--precision is for CPU and CUDA targets; leave it out for {target.text}")
-    carried = [spec for spec in (*program.inputs, *program.outputs) if spec.carrier is not None]
+    known = ("bfloat16",) if target.kind == "cuda" else ()
+    carried = [spec for spec in (*program.inputs, *program.outputs) if spec.carrier is not None and spec.dtype not in known]
     if carried and target.kind != "cpu":
         raise UnsupportedModel([Blocker(spec.name, "graph boundary", f"elements of type {spec.dtype} are for CPU targets") for spec in carried])
     if target.kind != "cpu" and (found := sorted(drivers(program.module))):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import onnx
 import pytest
-from cuda_models import run, templates
+import tcompile
+from cuda_models import emulation, run, templates
 from tcompile.compiler.dialect.attention import AttentionAttrs, attention, reference
 from tcompile.compiler.element_types import numpy_dtype
 from tcompile.compiler.tvm import relax
@@ -203,3 +205,33 @@ def test_numbers_of_two_bytes_in_every_kind_of_kernel():
     np.testing.assert_array_equal(outputs[4], short(x.astype("float32"), "bf16"))
     assert np.abs(outputs[5] - soft / soft.sum(-1, keepdims=True)).max() < 1e-6
     assert {"map", "rows by thread", "scan"} & set(templates(lowered))
+
+
+def test_models_in_float16_and_bfloat16_have_the_same_kernels():
+    """Every node's result is rounded to the graph's type; products read it as it lies, and nothing is asked for by --precision."""
+    w, v = floats(11, 12).astype("float16"), floats(12, 5).astype(numpy_dtype("bfloat16"))
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["a"]),
+        onnx.helper.make_node("Sigmoid", ["a"], ["b"]),
+        onnx.helper.make_node("Cast", ["b"], ["c"], to=onnx.TensorProto.BFLOAT16),
+        onnx.helper.make_node("MatMul", ["c", "v"], ["d"]),
+        onnx.helper.make_node("Mul", ["d", "z"], ["y"]),
+    ]
+    weights = [
+        onnx.numpy_helper.from_array(w, "w"),
+        onnx.helper.make_tensor("v", onnx.TensorProto.BFLOAT16, v.shape, v.view("uint16").tobytes(), raw=True),
+    ]
+    values = [("x", onnx.TensorProto.FLOAT16, [7, 11]), ("z", onnx.TensorProto.BFLOAT16, [7, 5]), ("y", onnx.TensorProto.BFLOAT16, [7, 5])]
+    x, z, y = (onnx.helper.make_tensor_value_info(*value) for value in values)
+    graph = onnx.helper.make_graph(nodes, "half", [x, z], [y], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    artifact = tcompile.compile(model, target="cuda", emit_only=True).artifact
+    x, z = floats(7, 11).astype("float16"), floats(7, 5).astype(numpy_dtype("bfloat16"))
+    (out,) = emulation(artifact)(x, z)
+    a = short(x.astype("float32") @ w.astype("float32"), "fp16")
+    c = short(short(1 / (1 + np.exp(-a)), "fp16"), "bf16")
+    exact = short(c @ v.astype("float64"), "bf16") * z.astype("float64")
+    assert out.dtype == numpy_dtype("bfloat16")
+    assert np.abs(out.astype("float64") - exact).max() <= 2.0**-7 * np.abs(exact).max()
+    assert [row["workload"].split()[-1] for row in artifact.report["kernels"] if row["template"] == "gemm"] == ["Fp16x2", "Bf16x2"]
+    assert sum(array.nbytes for array in artifact.weights.values()) == 2 * (12 * 12 + 12 * 5)

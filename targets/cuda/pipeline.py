@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.dialect import attention as dialect
+from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.errors import Blocker, UnsupportedModel, UsageError
 from ...compiler.progress import stage
 from ...compiler.tvm import mutator, operator_attrs, relax
@@ -15,9 +16,10 @@ from ...passes.products import analyze, operator
 from ..common import legalize as definitions
 from . import attention, toolchain
 from .host import sources
+from .kernel import SHORT
 from .lower import Launches, sequence
 from .machines import EMIT_ONLY
-from .words import filled
+from .words import filled, narrowed
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
@@ -113,8 +115,13 @@ def rows(launches: Launches) -> list[dict[str, Any]]:
 def _legalize(program: Program) -> Any:
     module = relax.transform.CanonicalizeBindings()(relax.transform.DecomposeOpsForInference()(program.module))
     module = _Prepare(program.with_module(module)).apply()
-    module = definitions.legalize(module, {"relax.astype": definitions.default_legalization}, keep=(dialect.NAME,))
+    module = definitions.legalize(module, {"relax.astype": definitions.default_legalization, BITCAST: _bits}, keep=(dialect.NAME,))
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
+
+
+def _bits(builder: Any, call: Any) -> Any:
+    """Bits that are read as numbers of two bytes stay where they are."""
+    return call if str(call.ty.dtype) in SHORT else definitions.default_legalization(builder, call)
 
 
 @mutator
@@ -143,4 +150,4 @@ class _Prepare(relax.PyExprMutator):
         call = super().visit_call_(call)
         if operator(call) == dialect.NAME and attention.refusal(call):
             return dialect.decompose(self.builder_, call)
-        return filled(self.builder_, call)
+        return filled(self.builder_, narrowed(self.builder_, call))

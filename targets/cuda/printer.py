@@ -172,6 +172,11 @@ class Printer:
             if not single and dtype != "float64":
                 raise Unsupported(f"{name} of {dtype}")
             return f"{_MATH[name]}{'f' if single else ''}({', '.join(self(arg) for arg in args)})"
+        if name == "tirx.reinterpret":
+            types = {dtype, str(args[0].ty.dtype)}
+            if types not in ({"float32", "uint32"}, {"float32", "int32"}):
+                raise Unsupported(f"bits of {args[0].ty.dtype} as {dtype}")
+            return f"tc::as_float({self(args[0])})" if dtype == "float32" else f"(({ctype(dtype)})tc::as_bits({self(args[0])}))"
         value = self(args[0]) if name not in ("tirx.call_pure_extern", "tirx.infinity") else ""
         if name == "tirx.call_pure_extern" and str(args[0].value) == INDEX:
             self.indexed = True

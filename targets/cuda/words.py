@@ -1,4 +1,4 @@
-"""Products of short numbers of which K fills no whole words: zeros are put behind K, so that the tensor-core template takes them."""
+"""Products of short numbers, made ready for the tensor-core template: numbers of two bytes are not widened for them, and zeros are put behind K where it fills no whole words."""
 
 from __future__ import annotations
 
@@ -6,17 +6,64 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.tvm import Constant, relax, te, tirx
+from ...compiler.dialect.bitcast import NAME as BITCAST
+from ...compiler.dialect.bitcast import bitcast
+from ...compiler.element_types import numpy_dtype
+from ...compiler.tvm import Constant, is_constant, relax, te, tirx
 from ...passes.fusion import OPAQUE
+from ...passes.products import operator
+from .kernel import SHORT
 
+_PRODUCTS = ("relax.matmul", "relax.nn.conv2d")
 #: types of a product's operands and sums -> consecutive k in a word
 GROUPS = {("uint8", "int8", "int32"): 4, ("bfloat16", "bfloat16", "float32"): 2, ("float16", "float16", "float32"): 2}
 
 
+def narrowed(builder: Any, call: Any) -> Any:
+    """A matmul or NHWC conv2d of activations that were only widened to float32, by constant weights of no more bits, on the numbers as they are; any other call as it is.
+
+    Nothing is rounded: a product of two such numbers is exact in float32. Models in float16 and bfloat16 are imported with such operands.
+    """
+    if operator(call) not in _PRODUCTS or str(call.ty.dtype) != "float32":
+        return call
+    weight = builder.lookup_binding(call.args[1]) if isinstance(call.args[1], relax.Var) else call.args[1]
+    if not isinstance(weight, Constant) or str(weight.ty.dtype) != "float32" or (short := _widened_from(builder, call.args[0])) is None:
+        return call
+    values, dtype = weight.value.numpy(), str(short.ty.dtype)
+    with np.errstate(over="ignore"):
+        rounded = values.astype(numpy_dtype(dtype))
+    if not np.array_equal(rounded.astype(np.float32), values):
+        return call
+    weight, attrs = relax.const(rounded, dtype), call.attrs
+    if operator(call) == "relax.matmul":
+        return builder.normalize(relax.op.matmul(short, weight, out_dtype="float32"))
+    numbers = ([int(value) for value in numbers] for numbers in (attrs.strides, attrs.padding, attrs.dilation))
+    layouts = (attrs.data_layout, attrs.kernel_layout, attrs.out_layout)
+    return builder.normalize(relax.op.nn.conv2d(short, weight, *numbers, int(attrs.groups), *layouts, "float32"))
+
+
+def _widened_from(builder: Any, x: Any) -> Any:
+    """The tensor of numbers of two bytes of which x is the float32; None where x is something else."""
+
+    def made(expr: Any, name: str) -> Any:
+        call = builder.lookup_binding(expr) if isinstance(expr, relax.Var) else None
+        return call if operator(call) == name else None
+
+    if (cast := made(x, "relax.astype")) is not None:
+        return cast.args[0] if str(cast.args[0].ty.dtype) in SHORT else None
+    # bfloat16 comes as its bits: the upper halves of float32
+    bits = made(x, BITCAST)
+    shift = made(bits.args[0], "relax.left_shift") if bits is not None else None
+    wide = made(shift.args[0], "relax.astype") if shift is not None else None
+    if wide is None or str(wide.args[0].ty.dtype) != "uint16" or not is_constant(shift.args[1]) or int(shift.args[1].value.numpy()) != 16:
+        return None
+    return builder.emit(bitcast(wide.args[0], "bfloat16"))
+
+
 def filled(builder: Any, call: Any) -> Any:
     """A matmul or NHWC conv2d of short activations by constant weights with K, or the channels, padded to whole words; any other call as it is."""
-    name = getattr(call.op, "name", "")
-    if name not in ("relax.matmul", "relax.nn.conv2d"):
+    name = operator(call)
+    if name not in _PRODUCTS:
         return call
     x, weight = call.args
     weight = builder.lookup_binding(weight) if isinstance(weight, relax.Var) else weight

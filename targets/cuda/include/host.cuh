@@ -11,9 +11,11 @@
 
 #ifdef TCOMPILE_SIMT
 #define TC_DEVICE_TYPE kDLCPU
+#define TC_BITS(type) (type.code == kDLBfloat)  // numpy has no such type: their bits do
 #define TC_LAUNCH(kernel, grid, threads, shared, stream, ...) tc::simt::launch(kernel, grid, threads, shared, __VA_ARGS__)
 #else
 #define TC_DEVICE_TYPE kDLCUDA
+#define TC_BITS(type) false
 #define TC_LAUNCH(kernel, grid, threads, shared, stream, ...) kernel<<<grid, threads, shared, stream>>>(__VA_ARGS__)
 #endif
 
@@ -52,7 +54,7 @@ inline int bind(const TVMFFIAny* arguments, int count, const Expected* expected,
     if (got->device.device_type != TC_DEVICE_TYPE) return fail("%s: expected a tensor on a CUDA device, got one on device type %d", want.name, (int)got->device.device_type);
     if (i && got->device.device_id != *device) return fail("%s: expected a tensor on device %d, got one on device %d", want.name, *device, got->device.device_id);
     *device = got->device.device_id;
-    if (got->dtype.code != want.type.code || got->dtype.bits != want.type.bits || got->dtype.lanes != 1)
+    if ((got->dtype.code != want.type.code && !TC_BITS(want.type)) || got->dtype.bits != want.type.bits || got->dtype.lanes != 1)
       return fail("%s: expected elements of type code %d with %d bits, got code %d with %d bits", want.name, want.type.code, want.type.bits, got->dtype.code, got->dtype.bits);
     if (got->ndim != want.dims) return fail("%s: expected %d dims, got %d", want.name, want.dims, got->ndim);
     int64_t stride = 1;
