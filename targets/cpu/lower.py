@@ -26,6 +26,7 @@ PACKED = "_packed"
 def templates() -> list[KernelTemplate]:
     """All kernel templates; the one with the lowest predicted latency gets the workload. A new one is one line here."""
     from .attention import Attention
+    from .attention_few import AttentionFew
     from .conv_depthwise import ConvDepthwise
     from .conv_direct import ConvDirect
     from .conv_pointwise import ConvPointwise
@@ -35,7 +36,18 @@ def templates() -> list[KernelTemplate]:
     from .sparse_columns import GemmColumns
     from .weight_only import WeightOnly
 
-    return [Gemm(), WeightOnly(), GemmBlocks(), GemmColumns(), ConvDepthwise(), ConvPointwise(), ConvWinograd(), ConvDirect(), Attention()]
+    return [
+        Gemm(),
+        WeightOnly(),
+        GemmBlocks(),
+        GemmColumns(),
+        ConvDepthwise(),
+        ConvPointwise(),
+        ConvWinograd(),
+        ConvDirect(),
+        Attention(),
+        AttentionFew(),
+    ]
 
 
 @dataclass
