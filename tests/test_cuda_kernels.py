@@ -56,6 +56,30 @@ def test_gemm_of_awkward_sizes_by_precision(precision, tolerance):
     assert lowered.report["precision"]["name"] == precision
 
 
+def test_few_rows_take_k_in_parts_that_are_added_up_in_order():
+    """One row: K in parts with tails, an epilogue behind their sums, a convolution of one pixel; exact integers; the same bits every time."""
+    x, w, bias, codes = floats(1, 2100), floats(2100, 36), floats(36), RANDOM.integers(0, 256, (3, 5000), "uint8")
+    image, kernel = floats(1, 3, 3, 160), floats(3, 3, 160, 10)
+    weight = RANDOM.integers(-128, 128, (5000, 8), "int8")
+    inputs = {"x": x, "w": w, "bias": bias, "image": image, "kernel": kernel, "codes": codes}
+
+    def build(emit, x, w, bias, image, kernel, codes):
+        return [
+            emit(op.nn.relu(emit(op.add(emit(op.matmul(x, w)), bias)))),
+            emit(op.nn.conv2d(image, kernel, 1, 0, 1, 1, "NHWC", "HWIO", "NHWC")),
+            emit(op.matmul(codes, relax.const(weight), out_dtype="int32")),
+        ]
+
+    lowered = compiled(program_of(build, inputs))
+    model = emulation(lowered)
+    row, pixel, whole = model(*inputs.values())
+    close(row, np.maximum(x.astype("float64") @ w + bias, 0), 1e-6)
+    close(pixel, convolution(image, kernel, 1, 0, 1), 1e-6)
+    np.testing.assert_array_equal(whole, codes.astype("int64") @ weight.astype("int64"))
+    assert templates(lowered) == ["gemm", "sums", "conv2d", "sums", "gemm", "sums"]
+    assert all(np.array_equal(a, b) for a, b in zip((row, pixel, whole), model(*inputs.values()), strict=True))
+
+
 def test_gemm_batches_broadcast_and_epilogues_run_on_the_accumulators():
     inputs = {
         "a": floats(2, 3, 20, 24),

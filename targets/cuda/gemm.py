@@ -5,6 +5,9 @@
             warps: fragments <- shared, rounded or split to the number policy; mma.sync
         C = epilogue(accumulators)
 
+Where the blocks would leave most of the GPU idle (few rows: decoding), blockIdx.z counts parts of K, too: every block writes its sums to the workspace, and a second kernel adds
+them up in their order, so that equal inputs give equal bits, and runs the epilogue.
+
 A convolution is the same product over the windows of its image, whose addresses are computed (implicit GEMM): nothing is copied in global memory.
 
 uint8 times int8, bfloat16 and float16 are the same product of words: four or two consecutive k of an activation lie in one already, and constant weights are packed to words
@@ -29,6 +32,8 @@ from .printer import Printer, check_indices
 from .schedule import GemmShape, TileSchedule, best_tile
 from .words import GROUPS
 
+#: threads per block of the kernel that adds up parts of K
+THREADS = 256
 #: types of A -> number policy of include/tcompile.cuh of what lies in words; fp32 products have the policy that was asked for
 _POLICIES = {"uint8": "U8S8", "bfloat16": "Bf16x2", "float16": "Fp16x2"}
 
@@ -45,7 +50,7 @@ class _Operand:
 def gemm(
     fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: TileSchedule | None = None, rounded: str = ""
 ) -> Plan:
-    """One kernel, of this tile or the best; raises Unfusable when the function is not for this template.
+    """One kernel of this tile or the best, or one for parts of K and one for their sums; raises Unfusable when the function is not for this template.
 
     constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
     """
@@ -57,7 +62,7 @@ def gemm(
         raise Unfusable("an operand without elements")
     try:
         made = _Gemm(fused, target, policy, constants, rounded)
-        return Plan((*fused.params, *made.copies), (made.kernel(tile),), made.packings)
+        return Plan((*fused.params, *made.copies), made.kernels(tile), made.packings)
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason
 
@@ -87,28 +92,54 @@ class _Gemm:
 
         self.shape = GemmShape(self.batch, self.m, self.k, self.n, self.a.vector, self.b.vector, "Windows" in self.a.source)
 
-    def kernel(self, tile: TileSchedule | None) -> Kernel:
+    def kernels(self, tile: TileSchedule | None) -> tuple[Kernel, ...]:
         tile = tile or best_tile(self.shape, self.target, self.policy)
+        if tile.parts == 1:
+            return (self._product(tile, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
+        parts = tirx.decl_buffer((tile.parts, self.m, self.n), self.fused.accumulator.ty.dtype, "parts")
+        return self._product(tile, Signature((parts,)), (parts,), ["return sum;"]), self._sums(parts)
+
+    def _product(self, tile: TileSchedule, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
+        """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
         operands = [self.fused.inputs[0], self.packings[0].buffer if self.packings else self.fused.inputs[1]]
-        a, b = (self.signature.name(buffer) if self.group == 1 else f"tc::words({self.signature.name(buffer)})" for buffer in operands)
+        a, b = (signature.name(buffer) if self.group == 1 else f"tc::words({signature.name(buffer)})" for buffer in operands)
         lines = [f"using T = {tile.source};"]
         for side, name, operand in (("a", a, self.a), ("b", b, self.b)):
             offset = f" + {operand.offset}" if operand.offset else ""
             lines.append(f"const {operand.source} {side}{{{name}{offset}}};")
-        start = f" + (size_t)blockIdx.z * {self.m * self.n}" if self.batch > 1 else ""
-        written = (self.fused.output, *self.copies)
+        start = f" + (size_t)blockIdx.z * {self.m * self.n}" if self.batch * tile.parts > 1 else ""
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
-        lines.append(f"const tc::To<{', '.join(kinds)}> out{{{', '.join(self.signature.name(buffer) + start for buffer in written)}}};")
-        sizes = f"{self.m}, {self.n}, {self.k}, {self.a.vector}, {self.b.vector}"
-        lines.append(
-            f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{"
-        )
-        lines += [f"  {line}" for line in self._epilogue()] + ["});"]
-        grid = (-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch)
+        lines.append(f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};")
+        k = tile.part_of(self.k)
+        places = f"blockIdx.y * T::BM, blockIdx.x * T::BN, {f'blockIdx.z * {k}' if tile.parts > 1 else 0}"
+        sizes = f"{self.m}, {self.n}, {k}, {self.a.vector}, {self.b.vector}"
+        lines.append(f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, {places}, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{")
+        lines += [f"  {line}" for line in value] + ["});"]
+        grid = (-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch * tile.parts)
         kind = "conv2d" if self.fused.core["op"] == "conv2d" else "gemm"
         workload = f"{kind} {self.batch}x{self.m}x{self.k * self.group}x{self.n} {self.policy}"
-        return self.signature.kernel(
+        return signature.kernel(
             lines, grid=grid, threads=tile.threads, shared_bytes=tile.shared_bytes, kind=kind, workload=workload, schedule=str(tile)
+        )
+
+    def _sums(self, parts: Any) -> Kernel:
+        """The sums over the parts of K, in their order, and the epilogue: a thread per element."""
+        count, total = int(parts.shape[0]), self.m * self.n
+        result, body = ctype(self.fused.output.ty.dtype), [f"  {line}" for line in self._epilogue()]
+        lines = [
+            f"const int place = blockIdx.x * {THREADS} + threadIdx.x;",
+            f"if (place >= {total}) return;",
+            f"const int m = place / {self.n}, n = place % {self.n};",
+            f"{self.sum} sum = 0;",
+            "#pragma unroll",
+            f"for (int part = 0; part < {count}; ++part) sum += {self.signature.name(parts)}[part * {total} + place];",
+            f"const {result} value = [&]() -> {result} {{",
+            *body,
+            "}();",
+            *(f"{self.signature.name(buffer)}[place] = value;" for buffer in (self.fused.output, *self.copies)),
+        ]
+        return self.signature.kernel(
+            lines, grid=(-(-total // THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=f"sums {count} x {total}"
         )
 
     def _in_words(self, size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...autotune.cost_model import Design
 from ...autotune.learned import default_model
@@ -18,6 +18,8 @@ _SHARED_BYTES_PER_CYCLE = 128.0
 _L2_BYTES_PER_CYCLE = 48.0
 #: cycles that a block waits per k step where nothing hides them, and around its loop
 _STEP_LATENCY, _BLOCK_LATENCY = 60.0, 1500.0
+#: cycles of one more kernel
+_SUMS_LATENCY = 3000.0
 #: registers beyond the limit, relative, that the assembler makes do without
 _SQUEEZE = 1.05
 #: registers that one thread may have, and those of a multiprocessor
@@ -43,13 +45,18 @@ class GemmShape:
 
 @dataclass(frozen=True)
 class TileSchedule:
-    """bm x bn of C per block of wm x wn warps, `stages` tiles of k in flight."""
+    """bm x bn of C per block of wm x wn warps, `stages` tiles of k in flight; K in `parts` that different blocks sum up."""
 
     bm: int
     bn: int
     wm: int
     wn: int
     stages: int
+    parts: int = 1
+
+    def part_of(self, k: int) -> int:
+        """Words of a part of k: all of them, or whole steps."""
+        return k if self.parts == 1 else math.ceil(math.ceil(k / BK) / self.parts) * BK
 
     @property
     def threads(self) -> int:
@@ -64,7 +71,7 @@ class TileSchedule:
         return f"tc::Tile<{self.bm}, {self.bn}, {self.wm}, {self.wn}, {self.stages}>"
 
     def __str__(self) -> str:
-        return f"{self.bm}x{self.bn}x{BK}, {self.wm}x{self.wn} warps, {self.stages} stages"
+        return f"{self.bm}x{self.bn}x{BK}, {self.wm}x{self.wn} warps, {self.stages} stages" + (f", K in {self.parts} parts" if self.parts > 1 else "")
 
 
 #: policies of operands that reach the tensor cores as they lie in memory
@@ -91,16 +98,17 @@ def space(target: Target, many: bool = False) -> Sequence[TileSchedule]:
 
 
 def predicted_cycles(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> float:
-    """Cycles from the first block to the last: waves of blocks, each as slow as the slowest of tensor cores, shared memory and L2."""
-    blocks = math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn) * shape.batch
+    """Cycles from the first block to the last: waves of blocks, each as slow as the slowest of tensor cores, shared memory and L2; and the sums of parts of K."""
+    blocks = math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn) * shape.batch * tile.parts
     per_sm = max(1, min(target.shared_bytes // tile.shared_bytes, 2048 // tile.threads, 512 // tile.threads * 2))
-    steps = math.ceil(shape.k / BK)
+    steps = math.ceil(tile.part_of(shape.k) / BK)
     resident = min(per_sm, math.ceil(blocks / target.cores))
     waves = math.ceil(blocks / (target.cores * resident))
     arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE[policy])
     shared = 4.0 * BK * (tile.bm * tile.wn + tile.bn * tile.wm + tile.bm + tile.bn) / _SHARED_BYTES_PER_CYCLE
     level2 = 4.0 * BK * (tile.bm + tile.bn) / _L2_BYTES_PER_CYCLE
-    return waves * (_BLOCK_LATENCY + steps * (max(arithmetic, shared, level2) * resident + _STEP_LATENCY))
+    sums = _SUMS_LATENCY + 4.0 * (tile.parts + 1) * shape.m * shape.n / (target.cores * _L2_BYTES_PER_CYCLE) if tile.parts > 1 else 0.0
+    return waves * (_BLOCK_LATENCY + steps * (max(arithmetic, shared, level2) * resident + _STEP_LATENCY)) + sums
 
 
 def design(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> Design:
@@ -155,4 +163,14 @@ def best_tile(shape: GemmShape, target: Target, policy: str) -> TileSchedule:
     # what is neither split nor rounded leaves registers for accumulators, unless narrow copies want them for addresses
     tiles = space(target, policy in _IN_WORDS and min(shape.va, shape.vb) == 4)
     found = fitting(shape, tiles, target, policy) or tiles
+    found = [replace(tile, parts=parts) for tile in found for parts in _parts(shape, tile, target)]
     return min(found, key=lambda tile: predicted_cycles(shape, tile, target, policy))
+
+
+def _parts(shape: GemmShape, tile: TileSchedule, target: Target) -> list[int]:
+    """In how many parts K may be summed: one, or more where blocks of the whole leave half of the multiprocessors idle; a part has two steps at least, and none is empty."""
+    blocks, steps = math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn) * shape.batch, math.ceil(shape.k / BK)
+    if shape.batch > 1 or 2 * blocks > target.cores:
+        return [1]
+    lengths = {math.ceil(steps / parts) for parts in (1, 2, 4, 8, 16)}
+    return sorted({math.ceil(steps / length) for length in lengths if length > 1} | {1})

@@ -231,9 +231,9 @@ template <int COLUMNS, class Out, class Value> TC_DEVICE void put(const Out& out
   }
 }
 
-// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B, where A is M x K and B is K x N. VA, VB: floats per copy.
+// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B, where A is M x K and B is K x N, both from k0 on. VA, VB: floats per copy.
 template <class P, class T, int M, int N, int K, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
-TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, int n0, const Value& value) {
+TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, int n0, int k0, const Value& value) {
   TC_SHARED(float, shared);
   constexpr int STEPS = (K + T::BK - 1) / T::BK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -241,8 +241,8 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, 
   typename P::Sum c[T::MT][T::NT][4] = {};
   auto fill = [&](int step) {
     float* slot = shared + step % T::STAGES * T::STAGE_FLOATS;
-    stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(slot, a, m0, step * T::BK);
-    stage<T::BK, T::BN, T::LDB, T::THREADS, VB>(slot + T::A_FLOATS, b, step * T::BK, n0);
+    stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(slot, a, m0, k0 + step * T::BK);
+    stage<T::BK, T::BN, T::LDB, T::THREADS, VB>(slot + T::A_FLOATS, b, k0 + step * T::BK, n0);
   };
 #pragma unroll
   for (int step = 0; step < T::STAGES - 1; ++step) {
