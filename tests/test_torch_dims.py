@@ -58,3 +58,20 @@ def test_a_multiple_and_some_more():
         np.testing.assert_allclose(model(x), Pairs()(x), rtol=1e-6)
     with pytest.raises(tcompile.TcompileError):
         model(torch.rand(8))
+
+
+def test_as_many_positions_as_a_dim_says():
+    class Sorted(torch.nn.Module):
+        """Puts rows in order and back again, as routing to experts does, and counts twice at pairs of positions."""
+
+        def forward(self, x):
+            order = x[:, 0].argsort()
+            back = torch.empty_like(order)
+            back[order] = torch.arange(len(order))
+            return x[order].cumsum(0)[back], torch.zeros(9, 5).index_put((order, torch.tensor([3])), x[:, 1], accumulate=True)
+
+    model = tcompile.compile(torch.export.export(Sorted(), (torch.rand(4, 5),), dynamic_shapes=({0: Dim("rows", min=2, max=9)},)))
+    for rows in (2, 9, 6):
+        x = torch.rand(rows, 5)
+        for ours, eager in zip(model(x), Sorted()(x), strict=True):
+            np.testing.assert_allclose(ours, eager, rtol=1e-5)

@@ -346,6 +346,7 @@ TRANSFORMERS = {
         hidden_size=32,
         attention_hidden_size=32,
         num_hidden_layers=2,
+        rescale_every=0,  # else the model divides its own weights when it is called
         vocab_size=VOCABULARY,
     ),
     "t5": _transformer(_Sequences, "T5Config", "T5ForConditionalGeneration", fixed=_NO_CACHE, **_T5),
@@ -375,12 +376,13 @@ TRANSFORMERS = {
     "dpt": _transformer(
         _Image,
         "DPTConfig",
-        "DPTForDepthEstimation",
-        "predicted_depth",
+        "DPTForSemanticSegmentation",  # depth ends in a ReLU that is zero everywhere on random weights
+        "logits",
         **{**_VISION, "num_hidden_layers": 4},
         backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[8, 16, 24, 32],
         fusion_hidden_size=16,
+        initializer_range=0.1,  # the default of 0.02 leaves nothing of the image at the end
     ),
     "dinov2": _transformer(_Image, "Dinov2Config", "Dinov2Model", "last_hidden_state", **_VISION),
     "vit_any_size": _transformer(_AnyImage, "ViTConfig", "ViTModel", "last_hidden_state", fixed={"interpolate_pos_encoding": True}, **_VISION),

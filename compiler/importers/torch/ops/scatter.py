@@ -11,6 +11,7 @@ import numpy as np
 from torch import fx
 
 from ....tvm import relax
+from ..symbols import equal
 from .elementwise import operand
 from .indexing import from_the_front
 from .selection import places
@@ -31,7 +32,7 @@ def index_put(translator: Any, node: fx.Node) -> relax.Expr:
         return _put_masked(translator, x, [given[axis] for axis in axes], axes, values, accumulate)
     emit, op = translator.emit, relax.op
     rest = [axis for axis in range(len(x.ty.shape)) if axis not in axes]
-    common = list(np.broadcast_shapes(*(_static(given[axis].ty.shape) for axis in axes)))
+    common = _common([list(given[axis].ty.shape) for axis in axes])
     columns = [emit(op.reshape(emit(op.broadcast_to(operand(translator, given[axis], "int64"), common)), [*common, 1])) for axis in axes]
     neighbours = axes == list(range(axes[0], axes[0] + len(axes)))
     before = axes[0] if neighbours else 0
@@ -51,11 +52,16 @@ def index_put(translator: Any, node: fx.Node) -> relax.Expr:
     return emit(op.permute_dims(result, [int(place) for place in np.argsort(order)])) if moved else result
 
 
-def _static(shape: Any) -> list[int]:
-    sizes = [getattr(size, "value", size) for size in shape]
-    if not all(isinstance(size, int) for size in sizes):
-        raise NotImplementedError("positions of a symbolic number")
-    return sizes
+def _common(shapes: Sequence[Sequence[Any]]) -> list[Any]:
+    """The shape that all broadcast to; symbolic sizes have to be provably equal."""
+    common: list[Any] = []
+    for place in range(-max(map(len, shapes)), 0):
+        sizes = [getattr(shape[place], "value", shape[place]) for shape in shapes if len(shape) >= -place]
+        sizes = [size for size in sizes if not (isinstance(size, int) and size == 1)] or [1]
+        if not all(equal(sizes[0], size) for size in sizes[1:]):
+            raise NotImplementedError("positions whose numbers may differ")
+        common.append(sizes[0])
+    return common
 
 
 def _put_masked(translator: Any, x: relax.Expr, tensors: Sequence[relax.Expr], axes: Sequence[int], values: relax.Expr, add: bool) -> relax.Expr:
