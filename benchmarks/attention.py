@@ -1,23 +1,47 @@
 """Attention alone beside its unfused graph and the peers, interleaved.
 
-python benchmarks/attention.py [TOKENS ...] [--heads 12] [--width 64] [--threads 1,2] [--rounds 10]
+python benchmarks/attention.py [TOKENS ...] [--queries N] [--heads 12] [--width 64] [--threads 1,2] [--rounds 10] [--clock wall|cpu] [--docs docs/performance.md]
 
-One softmax attention over q, k, v [1, tokens, heads * width], exported to ONNX as matrix products and a softmax: compiled as it is, compiled without `fuse-attention`,
-onnxruntime on the same file, and PyTorch's scaled_dot_product_attention. The last columns are the bytes planned for intermediate tensors.
+One softmax attention of q [1, queries, heads * width] over k and v [1, tokens, heads * width], as many queries as tokens unless `--queries` says otherwise (1: decoding, keys and values
+in the caches). Exported to ONNX as matrix products and a softmax: compiled as it is, and without `fuse-attention`. The peers have a fused operator: PyTorch's
+scaled_dot_product_attention, OpenVINO's, onnxruntime's MultiHeadAttention; onnxruntime and OpenVINO also run the exported graph, and the faster of the two forms counts.
+`fastest / fused` above 1 means that tcompile is the fastest; planned MB are those of intermediate tensors. `--clock cpu`: processor time, for a machine that others use.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import tcompile
 import torch
-from tcompile.compiler.peers import prepare
+from onnx import TensorProto, helper
+from page import environment, update
+from tcompile.compiler.peers import Peer, prepare
 from tcompile.compiler.recipe import Recipe
 from tcompile.compiler.timing import interleaved
+
+COLUMNS = [
+    "tokens",
+    "queries",
+    "threads",
+    "fused ms",
+    "unfused",
+    "torch",
+    "onnxruntime",
+    "openvino",
+    "unfused / fused",
+    "fastest / fused",
+    "planned MB",
+    "unfused",
+]
+Feeds = dict[str, np.ndarray]
 
 
 class Attention(torch.nn.Module):
@@ -33,47 +57,89 @@ class Attention(torch.nn.Module):
         return (((q @ k.transpose(-1, -2)) * self.width**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def measure(tokens: int, heads: int, width: int, threads: int, rounds: int, folder: Path) -> str:
+def multi_head(path: Path, feeds: Feeds, heads: int) -> Path:
+    """onnxruntime's fused operator on the same inputs."""
+    node = helper.make_node("MultiHeadAttention", list("qkv"), ["y"], domain="com.microsoft", num_heads=heads)
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in feeds.items()]
+    graph = helper.make_graph([node], "attention", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, feeds["q"].shape)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=9), path)
+    return path
+
+
+def openvino_fused(feeds: Feeds, heads: int, threads: int) -> Peer:
+    """OpenVINO's fused operator on the same inputs."""
+    import openvino
+    from openvino import opset13 as ops
+
+    parameters = [ops.parameter(array.shape, np.float32, name) for name, array in feeds.items()]
+    parts = [ops.transpose(ops.reshape(x, [0, 0, heads, -1], special_zero=True), [0, 2, 1, 3]) for x in parameters]
+    out = ops.transpose(ops.scaled_dot_product_attention(*parts), [0, 2, 1, 3])
+    model = openvino.Model([ops.reshape(out, [0, 0, -1], special_zero=True)], parameters)
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    tensors = [openvino.Tensor(array) for array in feeds.values()]
+    return lambda: [request.infer(tensors)[0]]
+
+
+def measure(tokens: int, threads: int, options: argparse.Namespace, folder: Path) -> list[Any]:
+    heads, width, queries = options.heads, options.width, options.queries or tokens
     module, generator = Attention(heads, width).eval(), torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, tokens, heads * width, generator=generator) for _ in range(3)]
+    tensors = [torch.randn(1, length, heads * width, generator=generator) for length in (queries, tokens, tokens)]
     feeds = dict(zip("qkv", (tensor.numpy() for tensor in tensors), strict=True))
-    path, unfused = folder / f"attention{tokens}.onnx", folder / "unfused.toml"
+    path, unfused = folder / f"attention{queries}x{tokens}.onnx", folder / "unfused.toml"
     if not path.exists():
         torch.onnx.export(module, tuple(tensors), path, input_names=list("qkv"), output_names=["y"], dynamo=True, verbose=False)
     unfused.write_text("".join(f'[[pass]]\nname = "{step.name}"\n' for step in Recipe.default().passes if step.name != "fuse-attention"))
     models = {"fused": tcompile.compile(path, threads=threads), "unfused": tcompile.compile(path, threads=threads, recipe=unfused)}
     torch.set_num_threads(threads)
 
-    def sdpa() -> torch.Tensor:
+    def sdpa() -> list[np.ndarray]:
         with torch.inference_mode():
-            return torch.nn.functional.scaled_dot_product_attention(*(module.split(x) for x in tensors)).transpose(1, 2).flatten(2)
+            return [torch.nn.functional.scaled_dot_product_attention(*(module.split(x) for x in tensors)).transpose(1, 2).flatten(2).numpy()]
 
-    calls = {name: lambda model=model: model(**feeds) for name, model in models.items()}
-    calls |= {"torch": sdpa, "onnxruntime": prepare("onnxruntime", path, feeds, threads)}
-    for name, model in models.items():
-        np.testing.assert_allclose(model(**feeds), sdpa().numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
-    times = {name: timing.median * 1e3 for name, timing in interleaved(calls, rounds=rounds).items()}
-    ratios = [f"{times[name] / times['fused']:.2f}" for name in ("unfused", "torch", "onnxruntime")]
+    calls: dict[str, Callable[[], Any]] = {name: lambda model=model: [model(**feeds)] for name, model in models.items()}
+    calls |= {
+        "torch": sdpa,
+        "onnxruntime": prepare("onnxruntime", multi_head(folder / "fused.onnx", feeds, heads), feeds, threads),
+        "onnxruntime graph": prepare("onnxruntime", path, feeds, threads),
+        "openvino": openvino_fused(feeds, heads, threads),
+        "openvino graph": prepare("openvino", path, feeds, threads),
+    }
+    for name, call in calls.items():
+        np.testing.assert_allclose(call()[0], sdpa()[0], rtol=1e-3, atol=1e-4, err_msg=name)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    times = {name: timing.median * 1e3 for name, timing in interleaved(calls, rounds=options.rounds, clock=clock).items()}
+    peers = {"torch": times["torch"], **{name: min(times[name], times[f"{name} graph"]) for name in ("onnxruntime", "openvino")}}
     planned = [f"{model.report()['memory']['workspace_bytes'] / 1e6:.1f}" for model in models.values()]
-    return "| " + " | ".join([str(tokens), str(threads), *(f"{time:.2f}" for time in times.values()), *ratios, *planned]) + " |"
+    figures = [times["fused"], times["unfused"], *peers.values(), times["unfused"] / times["fused"], min(peers.values()) / times["fused"]]
+    return [tokens, queries, threads, *(f"{figure:.3g}" for figure in figures), *planned]
+
+
+def line(cells: list[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tokens", nargs="*", type=int, default=[128, 512, 1024, 2048, 4096])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", nargs="*", type=int, default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--queries", type=int)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--docs", type=Path)
     options = parser.parse_args()
-    print(
-        "| tokens | threads | fused ms | unfused | torch | onnxruntime | unfused / fused | torch / fused | onnxruntime / fused | planned MB fused | unfused |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    lines = [line(COLUMNS), "|" + "---|" * len(COLUMNS)]
+    print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for threads in map(int, options.threads.split(",")):
             for tokens in options.tokens:
-                print(measure(tokens, options.heads, options.width, threads, options.rounds, Path(folder)), flush=True)
+                lines.append(line(measure(tokens, threads, options, Path(folder))))
+                print(lines[-1], flush=True)
+    if options.docs:
+        name = "attention" if options.queries is None else f"attention of {options.queries}"
+        update(options.docs, name, "attention.py", environment(["tcompile", "apache-tvm", "torch", "onnxruntime", "openvino"]), lines)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ import resource
 import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tcompile
 from contestants import RIVALS, contestant
+from page import environment, update
 from tcompile.compiler.api import import_model
 from tcompile.compiler.peers import prepare
 from tcompile.compiler.roofline import layers
@@ -83,20 +82,6 @@ def run_child(name: str, threads: str, batch: str, options: argparse.Namespace) 
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def environment(precision: str, rivals: list[str]) -> dict[str, Any]:
-    """Hardware, versions and date of a run."""
-    model = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    target = Target.parse("cpu")
-    packages = ["tcompile", "apache-tvm", *sorted({rival.split("-")[0] for rival in rivals} - {"deepsparse"})]
-    versions = {package: version(package) for package in packages} | ({"deepsparse": "1.8.0"} if "deepsparse" in rivals else {})
-    return {
-        "cpu": f"{model} ({target.mcpu}, {target.vector_bits}-bit vectors, {target.cores} cores)",
-        "date": date.today().isoformat(),
-        "precision": precision,
-        "versions": versions,
-    }
-
-
 def header(rivals: list[str]) -> list[str]:
     """The two Markdown lines that open the table."""
     head = ["network", "batch", "threads", "tcompile ms", *(f"{rival} ms" for rival in rivals), "fastest / tcompile", "of the arithmetic limit"]
@@ -126,21 +111,6 @@ def table(rows: list[Row | str], rivals: list[str]) -> list[str]:
     return [*lines, f"\nGeometric means of the time divided by tcompile's: {', '.join(means)}."]
 
 
-def markers(precision: str) -> tuple[str, str]:
-    return f"<!-- networks {precision}: written by benchmarks/networks.py -->\n", f"<!-- end of networks {precision} -->\n"
-
-
-def update_page(page: Path, lines: list[str], facts: dict[str, Any]) -> None:
-    """Replace what stands between the markers of `page`."""
-    start, end = markers(facts["precision"])
-    before, found, rest = page.read_text().partition(start)
-    if not found:
-        raise SystemExit(f"{page} has no line {start.strip()}")
-    versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
-    text = f"{facts['cpu']}; {versions}; {facts['date']}; medians of interleaved rounds.\n\n" + "\n".join(lines) + "\n"
-    page.write_text(before + start + text + end + rest.partition(end)[2])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(ZOO), metavar="NAME")
@@ -161,7 +131,9 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(options.names[0], options)))
         return
-    facts = environment(options.precision, rivals)
+    packages = ["tcompile", "apache-tvm", *sorted({rival.split("-")[0] for rival in rivals} - {"deepsparse"})]
+    facts = environment(packages, precision=options.precision)
+    facts["versions"] |= {"deepsparse": "1.8.0"} if "deepsparse" in rivals else {}
     rows: list[Row | str] = []
     print("\n".join(header(rivals)), flush=True)
     for name in options.names:
@@ -174,7 +146,7 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     if options.docs:
-        update_page(options.docs, table(rows, rivals), facts)
+        update(options.docs, f"networks {options.precision}", "networks.py", facts, table(rows, rivals))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,41 @@
 """What quantization costs and gains on real networks: accuracy on text and images that packages carry, and times beside float32 and onnxruntime.
 
-python benchmarks/quantized.py [minilm] [ocr] [smollm2] [bert-base] [vit-s16] [resnet50] [--work FOLDER] [--threads N] [--rounds N]
+python benchmarks/quantized.py [NETWORK ...] [--threads 1,2] [--rounds N] [--nncf PYTHON] [--work FOLDER] [--docs docs/performance.md]
+python benchmarks/quantized.py --accuracy minilm,ocr,smollm2 [--threads N] [--work FOLDER]
 
-minilm: cosine of int8 sentence embeddings to the float32 ones, on the Lee corpus. ocr: character error rate of PP-OCRv4 on rendered lines, float32 and int8. smollm2: perplexity
-on the Lee corpus, float32, w8, w4. The others: milliseconds of float32, int8, onnxruntime and onnxruntime on its own QDQ int8 model, interleaved. Compiled
-models are kept in the folder, so that a second run only measures. With one thread, processor time is measured.
+Networks of the zoo: milliseconds of float32, int8, onnxruntime and OpenVINO, onnxruntime on its own QDQ int8 model, and OpenVINO on what NNCF makes, if `--nncf` names the interpreter of an
+environment that has it; interleaved. `--docs` writes them into the page. Compiled models are kept in the folder, so that a second run only measures. With one thread, processor time
+is measured.
+
+Accuracy, minilm: cosine of int8 sentence embeddings to the float32 ones, on the Lee corpus. ocr: character error rate of PP-OCRv4 on rendered lines, float32 and int8. smollm2: perplexity
+on the Lee corpus, float32, w8, w4.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.version_converter
 import tcompile
 from demo import WIDTH, alphabet, decode, model_path, render
-from tcompile.compiler.peers import prepare
-from tcompile.compiler.timing import Timing, interleaved
+from page import environment, update
+from tcompile.compiler.peers import PEERS, prepare
+from tcompile.compiler.timing import interleaved
 from tcompile.models.optional import package_file
 from tcompile.models.zoo import ZOO
 from tcompile.passes.quantization.quantize import Quantize
 
 Feeds = dict[str, np.ndarray]
+NETWORKS = ("bert-base", "minilm", "vit-s16", "swin-t", "resnet50", "mobilenetv3-l", "efficientformer-l1", "ppocr-det", "ppocr-rec")
+#: contestants of whole networks, those in int8 after tcompile's own
+COLUMNS = ["float32", "onnxruntime", "openvino", "int8", "onnxruntime QDQ", "openvino NNCF"]
 
 
 def lee(name: str, count: int) -> list[str]:
@@ -61,12 +72,12 @@ def minilm(work: Path, options: argparse.Namespace) -> None:
 
     shapes = {"input_ids": (1, length), "attention_mask": (1, length)}
     calibration, test = feeds(lee("lee_background.cor", 24)), feeds(lee("lee.cor", 50))
-    exact = embeddings(kept(work / "minilm.tcm", options.threads, lambda: tcompile.compile(entry.onnx_path(), shapes=shapes)), test)
+    exact = embeddings(kept(work / "minilm.tcm", int(options.threads), lambda: tcompile.compile(entry.onnx_path(), shapes=shapes)), test)
     for name, quantize in (("minmax", Quantize()), ("percentile", Quantize(observer="percentile")), ("mse", Quantize(observer="mse"))):
         if options.observers and name not in options.observers.split(","):
             continue
         make = lambda quantize=quantize: tcompile.compile(entry.onnx_path(), shapes=shapes, quantize=quantize, calibration=calibration)  # noqa: E731
-        cosine = (embeddings(kept(work / f"minilm_{name}.tcm", options.threads, make), test) * exact).sum(1)
+        cosine = (embeddings(kept(work / f"minilm_{name}.tcm", int(options.threads), make), test) * exact).sum(1)
         print(f"minilm int8, observer {name}: cosine to float32 mean {cosine.mean():.5f}, least {cosine.min():.5f} ({len(test)} texts)", flush=True)
 
 
@@ -88,10 +99,10 @@ def ocr(work: Path, options: argparse.Namespace) -> None:
     calibration = [{"x": render(" ".join(part[6:12])[:34])} for part in words[:24]]
     shapes = {"x": (1, 3, 48, WIDTH)}
     models = {
-        "float32": kept(work / "ocr.tcm", options.threads, lambda: tcompile.compile(model_path(), shapes=shapes)),
+        "float32": kept(work / "ocr.tcm", int(options.threads), lambda: tcompile.compile(model_path(), shapes=shapes)),
         "int8": kept(
             work / "ocr_int8.tcm",
-            options.threads,
+            int(options.threads),
             lambda: tcompile.compile(model_path(), shapes=shapes, quantize=Quantize(observer=options.ocr_observer), calibration=calibration),
         ),
     }
@@ -99,7 +110,6 @@ def ocr(work: Path, options: argparse.Namespace) -> None:
     for name, model in models.items():
         wrong = sum(errors(decode(model(render(line)), characters).strip(), line) for line in lines)
         print(f"PP-OCRv4 rec {name}: character error rate {wrong / total:.4f} ({len(lines)} lines, {total} characters)", flush=True)
-    speed("ocr", models, Path(model_path()), {"x": render(lines[0])}, None, options)
 
 
 def smollm2(work: Path, options: argparse.Namespace) -> None:
@@ -114,7 +124,7 @@ def smollm2(work: Path, options: argparse.Namespace) -> None:
     for name, quantize in (("float32", None), ("w8 g32", Quantize("w8")), ("w4 g32", Quantize("w4")), ("w4 g64", Quantize("w4", group=64))):
         model = kept(
             work / f"smollm2_{name.replace(' ', '_')}.tcm",
-            options.threads,
+            int(options.threads),
             lambda quantize=quantize: tcompile.compile(path, shapes=shapes, quantize=quantize),
         )
         loss = []
@@ -137,74 +147,102 @@ def onnxruntime_int8(source: Path, target: Path, samples: list[Feeds]) -> Path:
             return next(self.left, None)
 
     if not target.exists():
-        ready = target.with_suffix(".ready.onnx")
+        ready, model = target.with_suffix(".ready.onnx"), onnx.load(str(source), load_external_data=False)
+        if any(opset.domain == "" and opset.version < 13 for opset in model.opset_import):
+            # scales per channel came with opset 13
+            source = target.with_suffix(".opset.onnx")
+            onnx.save(onnx.version_converter.convert_version(model, 17), source)
         quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(str(ready), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
     return target
 
 
-def cpu_times(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Processor time of the calling thread per call, in turns: with one thread that is the time of the call, and neighbours on the machine hardly count."""
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, call in contestants.items():
-            start = time.thread_time()
-            call()
-            samples[name] += [time.thread_time() - start] if turn else []
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+def nncf_int8(source: Path, target: Path, samples: list[Feeds], transformer: bool, python: Path) -> Path:
+    """OpenVINO's int8 model as NNCF makes it by default, in an environment of its own: it wants older packages."""
+    if not target.exists():
+        arrays = {f"{number}/{name}": value for number, sample in enumerate(samples) for name, value in sample.items()}
+        np.savez(target.with_suffix(".npz"), **arrays)  # pyright: ignore[reportArgumentType]
+        script = Path(__file__).with_name("nncf_quantize.py")
+        command = [str(python), str(script), str(source), str(target.with_suffix(".npz")), str(target), *(["--transformer"] if transformer else [])]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return target
 
 
-def speed(name: str, models: dict[str, Any], source: Path, feeds: Feeds, peer_int8: Path | None, options: argparse.Namespace) -> None:
-    contestants: dict[str, Callable[[], object]] = {label: (lambda model=model: model(**feeds)) for label, model in models.items()}
-    contestants["onnxruntime"] = prepare("onnxruntime", source, feeds, options.threads)
-    if peer_int8 is not None:
-        contestants["onnxruntime QDQ"] = prepare("onnxruntime", peer_int8, feeds, options.threads)
-    times = cpu_times(contestants, options.rounds) if options.threads == 1 else interleaved(contestants, rounds=options.rounds)
+def _is_transformer(path: Path) -> bool:
+    return any(node.op_type == "LayerNormalization" for node in onnx.load(str(path), load_external_data=False).graph.node)
+
+
+def speed(name: str, calls: dict[str, Callable[[], object]], threads: int, options: argparse.Namespace) -> list[Any]:
+    """Print the times of all contestants, which run in turns; a row of the table."""
+    # with one thread processor time is the time of the call, and neighbours on the machine hardly count
+    times = interleaved(calls, rounds=options.rounds, clock=time.process_time if threads == 1 else time.perf_counter)
     ours = times["int8"]
     for label, timing in times.items():
         ratio, least = timing.median / ours.median, timing.min / ours.min
         print(
-            f"{name} {options.threads} threads  {label:<16} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
+            f"{name} {threads} threads  {label:<16} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
             flush=True,
         )
+    ms = {label: timing.median * 1e3 for label, timing in times.items()}
+    rivals = [ms[label] for label in COLUMNS[4:] if label in ms]
+    fastest = f"{min(rivals) / ms['int8']:.2f}" if rivals else "-"
+    return [name, threads, *(f"{ms[label]:.2f}" if label in ms else "-" for label in COLUMNS), f"{ms['float32'] / ms['int8']:.2f}", fastest]
 
 
-def network(name: str, work: Path, options: argparse.Namespace) -> None:
+def network(name: str, work: Path, options: argparse.Namespace) -> list[list[Any]]:
+    """One row per number of threads."""
     entry = ZOO[name]
     samples = [entry.example_inputs(seed=seed) for seed in range(4)]
     shapes = {key: tuple(value.shape) for key, value in samples[0].items()}
     path = entry.onnx_path()
-    models = {
-        "float32": kept(work / f"{name}.tcm", options.threads, lambda: tcompile.compile(path, shapes=shapes, threads=options.threads)),
-        "int8": kept(
-            work / f"{name}_int8.tcm",
-            options.threads,
-            lambda: tcompile.compile(path, shapes=shapes, quantize="int8", calibration=samples, threads=options.threads),
-        ),
-    }
-    outputs = [model(**samples[0]) for model in models.values()]
-    first = [np.ravel(output[0] if isinstance(output, tuple) else output).astype(np.float64) for output in outputs]
-    print(f"{name} int8: cosine of the first output to float32 {first[0] @ first[1] / np.linalg.norm(first[0]) / np.linalg.norm(first[1]):.5f}")
-    speed(name, models, path, samples[0], onnxruntime_int8(path, work / f"{name}_qdq.onnx", samples), options)
+    qdq = onnxruntime_int8(path, work / f"{name}_qdq.onnx", samples)
+    xml = nncf_int8(path, work / f"{name}_nncf.xml", samples, _is_transformer(path), options.nncf) if options.nncf else None
+    rows = []
+    for threads in map(int, options.threads.split(",")):
+        models = {
+            label: kept(
+                work / f"{name}{suffix}_{threads}.tcm",
+                threads,
+                lambda more=more, threads=threads: tcompile.compile(path, shapes=shapes, threads=threads, **more),
+            )
+            for label, suffix, more in (("float32", "", {}), ("int8", "_int8", {"quantize": "int8", "calibration": samples}))
+        }
+        outputs = [model(**samples[0]) for model in models.values()]
+        first = [np.ravel(output[0] if isinstance(output, tuple) else output).astype(np.float64) for output in outputs]
+        print(f"{name} int8: cosine of the first output to float32 {first[0] @ first[1] / np.linalg.norm(first[0]) / np.linalg.norm(first[1]):.5f}")
+        calls: dict[str, Callable[[], object]] = {label: (lambda model=model: model(**samples[0])) for label, model in models.items()}
+        calls |= {peer: prepare(peer, path, samples[0], threads) for peer in ("onnxruntime", "openvino")}
+        calls["onnxruntime QDQ"] = prepare("onnxruntime", qdq, samples[0], threads)
+        if xml is not None:
+            calls["openvino NNCF"] = PEERS["openvino"](xml, samples[0], threads)
+        rows.append(speed(name, calls, threads, options))
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", default=["minilm", "ocr", "bert-base", "vit-s16"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NETWORK", help=f"default: {' '.join(NETWORKS)}")
+    parser.add_argument("--accuracy", default="", metavar="NAME,...")
     parser.add_argument("--work", type=Path, default=Path("build/quantized"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", default="1")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--nncf", type=Path, metavar="PYTHON")
+    parser.add_argument("--docs", type=Path)
     parser.add_argument("--observers", default="", help="of minilm, by commas; all when left out")
     parser.add_argument("--ocr-observer", default="minmax")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    own = {"minilm": minilm, "ocr": ocr, "smollm2": smollm2}
-    for name in options.names:
-        if name in own:
-            own[name](options.work, options)
-        else:
-            network(name, options.work, options)
+    accuracy = {"minilm": minilm, "ocr": ocr, "smollm2": smollm2}
+    for name in filter(None, options.accuracy.split(",")):
+        accuracy[name](options.work, options)
+    rows = [row for name in options.names or (() if options.accuracy else NETWORKS) for row in network(name, options.work, options)]
+    if rows:
+        head = ["network", "threads", *(f"{label} ms" for label in COLUMNS), "float32 / int8", "fastest int8 peer / int8"]
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+        print("\n".join(lines))
+        if options.docs:
+            update(options.docs, "networks int8", "quantized.py", environment(["tcompile", "apache-tvm", "onnxruntime", "openvino"]), lines)
 
 
 if __name__ == "__main__":

@@ -32,27 +32,32 @@ class Timing:
         return {"median_ms": round(self.median * 1e3, 4), "min_ms": round(self.min * 1e3, 4), "rounds": len(self.samples)}
 
 
-def interleaved(contestants: Mapping[str, Callable[[], object]], *, rounds: int = 20) -> dict[str, Timing]:
-    """Time every contestant in `rounds` rounds, in rotating order; each turn begins with one call that is not counted (it refills the caches)."""
-    repeats = {name: _repeats(call) for name, call in contestants.items()}
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]], *, rounds: int = 20, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Time every contestant in `rounds` rounds, in rotating order; each turn begins with one call that is not counted (it refills the caches).
+
+    clock: `time.process_time` counts the time of this process' threads alone, for ratios on a machine that others use.
+    """
+    repeats = {name: _repeats(call, clock) for name, call in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             time.sleep(REST_SECONDS)
-            samples[name].append(_time(contestants[name], repeats[name]))
+            samples[name].append(_time(contestants[name], repeats[name], clock))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _repeats(call: Callable[[], object], clock: Callable[[], float]) -> int:
     call()
-    return max(1, min(1000, int(TURN_SECONDS / max(_time(call, 1), 1e-6))))
+    return max(1, min(1000, int(TURN_SECONDS / max(_time(call, 1, clock), 1e-6))))
 
 
-def _time(call: Callable[[], object], repeats: int) -> float:
+def _time(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
     call()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
