@@ -131,6 +131,7 @@ ATTENTIONS = [
     (1, 2, 2, 40, 40, 80, 96, "bool", {"fill": -1e9, "causal": True}),
     (1, 2, 1, 33, 17, 16, 128, "float", {"layout": "BSHD", "scale": 0.5}),
     (1, 1, 1, 3, 1, 2, 6, None, {}),
+    (1, 3, 1, 1, 700, 64, 64, None, {}),  # keys in parts
     (1, 1, 1, 9, 9, 6, 5, None, {}),  # values that fill no words: plain operators
 ]
 

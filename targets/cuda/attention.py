@@ -4,6 +4,8 @@ block (64 queries, head, batch): q in shared memory
     for 64 (or 32) keys, the next ones on their way:
         s = q k^T on tensor cores, scale and mask in registers; running maximum and sum; out = out * old + exp(s) v on tensor cores
     out / sum
+
+Where that leaves most of the GPU idle (one query behind a long cache), blocks take parts of the keys, and a second kernel joins them in their order.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from ..base import Target
 from .gemm import vector
 from .kernel import Kernel, Plan, Signature, Unsupported, ctype
 from .printer import literal
+from .schedule import part_of_keys
 
 QUERIES, THREADS = 64, 128
 #: number policies of operands that lie in memory as tensor cores take them, two in a word; others have the policy that was asked for
@@ -53,10 +56,10 @@ def kernel(call: Any, target: Target, policy: str) -> Plan:
     operands = [tirx.decl_buffer([int(dim) for dim in arg.ty.shape], str(arg.ty.dtype), f"arg{position}") for position, arg in enumerate(call.args)]
     out = tirx.decl_buffer([int(dim) for dim in call.ty.shape], str(call.ty.dtype), "out")
     policy = POLICIES.get(str(call.args[0].ty.dtype), policy)
-    return Plan((*operands, out), (_kernel(operands, out, attrs_of(call), target, policy),))
+    return Plan((*operands, out), _kernels(operands, out, attrs_of(call), target, policy))
 
 
-def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target, policy: str) -> Kernel:
+def _kernels(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target, policy: str) -> tuple[Kernel, ...]:
     shapes = [[int(dim) for dim in operand.shape] for operand in operands]
     found = dims_of(*shapes[:3], attrs.layouts)
     batch, heads, own, queries, keys, depth, width = (
@@ -67,34 +70,62 @@ def _kernel(operands: list[Any], out: Any, attrs: AttentionAttrs, target: Target
     shared = 4 * (QUERIES * (padded + 8) + 2 * block * (padded + 8 + wide + 4))
     if shared > target.shared_bytes:
         raise Unsupported(f"{shared} bytes of shared memory, {target.name} has {target.shared_bytes}")
-    signature = Signature((out,))
-    names = [signature.name(buffer) for buffer in operands[:3]]
     causal = attrs.causal and attrs.fill == -math.inf
+    tiles, steps = -(-queries // QUERIES), -(-keys // block)
+    part = steps if causal else part_of_keys(tiles * heads * batch, steps, target)
+    count, rows = -(-steps // part), batch * heads * queries
+    written = out if count == 1 else tirx.decl_buffer((count, rows, width + 2), "float32", "parts")
+    signature = Signature((written,))
+    names = [signature.name(buffer) for buffer in operands[:3]]
     lines = [
         f"using T = tc::Heads<tc::{policy}, {depth}, {width}, {block}>;",
         f"const int head = blockIdx.y, shared_head = head / {heads // own}, batch = blockIdx.z;",
     ]
     sizes = ((queries, depth, heads, "head"), (keys, depth, own, "shared_head"), (keys, width, own, "shared_head"))
-    for side, name, layout, (rows, columns, count, head) in zip("qkv", names, attrs.layouts, sizes, strict=False):
-        base, stride = _layout(layout, count, rows, columns, head)
+    for side, name, layout, (length, columns, number, head) in zip("qkv", names, attrs.layouts, sizes, strict=False):
+        base, stride = _layout(layout, number, length, columns, head)
         start = f"{name} + {base}" if group == 1 else f"tc::words({name} + {base})"
-        lines.append(f"const tc::Rows<{rows}, {columns // group}, {stride // group}> {side}{{{start}}};")
+        lines.append(f"const tc::Rows<{length}, {columns // group}, {stride // group}> {side}{{{start}}};")
     base, stride = _layout(attrs.layouts[3], heads, queries, width, "head")
-    lines.append(f"const tc::To<{ctype(out.ty.dtype)}> to{{{signature.name(out)} + {base}}};")
-    flags = f"{str(causal).lower()}, {str(attrs.safe).lower()}"
+    if count > 1:
+        base, stride = f"(blockIdx.x / {tiles} * {rows} + (size_t)(batch * {heads} + head) * {queries}) * {width + 2}", width + 2
+    lines.append(f"const tc::To<{ctype(written.ty.dtype)}> to{{{signature.name(written)} + {base}}};")
+    flags = f"{str(causal).lower()}, {str(attrs.safe).lower()}, {part if count > 1 else 0}"
     numbers = f"{queries}, {keys}, {width}, {stride}, {flags}, {vector(depth // group)}, {vector(width // group)}"
-    lines.append(f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, to, blockIdx.x * T::BQ, [&](int s, int t, float x) {{")
+    places = "blockIdx.x * T::BQ, 0" if count == 1 else f"blockIdx.x % {tiles} * T::BQ, blockIdx.x / {tiles} * {part}"
+    lines.append(f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, to, {places}, [&](int s, int t, float x) {{")
     lines += [f"  {line}" for line in _score(operands, attrs, signature, (batch, heads, queries, keys))] + ["});"]
     workload = f"attention {batch}x{heads}({own})x{queries}x{keys}x{depth} {policy}" + (" causal" if attrs.causal else "")
-    return signature.kernel(
+    product = signature.kernel(
         lines,
-        grid=(-(-queries // QUERIES), heads, batch),
+        grid=(tiles * count, heads, batch),
         threads=THREADS,
         resident=2,
         shared_bytes=shared,
         kind="attention",
         workload=workload,
-        schedule=f"{QUERIES} queries x {block} keys, 4 warps",
+        schedule=f"{QUERIES} queries x {block} keys, 4 warps" + (f", keys in {count} parts" if count > 1 else ""),
+    )
+    return (product,) if count == 1 else (product, _joined(written, out, attrs, (batch, heads, queries, width)))
+
+
+def _joined(parts: Any, out: Any, attrs: AttentionAttrs, domain: tuple[int, ...]) -> Kernel:
+    """The result from parts of the keys: a thread per element."""
+    batch, heads, queries, width = domain
+    count, rows, total = int(parts.shape[0]), int(parts.shape[1]), batch * heads * queries * width
+    signature = Signature((out,))
+    address = "place"
+    if attrs.layouts[3] == "BSHD":
+        address = f"((size_t)(row / {heads * queries}) * {queries} + row % {queries}) * {heads * width} + row / {queries} % {heads} * {width} + e"
+    lines = [
+        f"const int place = blockIdx.x * {THREADS} + threadIdx.x;",
+        f"if (place >= {total}) return;",
+        f"const int row = place / {width}, e = place % {width};",
+        f"{signature.name(out)}[{address}] = tc::joined<{count}, {width}, {str(attrs.safe).lower()}>"
+        f"({signature.name(parts)} + (size_t)row * {width + 2}, {rows}, e);",
+    ]
+    return signature.kernel(
+        lines, grid=(-(-total // THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=f"sums {count} x {total} of attention"
     )
 
 

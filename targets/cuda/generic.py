@@ -1,7 +1,7 @@
 """The generic scheduler: a GPU kernel for every loop nest that no template takes.
 
-A nest without reductions gets a thread per point. One with reductions gets a thread per row where rows lie side by side in memory (pooling, depthwise convolution), and
-otherwise a warp or a block per row (softmax, normalisations, sums over the last axis), whose threads walk the row once per reduction and keep nothing in memory: what a
+A nest without reductions gets a thread per point. One with reductions gets a thread per row where many rows lie side by side in memory (pooling, depthwise convolution), a block
+for 32 of them where they are few and long (means over pixels), and otherwise a warp or a block per row (softmax, normalisations, sums over the last axis), whose threads walk the row once per reduction and keep nothing in memory: what a
 later walk needs of an earlier one is computed again.
 """
 
@@ -26,6 +26,10 @@ THREADS = 256
 WARP_ROW = 1024
 #: fewer rows than this keep too few threads busy when each has one
 MANY_ROWS = 4096
+#: longest row of one thread that is unrolled
+UNROLLED = 64
+#: of rows side by side a block takes as many as a warp has lanes, which read neighbours; so many warps share their length
+SIDE_WARPS = 8
 _COMBINE = {
     "Add": "a + b", "Mul": "a * b", "Max": "tc::max(a, b)", "Min": "tc::min(a, b)", "And": "a && b", "Or": "a || b", "Greater": "a > b ? a : b",
 }  # fmt: skip
@@ -83,8 +87,8 @@ class _Emitter:
 
     def kernel(self) -> Kernel:
         reduces = bool(self.inner) or any(step.combine for step in self.nest.steps)
-        width = self._width() if reduces else 1
-        threads = max(width, THREADS if width == 1 else 128)
+        width, self.side = self._width() if reduces else (1, False)
+        threads = max(width, THREADS if width == 1 or self.side else 128)
         per_block = threads // width
         self._head(width, per_block)
         if reduces:
@@ -94,25 +98,28 @@ class _Emitter:
                 self._define(step)
                 self._store(step, "")
         self.signature.indexed = self.print.indexed
-        kind = "map" if not reduces else "rows by thread" if width == 1 else "rows by warp" if width == 32 else "rows by block"
-        shared = 8 * (width // 32) if width > 32 else 0
+        kind = "map" if not reduces else "rows side by side" if self.side else {1: "rows by thread", 32: "rows by warp"}.get(width, "rows by block")
+        shared = 8 * threads if self.side else 8 * (width // 32) if width > 32 else 0
         size = f"{self.points}" if not reduces else f"{self.points} x {self.length}"
         grid = (-(-self.points // per_block), 1, 1)
         return self.signature.kernel(
             self.lines, grid=grid, threads=threads, shared_bytes=shared, kind=kind, workload=f"{kind} {size}", schedule=f"{width} threads a row"
         )
 
-    def _width(self) -> int:
-        """Threads per row."""
-        if self.length < 16 or (self.points >= MANY_ROWS and not self._row_is_contiguous()):
-            return 1
-        return 32 if self.length <= WARP_ROW else 256
+    def _width(self) -> tuple[int, bool]:
+        """Threads per row, and whether they are of several warps, with rows side by side in a warp."""
+        along = self._read_along(self.inner)
+        if self.length < 16 or (self.points >= MANY_ROWS and not along):
+            return 1, False
+        if not along and self.points >= 32 and self._read_along(self.rows[-1:]):
+            return SIDE_WARPS, True
+        return (32 if self.length <= WARP_ROW else 256), False
 
-    def _row_is_contiguous(self) -> bool:
-        """Some operand of a reduction is read with stride 1 along the row."""
+    def _read_along(self, axes: Sequence[Axis]) -> bool:
+        """Some operand of a reduction is read with stride 1 along one of the axes."""
         for step in self.nest.steps:
             for load in loads(step.value) if step.wide else ():
-                strides = coefficients(load.indices[0], [axis.var for axis in self.inner])
+                strides = coefficients(load.indices[0], [axis.var for axis in axes])
                 if strides is not None and any(isinstance(stride, tirx.IntImm) and int(stride) == 1 for stride in strides):
                     return True
         return False
@@ -125,7 +132,8 @@ class _Emitter:
                 self.lines.append(f"if (row >= {self.points}) return;")
             self._decode("row", self.rows, self.points)
             return
-        self.lines.append(f"const int place = blockIdx.x * {per_block} + threadIdx.x / {width}, lane = threadIdx.x % {width};")
+        place, lane = (f"% {per_block}", f"/ {per_block}") if self.side else (f"/ {width}", f"% {width}")
+        self.lines.append(f"const int place = blockIdx.x * {per_block} + threadIdx.x {place}, lane = threadIdx.x {lane};")
         self.lines.append(f"const bool live = place < {self.points};")
         self.lines.append("const int row = live ? place : 0;  // all threads take part in the folds")
         self._decode("row", self.rows, self.points)
@@ -176,6 +184,8 @@ class _Emitter:
 
     def _walk(self, width: int) -> None:
         start, stride = ("lane", width) if width > 1 else ("0", 1)
+        if width == 1 and self.length <= UNROLLED:  # taps of a window: their places are computed at compile time, and their loads wait together
+            self.lines.append("#pragma unroll")
         self.lines.append(f"for (int k = {start}; k < {self.length}; k += {stride}) {{")
         self._decode("k", self.inner, self.length, "  ")
 
@@ -191,7 +201,8 @@ class _Emitter:
         self.lines.append(f"  {name} = {combine};")
         self.lines.append("}")
         if width > 1:
-            self.lines.append(f"{name} = tc::fold<{width}>({name}, []({kind} a, {kind} b) -> {kind} {{ return {combine}; }});")
+            fold = "fold_across" if self.side else "fold"
+            self.lines.append(f"{name} = tc::{fold}<{width}>({name}, []({kind} a, {kind} b) -> {kind} {{ return {combine}; }});")
 
     def _needed(self, points: list[Step], wanted: list[Step]) -> list[Step]:
         """The point steps that `wanted` are computed from, and those themselves, in order."""

@@ -161,7 +161,8 @@ class _Walk:
         except Unsupported as reason:
             self.blockers.append(Blocker("", "", f"no CUDA kernel for {hint}: {reason}"))
             return out
-        same = (old for old, (other, _) in self.plans.items() if len(other.kernels) == 1 and other.kernels[0].text == made.kernels[0].text)
+        texts = [kernel.text for kernel in made.kernels]
+        same = (old for old, (other, _) in self.plans.items() if [kernel.text for kernel in other.kernels] == texts)
         name = next(same, f"{hint}{sum(other.startswith(hint) for other in self.plans)}")
         if name not in self.plans:
             self._add(name, made, ())

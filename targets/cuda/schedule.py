@@ -18,8 +18,8 @@ _SHARED_BYTES_PER_CYCLE = 128.0
 _L2_BYTES_PER_CYCLE = 48.0
 #: cycles that a block waits per k step where nothing hides them, and around its loop
 _STEP_LATENCY, _BLOCK_LATENCY = 60.0, 1500.0
-#: cycles of one more kernel
-_SUMS_LATENCY = 3000.0
+#: cycles of one more kernel; of a block of keys in attention, whose copies wait for the one before
+_SUMS_LATENCY, _KEYS_LATENCY = 3000.0, 800.0
 #: registers beyond the limit, relative, that the assembler makes do without
 _SQUEEZE = 1.05
 #: registers that one thread may have, and those of a multiprocessor
@@ -174,3 +174,13 @@ def _parts(shape: GemmShape, tile: TileSchedule, target: Target) -> list[int]:
         return [1]
     lengths = {math.ceil(steps / parts) for parts in (1, 2, 4, 8, 16)}
     return sorted({math.ceil(steps / length) for length in lengths if length > 1} | {1})
+
+
+def part_of_keys(blocks: int, steps: int, target: Target) -> int:
+    """Steps over keys that one block of attention takes: all of them, or fewer where `blocks` that take all leave half of the multiprocessors idle; two at least."""
+    if 2 * blocks > target.cores:
+        return steps
+    whole = steps * _KEYS_LATENCY
+    lengths = [length for length in range(2, steps) if blocks * math.ceil(steps / length) <= target.cores]
+    best = min(lengths, default=steps)
+    return best if best * _KEYS_LATENCY + _SUMS_LATENCY < whole else steps

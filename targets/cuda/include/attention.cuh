@@ -38,28 +38,30 @@ template <class P, int D, int E, int BT_> struct Heads {
   static constexpr int Q_FLOATS = BQ * LDQ, K_FLOATS = BT * LDQ, STAGE_FLOATS = K_FLOATS + BT * LDV;
 };
 
-// Queries q0 .. q0 + 63 of one head to the rows of `out`, STRIDE elements apart. score(s, t, x): the masked, scaled score of query s and key t whose product is x. CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out. SAFE: a query that sees nothing gives 0 instead of NaN.
-template <class P, class T, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, int VD, int VE, class Q, class K, class V, class Out, class Score>
-TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int q0, const Score& score) {
+// Queries q0 .. q0 + 63 of one head to the rows of `out`, STRIDE elements apart. score(s, t, x): the masked, scaled score of query s and key t whose product is x.
+// CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out. SAFE: a query that sees nothing gives 0 instead of NaN. PART: blocks of keys from `first` on that
+// are taken, 0 for all; rows of a part are E sums, the largest score and the sum of probabilities, for `joined`.
+template <class P, class T, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, int PART, int VD, int VE, class Q, class K, class V, class Out, class Score>
+TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int q0, int first, const Score& score) {
   using W = typename Values<P>::Policy;
   TC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* const stages = shared + T::Q_FLOATS;
-  const int keys = CAUSAL ? tc::min(KEYS, q0 + T::BQ) : KEYS, steps = (keys + T::BT - 1) / T::BT;
+  const int keys = CAUSAL ? tc::min(KEYS, q0 + T::BQ) : KEYS, all = (keys + T::BT - 1) / T::BT, end = PART ? tc::min(all, first + PART) : all;
   auto fill = [&](int step) {
     float* slot = stages + step % 2 * T::STAGE_FLOATS;
     stage<T::BT, T::DP, T::LDQ, T::THREADS, VD>(slot, k, step * T::BT, 0);
     stage<T::BT, T::EP, T::LDV, T::THREADS, VE>(slot + T::K_FLOATS, v, step * T::BT, 0);
   };
   stage<T::BQ, T::DP, T::LDQ, T::THREADS, VD>(shared, q, q0, 0);
-  fill(0);
+  fill(first);
   commit_copies();
   float sums[T::E16 / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = first; step < end; ++step) {
     wait_copies<0>();
     __syncthreads();
-    if (step + 1 < steps) fill(step + 1);
+    if (step + 1 < end) fill(step + 1);
     commit_copies();
     const float* ks = stages + step % 2 * T::STAGE_FLOATS;
     const float* vs = ks + T::K_FLOATS;
@@ -125,13 +127,34 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int
     float sum = total[r];
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
-    const float scale = SAFE && sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float scale = PART ? 1.0f : SAFE && sum == 0.0f ? 0.0f : 1.0f / sum;
     const int query = q0 + warp * 16 + g + r * 8;
     if (query >= QUERIES) continue;
+    const size_t row = (size_t)query * STRIDE;
 #pragma unroll
     for (int j = 0; j < T::E16 / 8; ++j)
-      put<E>(out, (size_t)query * STRIDE, j * 8 + 2 * t, [&](int e) { return sum == 0.0f && !SAFE ? NAN : sums[j][r * 2 + e] * scale; });
+      put<E>(out, row, j * 8 + 2 * t, [&](int e) { return !PART && !SAFE && sum == 0.0f ? NAN : sums[j][r * 2 + e] * scale; });
+    if (PART && t == 0) {
+      out.one(row + E, top[r]);
+      out.one(row + E + 1, sum);
+    }
   }
+}
+
+// Element e of a row from its PARTS parts, in their order; `rows` rows of E + 2 lie between parts.
+template <int PARTS, int E, bool SAFE> TC_DEVICE float joined(const float* parts, size_t rows, int e) {
+  const size_t stride = rows * (E + 2);
+  float top = -INFINITY, sum = 0.0f, total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) top = tc::max(top, parts[i * stride + E]);
+  const float base = top == -INFINITY ? 0.0f : top;
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    const float weight = expf(parts[i * stride + E] - base);
+    total += weight * parts[i * stride + E + 1];
+    sum += weight * parts[i * stride + e];
+  }
+  return total == 0.0f ? (SAFE ? 0.0f : NAN) : sum / total;
 }
 
 }  // namespace tc

@@ -311,4 +311,16 @@ template <int WIDTH, class V, class F> TC_DEVICE V fold(V value, const F& combin
   return value;
 }
 
+// Folds one value per thread over the WARPS warps of a block, lane by lane: 32 rows, each of which has a lane of every warp.
+template <int WARPS, class V, class F> TC_DEVICE V fold_across(V value, const F& combine) {
+  TC_SHARED(V, partial);
+  __syncthreads();  // a fold before this one may still be read
+  partial[threadIdx.x] = value;
+  __syncthreads();
+  value = partial[threadIdx.x % 32];
+#pragma unroll
+  for (int warp = 1; warp < WARPS; ++warp) value = combine(value, partial[warp * 32 + threadIdx.x % 32]);
+  return value;
+}
+
 }  // namespace tc
