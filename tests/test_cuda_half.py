@@ -89,13 +89,15 @@ def test_what_products_alone_read_is_stored_in_16_bits_and_what_others_read_in_b
     assert f"tc::To<float, {name}> out" in text and f"tc::To<{name}> out" in text and "tc::To<float> out" in text
 
 
-@pytest.mark.parametrize("tile", [TileSchedule(128, 64, 2, 2, 3), TileSchedule(128, 128, 2, 4, 4)], ids=str)
-def test_tiles_of_many_accumulators(monkeypatch, tile):
-    monkeypatch.setattr(gemm, "best_tile", lambda *_: tile)
-    x, w = floats(137, 200), floats(200, 141)
-    (out,), lowered = run(lambda emit, x: [emit(op.matmul(x, constant(w)))], {"x": x}, precision="bf16")
-    a, b = short(x, "bf16"), short(w, "bf16")
-    assert (np.abs(out - a @ b) <= SUMS * (np.abs(a) @ np.abs(b))).all() and str(tile) == lowered.report["kernels"][-1]["schedule"]
+def test_tiles_of_many_accumulators(monkeypatch):
+    tiles = {141: TileSchedule(128, 64, 2, 2, 3), 66: TileSchedule(128, 128, 2, 4, 4)}
+    monkeypatch.setattr(gemm, "best_tile", lambda shape, *_: tiles[shape.n])
+    x, weights = floats(137, 70), [floats(70, n) for n in tiles]
+    outputs, lowered = run(lambda emit, x: [emit(op.matmul(x, constant(w))) for w in weights], {"x": x}, precision="bf16")
+    for out, w in zip(outputs, weights, strict=True):
+        a, b = short(x, "bf16"), short(w, "bf16")
+        assert (np.abs(out - a @ b) <= SUMS * (np.abs(a) @ np.abs(b))).all()
+    assert [row["schedule"] for row in lowered.report["kernels"]][1:] == [str(tile) for tile in tiles.values()]
 
 
 def test_convolutions_read_16_bits(precision="fp16"):
@@ -124,13 +126,11 @@ def test_convolutions_read_16_bits(precision="fp16"):
 
 ATTENTIONS = [
     # batch, heads, kv heads, queries, keys, depth, width, mask, options
-    (1, 2, 2, 70, 70, 32, 32, None, {}),
     (2, 4, 2, 65, 130, 64, 64, "float", {}),
-    (1, 3, 1, 100, 100, 64, 48, None, {"causal": True}),
+    (1, 3, 1, 70, 70, 64, 48, None, {"causal": True}),
     (1, 2, 2, 5, 33, 24, 20, "bool", {}),
     (1, 2, 2, 40, 40, 80, 96, "bool", {"fill": -1e9, "causal": True}),
     (1, 2, 1, 33, 17, 16, 128, "float", {"layout": "BSHD", "scale": 0.5}),
-    (1, 1, 1, 3, 1, 2, 6, None, {}),
     (1, 3, 1, 1, 700, 64, 64, None, {}),  # keys in parts
     (1, 1, 1, 9, 9, 6, 5, None, {}),  # values that fill no words: plain operators
 ]
@@ -138,7 +138,7 @@ ATTENTIONS = [
 
 @pytest.mark.parametrize("precision", TYPES)
 def test_attention_reads_16_bits(precision):
-    inputs, expected, cases = {}, [], ATTENTIONS if precision == "bf16" else ATTENTIONS[3:5]
+    inputs, expected, cases = {}, [], ATTENTIONS if precision == "bf16" else ATTENTIONS[2:4]
     for number, (b, h, hk, s, t, d, e, mask, options) in enumerate(cases):
         given = {f"q{number}": floats(b, h, s, d), f"k{number}": floats(b, hk, t, d), f"v{number}": floats(b, hk, t, e)}
         extra = {}
