@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import tvm_runtime  # noqa: F401  first: it sets what TVM reads only once
+from .tvm_runtime import torch_hidden  # first: it sets what TVM reads only once
 
-import tvm  # isort: skip
+with torch_hidden():
+    import tvm
 from tvm import relax, s_tir, te, tirx, topi
 from tvm.ir import _ffi_api as _ir
 from tvm.relax.expr_functor import mutator

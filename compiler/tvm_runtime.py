@@ -17,8 +17,11 @@ from typing import Any
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "4000")
 
 
-class _TorchHidden(MetaPathFinder):
-    """While active, `import torch` fails in the thread that made it: tvm_ffi imports torch, a second or more, if only it is installed."""
+class torch_hidden(MetaPathFinder):
+    """While active, `import torch` fails in the thread that made it: TVM and tvm_ffi import torch, three seconds, if only it is installed.
+
+    A torch that has been imported before stays visible.
+    """
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
@@ -28,14 +31,17 @@ class _TorchHidden(MetaPathFinder):
             raise ModuleNotFoundError("torch is imported by those who need it", name="torch")
 
 
-_hidden = _TorchHidden()
-sys.meta_path.insert(0, _hidden)
-try:
-    import tvm_ffi
-finally:
-    sys.meta_path.remove(_hidden)
+    def __enter__(self) -> None:
+        sys.meta_path.insert(0, self)
 
-__all__ = ["Executable", "array", "config_threadpool", "from_dlpack", "load_executable", "load_library"]
+    def __exit__(self, *error: object) -> None:
+        sys.meta_path.remove(self)
+
+
+with torch_hidden():
+    import tvm_ffi
+
+__all__ = ["Executable", "array", "config_threadpool", "from_dlpack", "load_executable", "load_library", "torch_hidden"]
 
 from_dlpack = tvm_ffi.from_dlpack
 array = tvm_ffi.Array

@@ -306,12 +306,12 @@ def test_the_whole_compiler_is_reproducible(tmp_path):
     save(onnx_models.small(nodes, {"x": [1, 3, 9, 9], "i": ([1], 7)}, ["y"], weights), tmp_path / "model.onnx")
     onnx_models.saved_mlp(tmp_path, layers=2)
     results = []
-    for seed, first in (("0", None), ("1", None), ("2", "mlp.onnx")):
+    for seed, first in (("0", None), ("1", "mlp.onnx")):
         name = f"out{seed}.tcm"
         before = f"tcompile.compile({first!r}).save('first.tcm'); " if first else ""
         code = f"import tcompile; {before}tcompile.compile('model.onnx', target='cpu:haswell').save({name!r})"
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
         results.append(files(tmp_path / name))
-    for other in results[1:]:
-        assert other.keys() == results[0].keys()
-        assert [name for name in other if other[name] != results[0][name]] == []
+    one, other = results
+    assert other.keys() == one.keys()
+    assert [name for name in other if other[name] != one[name]] == []

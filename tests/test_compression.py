@@ -98,19 +98,11 @@ def test_python_and_recipe_do_the_same(files, tmp_path):
     }
 
 
-def test_a_limit_that_cannot_hold_writes_nothing(files, tmp_path, capsys):
-    output = tmp_path / "vit.tcm"
-    arguments = [
-        str(ZOO["mnist-vit"].onnx_path()),
-        "--token-keep",
-        "0.3",
-        "--shape",
-        SHAPE,
-        "--calibration",
-        str(files / "data.npz"),
-        "--max-drop",
-        "1e-6",
-    ]
+def test_a_limit_that_cannot_hold_writes_nothing(tmp_path, capsys):
+    output = tmp_path / "mlp.tcm"
+    np.savez(tmp_path / "data.npz", x=mnist_grid()[0].x[:16])
+    model, data = str(ZOO["mnist-mlp"].onnx_path()), str(tmp_path / "data.npz")
+    arguments = [model, "--sparsity", "unstructured:0.9", "--shape", "x=4x16", "--calibration", data, "--max-drop", "1e-6"]
     assert main([*arguments, "-o", str(output)]) == 5
     assert "max-drop" in capsys.readouterr().err and not output.exists()
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ...compiler.errors import UsageError
 from ...targets.base import Target
@@ -58,6 +57,8 @@ def allocate(layers: Sequence[Layer], pattern: Pattern, target: Target, budget_u
         )
     count, choices = times.shape
     one_each = np.kron(np.eye(count), np.ones(choices))
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which compilations without sparsity should not wait for
+
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(times.reshape(1, -1), -np.inf, budget_us * (1 + 1e-9))]
     found = milp(
         lost.reshape(-1),

@@ -14,7 +14,7 @@ for package in ("torch", "timm", "transformers", "expecttest"):
         pytest.skip(f"{package} is needed", allow_module_level=True)
 
 #: every so many-th case, in the order of their names
-STRIDE = 100
+STRIDE = 150
 
 
 # torch's samples take seconds to import, which the collection of tests should not

@@ -13,7 +13,7 @@ from conformance.suite import cases
 from conformance.support import PAGE, page
 
 #: every so many-th test of the suite, in its order
-STRIDE = 40
+STRIDE = 80
 
 
 @pytest.mark.parametrize("path", [TABLE, DYNAMIC_TABLE], ids=["fixed", "open"])
