@@ -30,7 +30,6 @@ class torch_hidden(MetaPathFinder):
         if fullname == "torch" and threading.get_ident() == self._thread:
             raise ModuleNotFoundError("torch is imported by those who need it", name="torch")
 
-
     def __enter__(self) -> None:
         sys.meta_path.insert(0, self)
 
