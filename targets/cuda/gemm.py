@@ -119,7 +119,16 @@ class _Gemm:
         kind = "conv2d" if self.fused.core["op"] == "conv2d" else "gemm"
         workload = f"{kind} {self.batch}x{self.m}x{self.k * self.group}x{self.n} {self.policy}"
         return signature.kernel(
-            lines, grid=grid, threads=tile.threads, shared_bytes=tile.shared_bytes, kind=kind, workload=workload, schedule=str(tile)
+            lines,
+            grid=grid,
+            threads=tile.threads,
+            resident=1
+            if self.group > 1
+            else None,  # left alone, nvcc makes room for more blocks of these than there is shared memory for, and spills
+            shared_bytes=tile.shared_bytes,
+            kind=kind,
+            workload=workload,
+            schedule=str(tile),
         )
 
     def _sums(self, parts: Any) -> Kernel:

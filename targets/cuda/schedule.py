@@ -99,7 +99,7 @@ def space(target: Target, many: bool = False) -> Sequence[TileSchedule]:
 
 def predicted_cycles(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> float:
     """Cycles from the first block to the last: waves of blocks, each as slow as the slowest of tensor cores, shared memory and L2; and the sums of parts of K."""
-    blocks = math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn) * shape.batch * tile.parts
+    blocks = _blocks(shape, tile)
     per_sm = max(1, min(target.shared_bytes // tile.shared_bytes, 2048 // tile.threads, 512 // tile.threads * 2))
     steps = math.ceil(tile.part_of(shape.k) / BK)
     resident = min(per_sm, math.ceil(blocks / target.cores))
@@ -163,15 +163,21 @@ def best_tile(shape: GemmShape, target: Target, policy: str) -> TileSchedule:
     # what is neither split nor rounded leaves registers for accumulators, unless narrow copies want them for addresses
     tiles = space(target, policy in _IN_WORDS and min(shape.va, shape.vb) == 4)
     found = fitting(shape, tiles, target, policy) or tiles
-    found = [replace(tile, parts=parts) for tile in found for parts in _parts(shape, tile, target)]
+    best = min(found, key=lambda tile: predicted_cycles(shape, tile, target, policy))
+    if shape.batch > 1 or 2 * _blocks(shape, best) > target.cores:
+        return best
+    # few rows: the best tile leaves half of the multiprocessors idle
+    found = [replace(tile, parts=parts) for tile in found for parts in _parts(shape.k)]
     return min(found, key=lambda tile: predicted_cycles(shape, tile, target, policy))
 
 
-def _parts(shape: GemmShape, tile: TileSchedule, target: Target) -> list[int]:
-    """In how many parts K may be summed: one, or more where blocks of the whole leave half of the multiprocessors idle; a part has two steps at least, and none is empty."""
-    blocks, steps = math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn) * shape.batch, math.ceil(shape.k / BK)
-    if shape.batch > 1 or 2 * blocks > target.cores:
-        return [1]
+def _blocks(shape: GemmShape, tile: TileSchedule) -> int:
+    return math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn) * shape.batch * tile.parts
+
+
+def _parts(k: int) -> list[int]:
+    """In how many parts so many words of K may be summed; a part has two steps at least, and none is empty."""
+    steps = math.ceil(k / BK)
     lengths = {math.ceil(steps / parts) for parts in (1, 2, 4, 8, 16)}
     return sorted({math.ceil(steps / length) for length in lengths if length > 1} | {1})
 
