@@ -31,3 +31,17 @@ def test_a_gate_does_not_pull_its_convolution_into_the_gated_loops():
     hidden = np.maximum(data.mean((2, 3)) @ w1[:, :, 0, 0].T, 0)
     gate = 1 / (1 + np.exp(-(hidden @ w2[:, :, 0, 0].T)))
     np.testing.assert_allclose(model(data), data * gate[:, :, None, None], rtol=1e-4, atol=1e-5)
+
+
+def test_a_comparison_behind_a_product_keeps_the_template():
+    w = RNG.standard_normal((16, 24)).astype("float32")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"], name="product"), helper.make_node("Greater", ["p", "b"], ["y"], name="greater")]
+    x, y = helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 16]), helper.make_tensor_value_info("y", TensorProto.BOOL, None)
+    constants = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.float32(0.5), "b")]
+    model = tcompile.compile(
+        helper.make_model(helper.make_graph(nodes, "compare", [x], [y], constants), opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    )
+    data = RNG.standard_normal((5, 16)).astype("float32")
+    product = data @ w
+    sure = np.abs(product - 0.5) > 1e-4
+    np.testing.assert_array_equal(model(data)[sure], (product > 0.5)[sure])

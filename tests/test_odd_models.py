@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import onnx_models
 import onnxruntime
@@ -104,6 +106,22 @@ def test_refused(name, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == "" and all(word in err for word in words) and "Traceback" not in err and "Warning" not in err, err
     assert [path.name for path in tmp_path.iterdir()] == ["odd.onnx"]
+
+
+@pytest.mark.parametrize("operator", ["HardSigmoid", "Neg", "And"])
+def test_types_that_no_opset_has_are_refused_in_old_ones_too(operator):
+    operands = ["x"] * (2 if operator == "And" else 1)
+    kind = Kind.FLOAT if operator == "And" else Kind.BOOL
+    proto = onnx_models.small([node(operator, operands, ["y"])], {"x": ([3], kind)}, [("y", kind)], opset=1)
+    with pytest.raises(tcompile.UnsupportedModel, match="which the standard does not have"):
+        tcompile.compile(proto)
+
+
+def test_a_very_tall_product_is_scheduled_without_listing_its_tiles():
+    started = time.process_time()
+    proto = onnx_models.small([node("MatMul", ["x", "w"], ["y"])], {"x": [2**26, 2]}, ["y"], {"w": np.ones((2, 1), "float32")})
+    tcompile.compile(proto, target="cpu:haswell")
+    assert time.process_time() - started < 30  # tile by tile it would be hours
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -135,8 +135,8 @@ class Fused:
 
             # post order: the indices are substituted before `read` sees the access
             expr = structural_map(block.body.value, [(TensorLoad, read), (tirx.Var, lambda var: axes.get(var, var))])  # noqa: B023
-            # TVM's legalization of bfloat16 changes the type of a value, but not that of the name it is bound to
-            known[block.body.buffer] = expr if str(expr.ty.dtype).startswith("bfloat16") else T.bind(expr)
+            # TVM's legalization of bfloat16 changes the type of a value, but not that of the name it is bound to; vectors of truth values cannot be bound
+            known[block.body.buffer] = expr if str(expr.ty.dtype).startswith(("bfloat16", "bool")) else T.bind(expr)
         return known[self.output]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -72,6 +73,20 @@ def balanced(count: int, limit: int) -> list[tuple[int, int]]:
     size, extra = divmod(count, tiles)
     starts = [index * size + min(index, extra) for index in range(tiles)]
     return [(start, size + (index < extra)) for index, start in enumerate(starts)]
+
+
+def balanced_sizes(count: int, limit: int) -> Counter[int]:
+    """How many tiles of each size `balanced` gives, without listing them."""
+    tiles = -(-count // limit)
+    size, extra = divmod(count, tiles)
+    return Counter({size + 1: extra, size: tiles - extra}) if extra else Counter({size: tiles})
+
+
+def chunk_sizes(count: int, chunk: int, limit: int) -> Counter[int]:
+    """The same of chunks that are cut by themselves."""
+    whole, rest = divmod(count, chunk)
+    sizes = Counter({size: number * whole for size, number in balanced_sizes(chunk, limit).items()}) if whole else Counter()
+    return sizes + balanced_sizes(rest, limit) if rest else sizes
 
 
 def register_tiles(target: Target, vectors: Sequence[int], available: int | None) -> list[tuple[int, int]]:

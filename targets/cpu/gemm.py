@@ -14,7 +14,6 @@ The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
-from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, kernel, register_tiles, store_tile, tasks
+from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks
 from .template import Kernel, Packing
 
 
@@ -100,7 +99,7 @@ class Gemm:
         words, size = dot.words(k), float(dot.activation_bytes)
         fma = load = latency = 0.0
         mc = schedule.mc or m
-        tiles = Counter(count for chunk in range(0, m, mc) for _, count in balanced(min(mc, m - chunk), mr))
+        tiles = chunk_sizes(m, mc, mr)
         wide, rest = divmod(n, nv * lanes)
         panels = wide + (rest > 0)
         # AVX512 reads a float and spreads it within the multiply-add; pairs of bytes are widened by a shuffle of its own

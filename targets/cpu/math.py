@@ -429,7 +429,35 @@ def vector_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
     It has to come that late: TVM's analyzers copy bound values into every use, and an expansion is a chain of bindings each used twice or more.
     """
     body = structural_map(func.body, [((tirx.Bind, tirx.BufferStore), _expand), (tirx.SeqStmt, _flatten)])
+    body = _store_values(body)
     return func if body.same_as(func.body) else func.with_body(body)
+
+
+def _store_values(body: Any) -> Any:
+    """Bindings of elements become small buffers, see `Names`; those of addresses, counts and truth values stay, as the code generator reasons about them."""
+    elements: dict[Any, Any] = {}
+
+    def note(bind: Any) -> None:
+        dtype = str(getattr(bind.var.ty, "dtype", "handle"))
+        if dtype.startswith(("bool", "handle")) or bind.var in elements:
+            return
+        found = [dtype] if "x" in dtype or "float" in dtype else []
+        structural_walk(bind.value, (tirx.Var, lambda variable: found.append(dtype) if variable in elements else None))
+        if found:
+            name = Names()
+            elements[bind.var] = name(bind.value), name.statements[0]
+
+    def store(bind: Any) -> Any:
+        if bind.var not in elements:
+            return bind
+        load, allocation = elements[bind.var]
+        return tirx.SeqStmt([allocation, tirx.BufferStore(load.source, bind.value, list(load.indices))])
+
+    structural_walk(body, (tirx.Bind, note))
+    if not elements:
+        return body
+    body = structural_map(body, [(tirx.Bind, store), (tirx.SeqStmt, _flatten)])
+    return structural_map(body, (tirx.Var, lambda variable: elements[variable][0] if variable in elements else variable))
 
 
 _MARK = "tcompile."

@@ -23,7 +23,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from .dot import dot_for, vector
-from .emit import SUM_BLOCK, Accumulators, balanced, register_tiles, store_tile
+from .emit import SUM_BLOCK, Accumulators, chunk_sizes, register_tiles, store_tile
 from .gemm import GemmEmitter, GemmOperands, GemmSchedule
 from .sparse_emit import SparseWorkload, row_chunks, sparse_kernel, sparse_workload, stream_packing
 from .sparse_weights import DENSE
@@ -78,14 +78,14 @@ class GemmBlocks:
         broadcast = dot.broadcast_loads
         panels, mc = -(-workload.n // nr), schedule.mc or m
         groups = workload.share(r, nr) * panels * -(-workload.k // r)
-        tiles = [rows for first in range(0, m, mc) for _, rows in balanced(min(mc, m - first), mr)]
+        tiles = chunk_sizes(m, mc, mr)
         fma = load = latency = 0.0
-        for rows in tiles:
-            steps = groups * r / dot.group
+        for rows, count in tiles.items():
+            steps = count * groups * r / dot.group
             busy = rows * nv * dot.instructions / target.fma_per_cycle
             fma += steps * busy
             # every group reads its index, and its rows of A begin anywhere
-            load += (steps * (rows * broadcast + nv) + groups * 2) / 2.0 + 12 * panels
+            load += (steps * (rows * broadcast + nv) + count * groups * 2) / 2.0 + count * 12 * panels
             latency += steps * max(4.0, busy)
         stored = groups * (r * nr * float(dot.weight_bytes) + 4.0)
         # a panel touches the lines of A that hold one of its groups; from L2 where a tile of rows is larger than L1
@@ -97,7 +97,7 @@ class GemmBlocks:
             fma_cycles=fma,
             load_cycles=load,
             latency_cycles=latency,
-            l2_bytes=lines + stored * len(tiles),
+            l2_bytes=lines + stored * tiles.total(),
             l3_bytes=stored * -(-m // mc),
             dram_bytes=stored,
             scalar_elements=float(m * (workload.n % schedule.lanes)),

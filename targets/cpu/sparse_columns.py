@@ -26,7 +26,7 @@ from ...compiler.tvm import T, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
 from .dot import Dot, dot_for, splat, vector
-from .emit import Accumulators, Rows, balanced, flat_rows, store_tile, tasks
+from .emit import Accumulators, Rows, balanced_sizes, flat_rows, store_tile, tasks
 from .sparse_emit import SparseWorkload, StreamBuffers, sparse_kernel, sparse_workload, stream_packing
 from .template import Kernel
 
@@ -94,8 +94,7 @@ class GemmColumns:
 
 def _tiles(m: int, schedule: ColumnSchedule) -> list[tuple[int, int]]:
     """Tiles of M rows as (how many, vectors of each), of two sizes that differ by one."""
-    sizes = [size for _, size in balanced(-(-m // schedule.lanes), schedule.vectors)]
-    return [(sizes.count(size), size) for size in sorted(set(sizes), reverse=True)]
+    return [(count, size) for size, count in balanced_sizes(-(-m // schedule.lanes), schedule.vectors).items()]
 
 
 class _Emitter:

@@ -105,14 +105,14 @@ def attempt(content: bytes, work: str) -> str:
 
 
 def _value_bytes(program: object) -> int:
-    """Bytes of all bound tensors of static shape."""
+    """Bytes of all inputs and bound tensors of static shape."""
+    main = program.main  # pyright: ignore[reportAttributeAccessIssue]
     total = 0
-    for block in program.main.body.blocks:  # pyright: ignore[reportAttributeAccessIssue]
-        for binding in block.bindings:
-            size = 4
-            for dim in getattr(getattr(binding.var.ty, "shape", None), "values", ()):
-                size *= int(getattr(dim, "value", 1))
-            total += size
+    for variable in (*main.params, *(binding.var for block in main.body.blocks for binding in block.bindings)):
+        size = 4
+        for dim in getattr(getattr(variable.ty, "shape", None), "values", ()):
+            size *= int(getattr(dim, "value", 1))
+        total += size
     return total
 
 
