@@ -22,7 +22,7 @@ from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.attention_few import AttentionFew
 from tcompile.targets.cpu.generic import schedule as generic
 from tcompile.targets.cpu.lower import own_dims, tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from tcompile.targets.cpu.ops_attention import OWN
 
 

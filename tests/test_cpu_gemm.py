@@ -13,7 +13,7 @@ from tcompile.targets.common.fused import analyze
 from tcompile.targets.common.ops_linear import matmul
 from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 
 
 def fused(lead, m, k, n, batched=False):

@@ -17,7 +17,7 @@ from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.lower import code_generation, tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from tvm.relax.backend import DispatchSortScan
 from tvm.relax.backend.cpu_generic.pipeline import dataflow_lower_passes, finalize_passes
 

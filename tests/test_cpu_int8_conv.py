@@ -16,7 +16,7 @@ from tcompile.targets.cpu.conv_depthwise import DepthwiseSchedule
 from tcompile.targets.cpu.conv_direct import DirectSchedule
 from tcompile.targets.cpu.gemm import GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from test_cpu_conv import Case, reference, schedules, template_for
 
 SCALE = np.float32(0.0021)

@@ -14,7 +14,7 @@ from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 
 SCALE, ZERO = np.float32(0.013), 3.0
 

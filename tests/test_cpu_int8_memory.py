@@ -17,7 +17,7 @@ from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.gemm import Gemm
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.lower import tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from test_cpu_conv import Case, schedules, template_for
 
 op = relax.op

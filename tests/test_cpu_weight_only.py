@@ -14,7 +14,7 @@ from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.passes.quantization.formats import GroupedInt
 from tcompile.targets.base import Target
 from tcompile.targets.cpu.lower import tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from tcompile.targets.cpu.weight_only import WeightOnly
 
 WEIGHTS = frozenset([1, 2, 3])

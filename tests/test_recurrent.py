@@ -19,7 +19,7 @@ from tcompile.targets.base import Target
 from tcompile.targets.common.legalize import legalize
 from tcompile.targets.cpu.generic import schedule as generic
 from tcompile.targets.cpu.lower import tvm_target
-from tcompile.targets.cpu.math import TIR_PIPELINE
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from tcompile.targets.cpu.recurrent import own
 
 ALL = ("b", "lens", "h0", "c0", "p")

@@ -13,7 +13,7 @@ from ...compiler.dialect.opaque import reveal_shapes
 from ...compiler.tvm import PIPELINE_MAP, Constant, link_executable, mutator, relax, relax_functions, tirx, tvm
 from ..base import Target
 from .lower import code_generation, tvm_target
-from .math import TIR_PIPELINE
+from .math_lowering import TIR_PIPELINE
 from .shape_checks import bound_storage, name_checks
 
 #: names of the functions that Relax's code generator makes of the program's own functions

@@ -42,7 +42,7 @@ def _candidate(template: KernelTemplate, fused: Fused, workload: Any, schedule: 
 def compile_kernels(kernels: Mapping[str, Kernel], target: Target) -> Any:
     """Machine code of several kernels in one module: `compiled[name](*tensors)`; `compiled.export_library(path)` links it."""
     from .lower import code_generation, tvm_target
-    from .math import TIR_PIPELINE
+    from .math_lowering import TIR_PIPELINE
 
     module = tvm.IRModule({name: kernel.func.with_attr("global_symbol", name) for name, kernel in kernels.items()})
     with code_generation():

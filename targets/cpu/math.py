@@ -1,8 +1,4 @@
-"""Vector mathematics: `vector_math` replaces the float32 calls of a kernel (exp, erf, tanh, ...) by polynomials that LLVM vectorises.
-
-Without it LLVM calls libm once per lane. Templates and schedulers keep the calls (`T.exp(x)` inlines and fuses well); the lowering pipeline `TIR_PIPELINE` replaces them
-last of all: TVM's simplifier would fold the rounding constants away and copy bound values into every use. It also settles what float32 and float64 `max`/`min` do with
-NaN: they keep it, as onnxruntime's Relu, Clip, Max and Min do, where LLVM's plain lowering (`a > b ? a : b`) drops it.
+"""Vector mathematics: the float32 functions (exp, erf, tanh, ...) as polynomials that LLVM vectorises; `math_lowering` puts them in the place of calls.
 
 The polynomials are least-squares fits on Chebyshev nodes, weighted by the relative error (Lawson's iteration for the rational ones); the errors below are measured
 over the whole range by tests/test_cpu_math.py. Range reduction follows Cody and Waite, "Software Manual for the Elementary Functions" (1980).
@@ -19,7 +15,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, tirx, tvm
+from ...compiler.tvm import T, tirx, tvm
 
 #: 1.5 * 2^23: adding it rounds a float32 of magnitude below 2^22 to an integer, which then stands in the low bits of the sum
 ROUND32 = 12582912.0
@@ -46,6 +42,10 @@ EXP2 = (
     0.999999999959549, 0.6931471805459296, 0.24022651213595497, 0.05550410941217376,
     0.009618025602908045, 0.0013333450558563407, 0.00015469731993500435, 1.5310081624455056e-05,
 )  # fmt: skip
+
+
+#: before the name of a function whose call is kept for `math_lowering`
+MARK = "tcompile."
 
 
 class Names:
@@ -92,7 +92,7 @@ def _reinterpret(kind: str, x: Any) -> Any:
     return T.reinterpret(_typed(kind, x), x)
 
 
-def _select(condition: Any, yes: Any, no: Any) -> Any:
+def select(condition: Any, yes: Any, no: Any) -> Any:
     """Select with scalars spread over the lanes of the condition, as the arithmetic operators do by themselves."""
     condition = condition.asobject() if hasattr(condition, "asobject") else condition
     lanes = _lanes(condition)
@@ -103,7 +103,7 @@ def _select(condition: Any, yes: Any, no: Any) -> Any:
     return tirx.Select(condition, spread(yes), spread(no))
 
 
-def _constant(x: Any) -> float | None:
+def constant_of(x: Any) -> float | None:
     """The value of a constant, or of a vector of one constant."""
     x = x.value if isinstance(x, tirx.Broadcast) else x
     return float(x.value) if isinstance(x, tirx.FloatImm) else None
@@ -119,11 +119,11 @@ def _horner(x: Any, coefficients: Sequence[float], constant: Callable[[float], A
 
 def _at_least(x: Any, low: Any) -> Any:
     """max(x, low) that keeps a NaN of x; one instruction on x86, whose max returns its second operand on NaN."""
-    return _select(low > x, low, x)
+    return select(low > x, low, x)
 
 
 def _at_most(x: Any, high: Any) -> Any:
-    return _select(high < x, high, x)
+    return select(high < x, high, x)
 
 
 def _bits(x: Any) -> Any:
@@ -164,28 +164,28 @@ def exp_nonpositive(name: Names, x: Any) -> Any:
     minus_n = name(_f32(ROUND32 + 127.0) - shifted)
     f = name(x * _f32(math.log2(math.e)) + minus_n)
     value = _horner(f, EXP2_HALF) * _reinterpret("float32", _bits(shifted) << T.int32(23))
-    return _select(x < _f32(-87.0), _f32(0.0), value)
+    return select(x < _f32(-87.0), _f32(0.0), value)
 
 
 def call_exp_nonpositive(x: Any, dtype: str) -> Any:
     """The call that `vector_math` turns into `exp_nonpositive`."""
-    return tirx.call_pure_extern(dtype, f"{_MARK}exp_nonpositive", x)
+    return tirx.call_pure_extern(dtype, f"{MARK}exp_nonpositive", x)
 
 
 def _split(name: Names, x: Any) -> tuple[Any, Any]:
     """Positive x = m * 2^e with m in [sqrt(1/2), sqrt(2)): (m, e as float32); denormals are scaled up first."""
     small = x < _f32(2.0**-126)  # booleans stay unbound: TVM's interval analysis cannot hold a vector of them
-    bits = name(_bits(_select(small, x * _f32(2.0**23), x)))
+    bits = name(_bits(select(small, x * _f32(2.0**23), x)))
     e = name((bits - T.int32(0x3F3504F3)) >> T.int32(23))
     m = _reinterpret("float32", bits - (e << T.int32(23)))
-    return name(m), name(_cast("float32", e) - _select(small, _f32(23.0), _f32(0.0)))
+    return name(m), name(_cast("float32", e) - select(small, _f32(23.0), _f32(0.0)))
 
 
 def _log_edges(x: Any, value: Any) -> Any:
     """What a logarithm is at 0, infinity, below 0 and at NaN."""
-    value = _select(x == _f32(0.0), _f32(-math.inf), value)
-    value = _select(x < _f32(math.inf), value, x)
-    return _select(x < _f32(0.0), _f32(math.nan), value)
+    value = select(x == _f32(0.0), _f32(-math.inf), value)
+    value = select(x < _f32(math.inf), value, x)
+    return select(x < _f32(0.0), _f32(math.nan), value)
 
 
 def _log_finite(name: Names, x: Any) -> Any:
@@ -217,7 +217,7 @@ def log1p(name: Names, x: Any) -> Any:
     x = name(x)
     u = name(x + _f32(1.0))
     value = name(_log_finite(name, u) + (x - (u - _f32(1.0))) / u)
-    return _select(T.fabs(x) < _f32(2.0**-24), x, _log_edges(u, value))
+    return select(T.fabs(x) < _f32(2.0**-24), x, _log_edges(u, value))
 
 
 def _odd_rational(name: Names, x: Any, bound: float, p: Sequence[float], q: Sequence[float]) -> Any:
@@ -250,7 +250,7 @@ def _trigonometric(name: Names, x: Any, quadrants: int) -> Any:
     square = name(r * r)
     sine = name((r * square) * _horner(square, SIN) + r)
     cosine = name((square * square) * _horner(square, COS) - square * _f32(0.5) + _f32(1.0))
-    value = name(_select((quadrant & T.int32(1)) == T.int32(1), cosine, sine))
+    value = name(select((quadrant & T.int32(1)) == T.int32(1), cosine, sine))
     return _reinterpret("float32", _bits(value) ^ ((quadrant & T.int32(2)) << T.int32(30)))
 
 
@@ -269,7 +269,7 @@ def _small_power(name: Names, x: Any, exponent: float) -> Any | None:
     if exponent == 0.5:
         # pow(-0, .5) = +0 and pow(-inf, .5) = inf, unlike sqrt
         x = name(x)
-        return _select(x == _f32(-math.inf), _f32(math.inf), T.sqrt(x + _f32(0.0)))
+        return select(x == _f32(-math.inf), _f32(math.inf), T.sqrt(x + _f32(0.0)))
     if exponent != int(exponent) or abs(exponent) > 4:
         return None
     x = name(x)
@@ -281,8 +281,8 @@ def _small_power(name: Names, x: Any, exponent: float) -> Any | None:
 
 def power(name: Names, x: Any, y: Any) -> Any:
     """x^y = 2^(y log2 |x|), the exponent in float64 so that the product keeps enough digits; the edges are C99's."""
-    if _constant(y) is not None:
-        small = _small_power(name, x, _constant(y))
+    if constant_of(y) is not None:
+        small = _small_power(name, x, constant_of(y))
         if small is not None:
             return small
     x, y = name(x), name(y)
@@ -291,10 +291,10 @@ def power(name: Names, x: Any, y: Any) -> Any:
     wide = name(_cast("float64", m))
     s = name((wide - _f64(1.0)) / (wide + _f64(1.0)))
     logarithm = name(s * _horner(name(s * s), LOG2, _f64) + _cast("float64", e))
-    edge = _select(magnitude == _f32(0.0), _f64(-math.inf), _select(magnitude < _f32(math.inf), logarithm, _cast("float64", magnitude)))
+    edge = select(magnitude == _f32(0.0), _f64(-math.inf), select(magnitude < _f32(math.inf), logarithm, _cast("float64", magnitude)))
     t = name(_cast("float64", y) * edge)
-    t = name(_select(_f64(-152.0) > t, _f64(-152.0), t))
-    t = name(_select(_f64(130.0) < t, _f64(130.0), t))
+    t = name(select(_f64(-152.0) > t, _f64(-152.0), t))
+    t = name(select(_f64(130.0) < t, _f64(130.0), t))
     shifted = name(t + _f64(ROUND64))
     r = name(t - (shifted - _f64(ROUND64)))
     exponent = name(_cast("int32", _reinterpret("int64", shifted)))
@@ -302,12 +302,12 @@ def power(name: Names, x: Any, y: Any) -> Any:
     integer = T.floor(y) == y
     odd = tirx.And(integer, T.floor(y * _f32(0.5)) * _f32(2.0) != y)
     negative = _bits(x) < T.int32(0)
-    signed = _select(tirx.And(negative, odd), _reinterpret("float32", _bits(result) | T.int32(-(2**31))), result)
+    signed = select(tirx.And(negative, odd), _reinterpret("float32", _bits(result) | T.int32(-(2**31))), result)
     invalid = tirx.And(tirx.And(x < _f32(0.0), magnitude < _f32(math.inf)), tirx.Not(integer))
-    result = name(_select(invalid, _f32(math.nan), signed))
+    result = name(select(invalid, _f32(math.nan), signed))
     # 1^y and x^0 are 1 even for NaN; (-1)^(+-inf) is 1
     one = tirx.Or(tirx.Or(x == _f32(1.0), y == _f32(0.0)), tirx.And(magnitude == _f32(1.0), T.fabs(y) == _f32(math.inf)))
-    return _select(one, _f32(1.0), result)
+    return select(one, _f32(1.0), result)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -324,166 +324,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "exp_nonpositive": exp_nonpositive,
 }
 
-
-def _extremum(name: Callable[[Any], Any], node: Any) -> Any:
-    """Float max and min that keep NaN: one select when an operand is a constant, a NaN test more when not."""
-    if not str(node.ty.dtype).startswith("float"):
-        return node
-    above = isinstance(node, tirx.Max)
-
-    def pick(first: Any, second: Any) -> Any:
-        # NaN in either operand selects the second
-        return _select(first > second if above else first < second, first, second)
-
-    if _constant(node.a) is not None:
-        return pick(node.a, name(node.b))
-    if _constant(node.b) is not None:
-        return pick(node.b, name(node.a))
-    a, b = name(node.a), name(node.b)
-    return _select(T.isnan(a), a, pick(a, b))
-
-
-def _lowered(node: Any) -> Any:
-    """What LowerIntrin makes of one call or sum: the target's instruction, or a fused multiply-add."""
-    if isinstance(node, tirx.Add):
-        for product, other in ((node.b, node.a), (node.a, node.b)):
-            if isinstance(product, tirx.Mul) and str(node.ty.dtype).startswith("float"):
-                return _FMA(tirx.call_intrin(node.ty.dtype, "tirx.fma", product.a, product.b, other))
-        return node
-    rule = node.op.get_attr("llvm.FLowerIntrinsic") if isinstance(node.op, tvm.ir.Op) else None
-    return node if rule is None else rule(node)
-
-
-def _expand(statement: Any) -> Any:
-    """One store or binding with its marked calls expanded and its float extremes settled."""
-    name = Names()
-
-    def call(node: Any) -> Any:
-        function = FUNCTIONS.get(_marked(node))
-        return node if function is None else function(name, *node.args[1:])
-
-    value = structural_map(statement.value, (tvm.ir.Call, _settle_guarded))
-    value = structural_map(value, [(tvm.ir.Call, call), ((tirx.Max, tirx.Min), lambda node: _extremum(name, node))])
-    if value.same_as(statement.value):
-        return statement
-    if isinstance(statement, tirx.Bind):
-        last = tirx.Bind(statement.var, value)
-    else:
-        last = tirx.BufferStore(statement.buffer, value, list(statement.indices))
-    return structural_map(tirx.SeqStmt([*name.statements, last]) if name.statements else last, ((tirx.Add, tvm.ir.Call), _lowered))
-
-
-def _settle_guarded(call: Any) -> Any:
-    """Float extremes within the branches of an if-then-else, without names: those would be computed before the test."""
-    if getattr(call.op, "name", "") != "prim.if_then_else":
-        return call
-    condition, *branches = call.args
-    settled = [structural_map(branch, ((tirx.Max, tirx.Min), lambda node: _extremum(lambda value: value, node))) for branch in branches]
-    changed = any(not new.same_as(old) for new, old in zip(settled, branches, strict=True))
-    return T.if_then_else(condition, *settled) if changed else call
-
-
-def _marked(call: Any) -> str:
-    """The function that a call marked by `mark_math` stands for."""
-    if getattr(call.op, "name", "") != "tirx.call_pure_extern" or not isinstance(call.args[0], tvm.ir.expr.StringImm):
-        return ""
-    return call.args[0].value.removeprefix(_MARK)
-
-
-def _flatten(sequence: Any) -> Any:
-    """Sequences within a sequence dissolve: a binding holds until the end of the sequence it stands in."""
-    if not any(isinstance(statement, tirx.SeqStmt) for statement in sequence.seq):
-        return sequence
-    flat: list[Any] = []
-    for statement in sequence.seq:
-        flat.extend(statement.seq if isinstance(statement, tirx.SeqStmt) else [statement])
-    return tirx.SeqStmt(flat)
-
-
-def mark_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Hide the float32 calls that `vector_math` expands from LowerIntrin, which would turn them into calls of libm.
-
-    What an if-then-else guards stays: its expansion would be computed before the test.
-    """
-    guarded: set[Any] = set()
-
-    def guard(call: Any) -> None:
-        if getattr(call.op, "name", "") == "prim.if_then_else":
-            for branch in call.args[1:]:
-                structural_walk(branch, (tvm.ir.Call, guarded.add))
-
-    def mark(call: Any) -> Any:
-        name = getattr(call.op, "name", "")
-        if name not in FUNCTIONS or str(call.ty.dtype).split("x")[0] != "float32" or call in guarded:
-            return call
-        return tirx.call_pure_extern(call.ty.dtype, _MARK + name, *call.args)
-
-    structural_walk(func.body, (tvm.ir.Call, guard))
-    body = structural_map(func.body, (tvm.ir.Call, mark))
-    return func if body.same_as(func.body) else func.with_body(body)
-
-
-def vector_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Expand every marked call and every float max/min of a kernel that LowerIntrin has been over.
-
-    It has to come that late: TVM's analyzers copy bound values into every use, and an expansion is a chain of bindings each used twice or more.
-    """
-    body = structural_map(func.body, [((tirx.Bind, tirx.BufferStore), _expand), (tirx.SeqStmt, _flatten)])
-    body = _store_values(body)
-    return func if body.same_as(func.body) else func.with_body(body)
-
-
-def _store_values(body: Any) -> Any:
-    """Bindings of elements become small buffers, see `Names`; those of addresses, counts and truth values stay, as the code generator reasons about them."""
-    elements: dict[Any, Any] = {}
-
-    def note(bind: Any) -> None:
-        dtype = str(getattr(bind.var.ty, "dtype", "handle"))
-        if dtype.startswith(("bool", "handle")) or bind.var in elements:
-            return
-        found = [dtype] if "x" in dtype or "float" in dtype else []
-        structural_walk(bind.value, (tirx.Var, lambda variable: found.append(dtype) if variable in elements else None))
-        if found:
-            name = Names()
-            elements[bind.var] = name(bind.value), name.statements[0]
-
-    def store(bind: Any) -> Any:
-        if bind.var not in elements:
-            return bind
-        load, allocation = elements[bind.var]
-        return tirx.SeqStmt([allocation, tirx.BufferStore(load.source, bind.value, list(load.indices))])
-
-    structural_walk(body, (tirx.Bind, note))
-    if not elements:
-        return body
-    body = structural_map(body, [(tirx.Bind, store), (tirx.SeqStmt, _flatten)])
-    return structural_map(body, (tirx.Var, lambda variable: elements[variable][0] if variable in elements else variable))
-
-
-_MARK = "tcompile."
-_FMA = tvm.ir.Op.get("tirx.fma").get_attr("llvm.FLowerIntrinsic")
-
-
-def _function_pass(rewrite: Callable[[Any], Any], name: str) -> Any:
-    return tvm.tirx.transform.prim_func_pass(lambda func, module, context: rewrite(func), opt_level=0, name=name)
-
-
-def _pipeline() -> tuple[Any, Any, Any]:
-    lower, finish_host, finish_device = PIPELINE_MAP["s_tir"]()
-    mark, expand = _function_pass(mark_math, "tcompile.MarkMath"), _function_pass(vector_math, "tcompile.VectorMath")
-    return tvm.transform.Sequential([lower, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
-
-
-# these expand to, or lower to, plain vector arithmetic; TVM's vectoriser would take them apart lane by lane
-for _name in ("tirx.erf", "tirx.log1p", "tirx.rsqrt", "tirx.isnan", "tirx.nearbyint"):
-    tvm.ir.register_op_attr(_name, "TVectorizable", True)
-
 #: calls that a vectorised loop may hold
 VECTOR_CALLS = frozenset(FUNCTIONS) | {
     f"tirx.{_name}" for _name in ("sqrt", "rsqrt", "floor", "trunc", "nearbyint", "fabs", "isnan", "reinterpret", "shift_left", "shift_right", "bitwise_and",
     "bitwise_or", "bitwise_xor", "bitwise_not")
 } | {"prim.ceil", "prim.likely"}  # fmt: skip
 
-#: name of the lowering pipeline with vector mathematics: `relax.build(..., tir_pipeline=TIR_PIPELINE)`
-TIR_PIPELINE = "tcompile_cpu"
-PIPELINE_MAP[TIR_PIPELINE] = _pipeline
+# these expand to, or lower to, plain vector arithmetic; TVM's vectoriser would take them apart lane by lane
+for _name in ("tirx.erf", "tirx.log1p", "tirx.rsqrt", "tirx.isnan", "tirx.nearbyint"):
+    tvm.ir.register_op_attr(_name, "TVectorizable", True)

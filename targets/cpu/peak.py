@@ -14,7 +14,7 @@ from .dot import dot_for, vector
 from .emit import ATTRS, Accumulators
 from .host import host
 from .lower import tvm_target
-from .math import TIR_PIPELINE
+from .math_lowering import TIR_PIPELINE
 
 #: accumulators: more than the latency of a multiply-add times how many start per cycle, fewer than registers
 _ROWS = 12
