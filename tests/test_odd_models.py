@@ -35,6 +35,7 @@ REFUSED = {
     "huge ConstantOfShape": ([node("ConstantOfShape", ["s"], ["y"])], {"x": [1]}, ["y"], {"s": size(HUGE)}, ["'y'", "bytes"]),
     "huge MatMul": ([node("MatMul", ["x", "w"], ["y"])], {"x": [2**20, 1]}, ["y"], {"w": np.ones((1, 2**20), "float32")}, ["'y'", "bytes"]),
     "huge Pad": ([node("Pad", ["x", "p"], ["y"])], {"x": [4]}, ["y"], {"p": size(0, HUGE)}, ["'y'", "bytes"]),
+    "more parts than outputs": ([node("Split", ["x"], ["y", "z"], num_outputs=2**20)], {"x": [7]}, ["y"], {}, ["num_outputs", "2 outputs"]),
     "negative dim": ([node("Conv", ["x", "w"], ["y"])], {"x": [1, 3, 1, 1]}, ["y"], {"w": np.ones((4, 3, 3, 3), "float32")}, ["'y'", "cannot exist"]),
     "strides of 0": (
         [node("Conv", ["x", "w"], ["y"], strides=[0, 0])],

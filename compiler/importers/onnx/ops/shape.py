@@ -287,7 +287,9 @@ def split(node: Node) -> tuple[Value, ...]:
         total = node.dims.simplify(sum(sizes, 0))
         value = node.cast_shape(node.tensor(0), [total if position == axis else size for position, size in enumerate(shape)])
     if sizes is None:
-        count = node.attr("num_outputs") or len(node.proto.output)
+        count = len(node.proto.output)
+        if node.attr("num_outputs", count) != count:
+            raise Refusal(f"num_outputs is {node.attr('num_outputs')} where the node has {count} outputs")
         part = node.dims.ceil_divide(shape[axis], count)
         sizes = [part] * (count - 1) + [node.dims.simplify(shape[axis] - part * (count - 1))]
     bounds = [0]
