@@ -30,6 +30,20 @@ def close(ours, exact, tolerance):
     assert np.abs(ours - exact).max() / scale <= tolerance
 
 
+def each_attention(cases):
+    """A graph of one attention for each case, whose last two entries are the mask, None without, and the options; inputs in the order of the cases."""
+
+    def build(emit, *x):
+        results, at = [], 0
+        for *_, mask, options in cases:
+            count = 3 + (mask is not None)
+            results.append(emit(attention(*x[at : at + count], **options)))
+            at += count
+        return results
+
+    return build
+
+
 #: M, K, N: ones, primes, tails of tiles and of vectors, whole tiles
 SIZES = [(1, 1, 1), (1, 129, 30), (17, 7, 19), (31, 33, 64), (64, 64, 64), (65, 48, 50), (130, 96, 36)]
 
@@ -224,15 +238,7 @@ def test_attention_with_masks_groups_and_layouts():
         expected.append(reference(*given.values(), **options))
         inputs |= given
 
-    def build(emit, *x):
-        results, at = [], 0
-        for *_, mask, options in ATTENTIONS:
-            count = 3 + (mask is not None)
-            results.append(emit(attention(*x[at : at + count], **options)))
-            at += count
-        return results
-
-    outputs, lowered = run(build, inputs)
+    outputs, lowered = run(each_attention(ATTENTIONS), inputs)
     for out, exact in zip(outputs, expected, strict=True):
         close(out, exact, 2e-6)
     assert set(templates(lowered)) == {"attention"}
@@ -259,15 +265,7 @@ def test_few_queries_take_keys_in_parts_that_are_joined_in_order():
         expected.append(reference(*given.values(), **options))
         inputs |= given
 
-    def build(emit, *x):
-        results, at = [], 0
-        for *_, mask, options in cases:
-            count = 3 + (mask is not None)
-            results.append(emit(attention(*x[at : at + count], **options)))
-            at += count
-        return results
-
-    outputs, lowered = run(build, inputs)
+    outputs, lowered = run(each_attention(cases), inputs)
     for out, exact in zip(outputs, expected, strict=True):
         np.testing.assert_array_equal(np.isnan(out), np.isnan(exact))
         close(np.nan_to_num(out), np.nan_to_num(exact), 2e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 from ...compiler.tvm import IRBuilder, T
@@ -69,10 +70,8 @@ def tasks(count: Any, work: int | None) -> Iterator[Any]:
 
 def balanced(count: int, limit: int) -> list[tuple[int, int]]:
     """Cut `count` rows or pixels into tiles of at most `limit`, as equal as possible: (first, size) of each, larger ones first."""
-    tiles = -(-count // limit)
-    size, extra = divmod(count, tiles)
-    starts = [index * size + min(index, extra) for index in range(tiles)]
-    return [(start, size + (index < extra)) for index, start in enumerate(starts)]
+    sizes = list(balanced_sizes(count, limit).elements())
+    return list(zip(accumulate(sizes, initial=0), sizes, strict=False))
 
 
 def balanced_sizes(count: int, limit: int) -> Counter[int]:

@@ -136,18 +136,12 @@ def _store_values(body: Any) -> Any:
         structural_walk(bind.value, (tirx.Var, lambda variable: found.append(dtype) if variable in elements else None))
         if found:
             name = Names()
-            elements[bind.var] = name(bind.value), name.statements[0]
-
-    def store(bind: Any) -> Any:
-        if bind.var not in elements:
-            return bind
-        load, allocation = elements[bind.var]
-        return tirx.SeqStmt([allocation, tirx.BufferStore(load.source, bind.value, list(load.indices))])
+            elements[bind.var] = name(bind.value), tirx.SeqStmt(name.statements)
 
     structural_walk(body, (tirx.Bind, note))
     if not elements:
         return body
-    body = structural_map(body, [(tirx.Bind, store), (tirx.SeqStmt, _flatten)])
+    body = structural_map(body, [(tirx.Bind, lambda bind: elements[bind.var][1] if bind.var in elements else bind), (tirx.SeqStmt, _flatten)])
     return structural_map(body, (tirx.Var, lambda variable: elements[variable][0] if variable in elements else variable))
 
 
