@@ -283,6 +283,7 @@ def test_a_loop_can_be_interrupted(tmp_path):
         seen = []
         loop = tcompile.load("loop.tcm")
         feeds = np.array(1 << 40), np.array(True), np.zeros(3, np.float32)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored, and so do its children
         signal.signal(signal.SIGUSR1, stop)
         signal.signal(signal.SIGUSR2, lambda *_: seen.append(True))
         for count in range(60):
