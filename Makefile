@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-aten test-conformance support-page test-networks fuzz gpu-test check bench clean
+.PHONY: setup demo test test-aten test-conformance support-page test-networks fuzz gpu-test gpu-bench check bench clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ test-networks: $(STAMP)
 GPU_PYTHON ?= $(BIN)/python
 gpu-test: $(STAMP)
 	$(GPU_PYTHON) -m pytest -q -rs -m "networks or not networks" tests/gpu
+
+# times on a GPU beside torch and torch.compile; says so and ends where there is none
+gpu-bench: $(STAMP)
+	$(GPU_PYTHON) benchmarks/gpu.py --output benchmarks/results/gpu.json --docs docs/performance.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .
