@@ -23,17 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.tvm import TensorLoad, structural_map, tirx
+from ...compiler.tvm import tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, static
 from ..common.words import packed_words
-from .kernel import Kernel, Packing, Plan, Signature, Unsupported, copies_of, ctype
-from .printer import Printer, check_indices
+from .kernel import Kernel, Packing, Plan, Signature, Unsupported, ctype
+from .product import Product
 from .schedule import GemmShape, TileSchedule, best_tile
 from .words import GROUPS
 
-#: threads per block of the kernel that adds up parts of K
-THREADS = 256
 #: types of A -> number policy of include/tcompile.cuh of what lies in words; fp32 products have the policy that was asked for
 _POLICIES = {"uint8": "U8S8", "bfloat16": "Bf16x2", "float16": "Fp16x2"}
 
@@ -72,16 +70,15 @@ def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
     return _Gemm(fused, target, policy, frozenset()).shape
 
 
-class _Gemm:
+class _Gemm(Product):
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
-        self.fused, self.target = fused, target
+        super().__init__(fused, rounded)
+        self.target = target
         types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
         if types != ("float32",) * 3 and types not in GROUPS:
             raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
         self.policy, self.group, self.sum = _POLICIES.get(types[0], policy), GROUPS.get(types, 1), ctype(types[2])
         self.packings = () if self.group == 1 else (self._packing(constants),)
-        self.copies = copies_of(fused.output, rounded)
-        self.signature = Signature((fused.output, *self.copies))
         self.dims = [int(dim) for dim in fused.accumulator.shape]
         if fused.core["op"] == "conv2d":
             self.batch_dims, self.row_dims, self.k, self.a, self.b = [], self.dims[:-1], *self._windows()
@@ -129,26 +126,6 @@ class _Gemm:
             kind=kind,
             workload=workload,
             schedule=str(tile),
-        )
-
-    def _sums(self, parts: Any) -> Kernel:
-        """The sums over the parts of K, in their order, and the epilogue: a thread per element."""
-        count, total = int(parts.shape[0]), self.m * self.n
-        result, body = ctype(self.fused.output.ty.dtype), [f"  {line}" for line in self._epilogue()]
-        lines = [
-            f"const int place = blockIdx.x * {THREADS} + threadIdx.x;",
-            f"if (place >= {total}) return;",
-            f"const int m = place / {self.n}, n = place % {self.n};",
-            f"{self.sum} sum = 0;",
-            "#pragma unroll",
-            f"for (int part = 0; part < {count}; ++part) sum += {self.signature.name(parts)}[part * {total} + place];",
-            f"const {result} value = [&]() -> {result} {{",
-            *body,
-            "}();",
-            *(f"{self.signature.name(buffer)}[place] = value;" for buffer in (self.fused.output, *self.copies)),
-        ]
-        return self.signature.kernel(
-            lines, grid=(-(-total // THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=f"sums {count} x {total}"
         )
 
     def _in_words(self, size: int) -> int:
@@ -211,35 +188,6 @@ class _Gemm:
             source = f"tc::Windows<{', '.join(map(str, numbers))}>"
         return k, _Operand(source, vector(depth)), _Operand(f"tc::Matrix<{k}, {features}>", vector(features))
 
-    def _epilogue(self) -> list[str]:
-        """The body of the lambda: (m, n, sum) -> the element of the output."""
-        lines: list[str] = []
-        indices: list[str] = []
-        for position, dims in (("blockIdx.z", self.batch_dims), ("m", self.row_dims)):
-            stride = total = math.prod(dims)
-            for dim in dims:
-                above, stride = stride, stride // dim
-                value = position if stride == 1 else f"{position} / {stride}"
-                value = value if above == total else f"{value} % {dim}"
-                lines.append(f"const int i{len(indices)} = {value if dim > 1 else 0};")
-                indices.append(f"i{len(indices)}")
-        indices.append("n")
-        values = {self.fused.accumulator: "sum"}
-
-        def load(buffer: Any, at: Sequence[str]) -> str:
-            return values[buffer] if buffer in values else f"{self.signature.name(buffer)}[{_address(buffer, at)}]"
-
-        for number, block in enumerate(self.fused.epilogue):
-            axes = {var.var: index for var, index in zip(block.iter_vars, indices, strict=True)}
-            ranges = {var.var: int(var.dom.extent) for var in block.iter_vars}
-            printer = Printer(load, axes, ranges)
-            value = block.body.value
-            value = structural_map(value, (TensorLoad, lambda access: access if access.source in values else check_indices(access)))
-            lines.append(f"const {ctype(block.body.buffer.ty.dtype)} v{number} = {printer(value)};")
-            self.signature.indexed |= printer.indexed
-            values[block.body.buffer] = f"v{number}"
-        return [*lines, f"return {values[self.fused.output]};"]
-
 
 def packed(codes: np.ndarray, group: int) -> np.ndarray:
     """[..., K, N] of `group` elements in 4 bytes -> words [..., K / group, N] of consecutive k."""
@@ -250,13 +198,3 @@ def packed(codes: np.ndarray, group: int) -> np.ndarray:
 def vector(columns: int) -> int:
     """Floats, or words, per asynchronous copy along rows of this length: all rows have to be as aligned as the first."""
     return next(width for width in (4, 2, 1) if columns % width == 0)
-
-
-def _address(buffer: Any, indices: Sequence[str]) -> str:
-    """The flat position of an element, in C."""
-    terms, stride = [], 1
-    for index, dim in zip(reversed(indices), reversed(buffer.shape), strict=True):
-        if int(dim) != 1 and index != "0":
-            terms.append(index if stride == 1 else f"{index} * {stride}")
-        stride *= int(dim)
-    return " + ".join(reversed(terms)) or "0"

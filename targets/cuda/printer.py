@@ -148,7 +148,7 @@ class Printer:
     def _floor(self, expr: Any, sign: str, function: str) -> str:
         a, b = self(expr.a), self._divisor(expr.b)
         divisor = isinstance(expr.b, tirx.IntImm) and int(expr.b.value) > 0
-        if divisor and (reads_memory(expr.a) is False) and self.analyzer.can_prove_greater_equal(expr.a, 0):
+        if divisor and (reads_memory(expr.a) is False) and self.analyzer.can_prove(expr.a >= 0):
             return f"({a} {sign} {b})"
         kind = "int" if self._position and not reads_memory(expr) else ctype(expr.ty.dtype)
         return f"tc::{function}<{kind}>({a}, {b})"
