@@ -236,3 +236,21 @@ def test_models_in_float16_and_bfloat16_have_the_same_kernels():
     assert np.abs(out.astype("float64") - exact).max() <= 2.0**-7 * np.abs(exact).max()
     assert [row["workload"].split()[-1] for row in artifact.report["kernels"] if row["template"] == "gemm"] == ["Fp16x2", "Bf16x2"]
     assert sum(array.nbytes for array in artifact.weights.values()) == 2 * (12 * 12 + 12 * 5)
+
+
+@pytest.mark.parametrize("precision", TYPES)
+def test_attention_reads_the_inputs_of_a_model_in_16_bits_as_they_lie(precision):
+    """No kernel widens or copies them."""
+    dtype, step = TYPES[precision]
+    kind = getattr(onnx.TensorProto, dtype.upper())
+    node = onnx.helper.make_node("Attention", ["q", "k", "v"], ["y"], is_causal=1)
+    sizes = {"q": (1, 2, 37, 32), "k": (1, 2, 70, 32), "v": (1, 2, 70, 32)}
+    values = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, shape in sizes.items()]
+    graph = onnx.helper.make_graph([node], "attention", values, [onnx.helper.make_tensor_value_info("y", kind, sizes["q"])])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+    artifact = tcompile.compile(model, target="cuda", precision=precision, emit_only=True).artifact
+    feeds = [floats(*shape).astype(numpy_dtype(dtype)) for shape in sizes.values()]
+    (out,) = emulation(artifact)(*feeds)
+    exact = reference(*(x.astype("float64") for x in feeds), causal=True)
+    assert np.abs(out.astype("float64") - exact).max() <= 4 * step * np.abs(exact).max()
+    assert templates(artifact)[0] == "attention"

@@ -19,7 +19,7 @@ from .host import sources
 from .kernel import SHORT
 from .lower import Launches, sequence
 from .machines import EMIT_ONLY
-from .words import filled, narrowed
+from .words import filled, narrowed, rounded_back
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
@@ -150,4 +150,4 @@ class _Prepare(relax.PyExprMutator):
         call = super().visit_call_(call)
         if operator(call) == dialect.NAME and attention.refusal(call):
             return dialect.decompose(self.builder_, call)
-        return filled(self.builder_, narrowed(self.builder_, call))
+        return filled(self.builder_, narrowed(self.builder_, rounded_back(self.builder_, call)))

@@ -42,6 +42,13 @@ def narrowed(builder: Any, call: Any) -> Any:
     return builder.normalize(relax.op.nn.conv2d(short, weight, *numbers, int(attrs.groups), *layouts, "float32"))
 
 
+def rounded_back(builder: Any, call: Any) -> Any:
+    """What was widened to float32, where the call rounds that to the type it came from; any other call as it is."""
+    if operator(call) != "relax.astype" or str(call.ty.dtype) not in SHORT or (short := _widened_from(builder, call.args[0])) is None:
+        return call
+    return short if str(short.ty.dtype) == str(call.ty.dtype) else call
+
+
 def _widened_from(builder: Any, x: Any) -> Any:
     """The tensor of numbers of two bytes of which x is the float32; None where x is something else."""
 
