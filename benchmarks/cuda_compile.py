@@ -43,7 +43,9 @@ NETWORKS = {
 }
 #: tokens in the cache of smollm2-decode
 PAST = 1023
-TENSOR_CORE = ("gemm", "conv2d", "attention")
+TENSOR_CORE = ("gemm", "conv2d", "attention", "gemm hopper", "conv2d hopper")
+#: instructions of the tensor cores: mma.sync and wgmma
+MMA = re.compile(r"\b[HI]G?MMA\b")
 
 
 def cuobjdump() -> Path | None:
@@ -109,8 +111,8 @@ def facts(name: str, target: str, precision: str) -> dict[str, object]:
         "kernels": dict(sorted(Counter(row["template"] for row in rows).items())),
         "launches": sum(row["calls"] for row in rows),
         "products": sum(row["calls"] for row in products),
-        "products_without_tensor_cores": sum("HMMA" not in code[row["kernel"]] for row in products),
-        "hmma": sum(listing.count("HMMA") for listing in code.values()),
+        "products_without_tensor_cores": sum(not MMA.search(code[row["kernel"]]) for row in products),
+        "hmma": sum(len(MMA.findall(listing)) for listing in code.values()),
         "kernels_with_local_memory": sum(bool(re.search(r"\b(LDL|STL)\b", listing)) for listing in code.values())
         + sum(int(s) + int(m) > 0 for _, s, m in usage),
         "most_registers": max(int(registers) for registers, *_ in usage),

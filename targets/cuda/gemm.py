@@ -52,6 +52,11 @@ def gemm(
 
     constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
     """
+    return plan(Gemm, fused, target, policy, constants, tile, rounded)
+
+
+def plan(template: type[Gemm], fused: Fused, target: Target, policy: str, constants: frozenset[int], tile: TileSchedule | None, rounded: str) -> Plan:
+    """`gemm` by this template of a product."""
     if fused.core["op"] not in ("matmul", "conv2d"):
         raise Unfusable(f"no tensor-core template for {fused.core['op']}")
     if any(static(dim) is None for param in fused.params for dim in param.shape):
@@ -59,7 +64,7 @@ def gemm(
     if any(static(dim) == 0 for param in fused.params for dim in param.shape):
         raise Unfusable("an operand without elements")
     try:
-        made = _Gemm(fused, target, policy, constants, rounded)
+        made = template(fused, target, policy, constants, rounded)
         return Plan((*fused.params, *made.copies), made.kernels(tile), made.packings)
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason
@@ -67,10 +72,12 @@ def gemm(
 
 def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
     """The product that a fused function is; raises Unfusable as `gemm` does for other convolutions."""
-    return _Gemm(fused, target, policy, frozenset()).shape
+    return Gemm(fused, target, policy, frozenset()).shape
 
 
-class _Gemm(Product):
+class Gemm(Product):
+    """A fused function as a product of matrices of words, and its kernels by mma.sync; other templates override how operands reach the tensor cores."""
+
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
         super().__init__(fused, rounded)
         self.target = target
@@ -89,8 +96,22 @@ class _Gemm(Product):
 
         self.shape = GemmShape(self.batch, self.m, self.k, self.n, self.a.vector, self.b.vector, "Windows" in self.a.source)
 
+    @property
+    def kind(self) -> str:
+        """The template's name."""
+        return "conv2d" if self.fused.core["op"] == "conv2d" else "gemm"
+
+    def best(self) -> TileSchedule:
+        """The tile of least predicted time."""
+        return best_tile(self.shape, self.target, self.policy)
+
+    def resident(self, tile: TileSchedule) -> int | None:
+        """Blocks that are to fit a multiprocessor, where that is not left to nvcc: it makes room for more of those of words than there is shared memory for, and spills."""
+        return 1 if self.group > 1 else None
+
     def kernels(self, tile: TileSchedule | None) -> tuple[Kernel, ...]:
-        tile = tile or best_tile(self.shape, self.target, self.policy)
+        """Those of this tile or the best: the product, or parts of it and their sums."""
+        tile = tile or self.best()
         if tile.parts == 1:
             return (self._product(tile, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
         parts = tirx.decl_buffer((tile.parts, self.m, self.n), self.fused.accumulator.ty.dtype, "parts")
@@ -98,35 +119,41 @@ class _Gemm(Product):
 
     def _product(self, tile: TileSchedule, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
-        operands = [self.fused.inputs[0], self.packings[0].buffer if self.packings else self.fused.inputs[1]]
-        a, b = (signature.name(buffer) if self.group == 1 else f"tc::words({signature.name(buffer)})" for buffer in operands)
-        lines = [f"using T = {tile.source};"]
-        for side, name, operand in (("a", a, self.a), ("b", b, self.b)):
-            offset = f" + {operand.offset}" if operand.offset else ""
-            lines.append(f"const {operand.source} {side}{{{name}{offset}}};")
+        operands, call = self._operands(tile, signature), self._call(tile)
         start = f" + (size_t)blockIdx.z * {self.m * self.n}" if self.batch * tile.parts > 1 else ""
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
-        lines.append(f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};")
-        k = tile.part_of(self.k)
-        places = f"blockIdx.y * T::BM, blockIdx.x * T::BN, {f'blockIdx.z * {k}' if tile.parts > 1 else 0}"
-        sizes = f"{self.m}, {self.n}, {k}, {self.a.vector}, {self.b.vector}"
-        lines.append(f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, {places}, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{")
+        out = f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};"
+        lines = [f"using T = {tile.source};", *operands, out, f"{call}, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{"]
         lines += [f"  {line}" for line in value] + ["});"]
-        grid = (-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch * tile.parts)
-        kind = "conv2d" if self.fused.core["op"] == "conv2d" else "gemm"
-        workload = f"{kind} {self.batch}x{self.m}x{self.k * self.group}x{self.n} {self.policy}"
         return signature.kernel(
             lines,
-            grid=grid,
+            grid=(-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch * tile.parts),
             threads=tile.threads,
-            resident=1
-            if self.group > 1
-            else None,  # left alone, nvcc makes room for more blocks of these than there is shared memory for, and spills
+            resident=self.resident(tile),
             shared_bytes=tile.shared_bytes,
-            kind=kind,
-            workload=workload,
+            kind=self.kind,
+            workload=f"{self.kind.split()[0]} {self.batch}x{self.m}x{self.k * self.group}x{self.n} {self.policy}",
             schedule=str(tile),
         )
+
+    def _operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
+        """Declarations of what the call reads."""
+        operands = [self.fused.inputs[0], self.packings[0].buffer if self.packings else self.fused.inputs[1]]
+        names = (signature.name(buffer) if self.group == 1 else f"tc::words({signature.name(buffer)})" for buffer in operands)
+        lines = []
+        for side, name, operand in zip("ab", names, (self.a, self.b), strict=True):
+            offset = f" + {operand.offset}" if operand.offset else ""
+            lines.append(f"const {operand.source} {side}{{{name}{offset}}};")
+        return lines
+
+    def _call(self, tile: TileSchedule) -> str:
+        """The device template called on them, up to its last argument."""
+        sizes = f"{self.m}, {self.n}, {tile.part_of(self.k)}, {self.a.vector}, {self.b.vector}"
+        return f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {self._start(tile)}"
+
+    def _start(self, tile: TileSchedule) -> str:
+        """The first word of k of a block."""
+        return f"blockIdx.z * {tile.part_of(self.k)}" if tile.parts > 1 else "0"
 
     def _in_words(self, size: int) -> int:
         if size % self.group:
@@ -151,13 +178,13 @@ class _Gemm(Product):
         batch, rows = ([], self.dims[:-1]) if flat and math.prod(a[:-1]) == math.prod(self.dims[:-1]) else (self.dims[:-2], self.dims[-2:-1])
         m = math.prod(rows)
         sides = [
-            _Operand(f"tc::Matrix<{m}, {k}>", vector(k), self._offset(a, batch)),
-            _Operand(f"tc::Matrix<{k}, {n}>", vector(n), self._offset(b, batch)),
+            _Operand(f"tc::Matrix<{m}, {k}>", vector(k), self.offset(a, batch)),
+            _Operand(f"tc::Matrix<{k}, {n}>", vector(n), self.offset(b, batch)),
         ]
         return batch, rows, k, sides[0], sides[1]
 
     @staticmethod
-    def _offset(shape: Sequence[int], batch: Sequence[int]) -> str:
+    def offset(shape: Sequence[int], batch: Sequence[int]) -> str:
         """Where the matrix of batch blockIdx.z begins; dims of 1 broadcast."""
         terms, own, whole = [], shape[-1] * shape[-2], 1
         lead = [1] * (len(batch) - len(shape) + 2) + list(shape[:-2])

@@ -16,7 +16,7 @@ INCLUDE = Path(__file__).parent / "include"
 #: name of the model's source among those of an artifact
 MODEL = "model.cu"
 #: headers that the model's source includes, in the artifact beside it
-HEADERS = ("tcompile.cuh", "device.cuh", "attention.cuh", "host.cuh", "simt.h")
+HEADERS = ("tcompile.cuh", "device.cuh", "attention.cuh", "hopper.cuh", "device_hopper.cuh", "host.cuh", "simt.h", "simt_hopper.h")
 #: dynamic shared memory that a kernel gets without asking
 _FREE_SHARED = 48 * 1024
 _CODES = {"i": 0, "u": 1, "f": 2, "b": 6, "V": 4}
@@ -24,7 +24,7 @@ _CODES = {"i": 0, "u": 1, "f": 2, "b": 6, "V": 4}
 
 def sources(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], command: str) -> dict[str, str]:
     """File name -> text. command: how the sources are built, for the reader."""
-    parts = [_banner(launches, command), '#include "tcompile.cuh"\n#include "attention.cuh"\n#include "host.cuh"']
+    parts = [_banner(launches, command), '#include "tcompile.cuh"\n#include "attention.cuh"\n#include "hopper.cuh"\n#include "host.cuh"']
     for name, kernel in launches.kernels.items():
         nodes = launches.nodes[name]
         shown = ", ".join(nodes[:4]) + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")
@@ -80,6 +80,8 @@ def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[Te
     lines.append("  int* const error = reinterpret_cast<int*>(data[2]);")
     lines.append("  (void)error;")
     names = list(launches.kernels)
+    if most := max((len(kernel.maps) for kernel in launches.kernels.values()), default=0):
+        lines.append(f"  tc::TensorMap maps[{most}];")
     for launch in launches.launches:
         at = [_address(tensor, len(inputs)) for tensor in launch.tensors]
         if not launch.kernel:
@@ -87,10 +89,17 @@ def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[Te
             continue
         kernel = launches.kernels[launch.kernel]
         values = [
-            f"({'' if buffer in kernel.written else 'const '}{_type(buffer)}*)({address})" for buffer, address in zip(kernel.buffers, at, strict=True)
+            f"({'' if buffer in kernel.written else 'const '}{_type(buffer)}*)({address})"
+            for buffer, address in zip(kernel.buffers, at, strict=False)
         ]
         values += ["error", str(names.index(launch.kernel) + 1)] if kernel.indexed else []
+        maps = [f"maps[{position}]" for position in range(len(kernel.maps))]
+        values += maps
         grid = ", ".join(map(str, kernel.grid))
+        if maps:
+            made = zip(maps, at[len(kernel.buffers) :], kernel.maps, strict=True)
+            encoded = " || ".join(f"tc::encode({name}, {address}, {each.rows}, {each.columns}, {each.box})" for name, address, each in made)
+            lines.append(f"  if ({encoded}) return -1;")
         lines.append(f"  TC_LAUNCH(k_{launch.kernel}, dim3({grid}), {kernel.threads}, {kernel.shared_bytes}, stream, {', '.join(values)});")
     lines += ["#ifndef TCOMPILE_SIMT", '  if (tc::check(cudaGetLastError(), "launch")) return -1;', "#endif"]
     lines += ["  result->type_index = kTVMFFINone;", "  result->zero_padding = 0;", "  result->v_int64 = 0;", "  return 0;", "}"]

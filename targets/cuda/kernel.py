@@ -49,10 +49,20 @@ def summed(dtype: Any) -> str:
 
 
 @dataclass(frozen=True)
+class TensorMap:
+    """A matrix of `rows` x `columns` words of 4 bytes, row-major, in a tensor, of which TMA copies `box` rows at a time; made by the host (`encode` in include/host.cuh)."""
+
+    buffer: Any
+    rows: int
+    columns: int
+    box: int
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One `__global__` function.
 
-    text: its source, with the name `{name}` left open; buffers: its tensor parameters in order, the written ones in `written`. grid: blocks along x, y, z; threads per block;
+    text: its source, with the name `{name}` left open; buffers: its tensor parameters in order, the written ones in `written`; maps: its last parameters. grid: blocks along x, y, z; threads per block;
     shared_bytes of dynamic shared memory. indexed: it takes an error word and a site number behind its tensors, because data decides what it reads.
     kind: the template, or the rule of the generic scheduler.
     """
@@ -68,6 +78,12 @@ class Kernel:
     schedule: str = ""
     indexed: bool = False
     reason: str = ""
+    maps: tuple[TensorMap, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What a launch needs the places of: the parameters, then what the maps describe."""
+        return (*self.buffers, *(each.buffer for each in self.maps))
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,12 @@ class Signature:
     written: tuple[Any, ...]
     names: dict[Any, str] = field(default_factory=dict)
     indexed: bool = False
+    maps: list[TensorMap] = field(default_factory=list)
+
+    def map(self, buffer: Any, rows: int, columns: int, box: int) -> str:
+        """The name of a parameter that describes a tensor as a matrix for TMA."""
+        self.maps.append(TensorMap(buffer, rows, columns, box))
+        return f"map{len(self.maps) - 1}"
 
     def name(self, buffer: Any) -> str:
         """The parameter's name in the kernel."""
@@ -112,6 +134,7 @@ class Signature:
             params.append(f"{const}{ctype(buffer.ty.dtype)}* __restrict__ {name}")
         if self.indexed:
             params += ["int* error", "int site"]
+        params += [f"TC_MAP map{position}" for position in range(len(self.maps))]
         bounds = f"{threads}" if resident is None else f"{threads}, {resident}"
         return f"TC_KERNEL({bounds}) {{name}}({', '.join(params)}) {{{{"
 
@@ -120,7 +143,7 @@ class Signature:
         lines = [self.head(threads, resident), *(f"  {line}".replace("{", "{{").replace("}", "}}") for line in body), "}}"]
         if grid[0] > MAX_ELEMENTS or max(grid[1:]) > 65535:
             raise Unsupported(f"a grid of {grid} blocks")
-        return Kernel("\n".join(lines), tuple(self.names), self.written, grid, threads, indexed=self.indexed, **rest)
+        return Kernel("\n".join(lines), tuple(self.names), self.written, grid, threads, indexed=self.indexed, maps=tuple(self.maps), **rest)
 
 
 def copies_of(buffer: Any, dtype: str) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, generic, scan
+from . import attention, gemm_hopper, generic, scan
 from .gemm import gemm
 from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
 
@@ -181,10 +181,10 @@ class _Walk:
         buffers = {packing.param: packing.buffer for packing in made.packings}
         known = {buffers.get(param, param): tensor for param, tensor in zip(made.params, tensors, strict=True)}
         for own, kernel in zip(names, made.kernels, strict=True):
-            for buffer in kernel.buffers:
+            for buffer in kernel.tensors:
                 if buffer not in known:
                     known[buffer] = self._temporary(elements(buffer) * numpy_dtype(str(buffer.ty.dtype)).itemsize)
-            self.result.launches.append(Launch(own, tuple(known[buffer] for buffer in kernel.buffers)))
+            self.result.launches.append(Launch(own, tuple(known[buffer] for buffer in kernel.tensors)))
 
     # -- tensors -----------------------------------------------------------------------------------------------------------------------------------
 
@@ -211,8 +211,8 @@ class _Walk:
         return self._stored(expr, expr.value.numpy)
 
     def _packed(self, expr: Any, packing: Packing) -> Tensor:
-        """A constant in the layout that a kernel reads; those of equal shape share it."""
-        return self._stored((expr, tuple(int(dim) for dim in packing.buffer.shape)), lambda: packing.pack(expr.value.numpy()))
+        """A constant in the layout that a kernel reads; those of equal name and shape share it."""
+        return self._stored((expr, packing.buffer.name, tuple(int(dim) for dim in packing.buffer.shape)), lambda: packing.pack(expr.value.numpy()))
 
     def _stored(self, key: Any, make: Callable[[], np.ndarray]) -> Tensor:
         if key not in self.constants:
@@ -256,7 +256,11 @@ def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = 
     constants: positions of parameters that are known at compile time. rounded: a type of two bytes in which the float32 result is written, too, as a last parameter.
     """
     try:
-        return gemm(analyze(func), target, policy, constants, rounded=rounded)
+        fused = analyze(func)
+        try:
+            return gemm_hopper.gemm(fused, target, policy, constants, rounded=rounded)
+        except Unfusable:
+            return gemm(fused, target, policy, constants, rounded=rounded)
     except Unfusable as reason:
         return generic.schedule(func, str(reason), rounded)
 

@@ -65,18 +65,18 @@ def lower(steps: Steps) -> Lowered:
     steps.step("kernels", kernels)
     with stage("emission"):
         texts = sources(launches, steps.program.inputs, steps.program.outputs, " ".join(toolchain.command(steps.target.name)))
-    library = b""
+    built = toolchain.Built(b"", ())
     with stage("nvcc") as building:
         if nvcc is not None:
-            library = toolchain.build(texts, steps.target.name, nvcc)
+            built = toolchain.build(texts, steps.target.name, nvcc)
     report = {
         "kernels": rows(launches),
         "precision": {"name": precision, "meaning": meaning},
         "memory": launches.workspace.report(),
         "weights_bytes": sum(array.nbytes for array in launches.weights.values()),
-        "code_generation": {"seconds": round(building.seconds, 3)},
+        "code_generation": {"seconds": round(building.seconds, 3), "remarks": list(built.remarks)},
     }
-    return steps.lowered(report=report, weights=launches.weights, sources=texts, library=library)
+    return steps.lowered(report=report, weights=launches.weights, sources=texts, library=built.library)
 
 
 def require_fixed(inputs: Sequence[TensorSpec]) -> None:

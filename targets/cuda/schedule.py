@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ...autotune.cost_model import Design
 from ...autotune.learned import default_model
@@ -14,7 +15,7 @@ from ..base import Target
 BK = 32
 #: multiply-adds of words per cycle and SM that mma.sync does by policy, as a fraction of `Target.fma_per_cycle` (which counts tf32)
 _RATE = {"Fp32": 1 / 3, "Tf32": 1.0, "Fp16": 2.0, "Bf16": 2.0, "U8S8": 1.0, "Fp16x2": 1.0, "Bf16x2": 1.0}
-_SHARED_BYTES_PER_CYCLE = 128.0
+SHARED_BYTES_PER_CYCLE = 128.0
 _L2_BYTES_PER_CYCLE = 48.0
 #: cycles that a block waits per k step where nothing hides them, and around its loop
 _STEP_LATENCY, _BLOCK_LATENCY = 60.0, 1500.0
@@ -74,6 +75,7 @@ class TileSchedule:
         return f"{self.bm}x{self.bn}x{BK}, {self.wm}x{self.wn} warps, {self.stages} stages" + (f", K in {self.parts} parts" if self.parts > 1 else "")
 
 
+Tile = TypeVar("Tile", bound=TileSchedule)
 #: policies of operands that reach the tensor cores as they lie in memory
 _IN_WORDS = ("U8S8", "Fp16x2", "Bf16x2")
 
@@ -99,16 +101,21 @@ def space(target: Target, many: bool = False) -> Sequence[TileSchedule]:
 
 def predicted_cycles(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> float:
     """Cycles from the first block to the last: waves of blocks, each as slow as the slowest of tensor cores, shared memory and L2; and the sums of parts of K."""
-    blocks = _blocks(shape, tile)
     per_sm = max(1, min(target.shared_bytes // tile.shared_bytes, 2048 // tile.threads, 512 // tile.threads * 2))
+    arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE[policy])
+    shared = 4.0 * BK * (tile.bm * tile.wn + tile.bn * tile.wm + tile.bm + tile.bn) / SHARED_BYTES_PER_CYCLE
+    return in_waves(shape, tile, target, max(arithmetic, shared), per_sm)
+
+
+def in_waves(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: float, per_sm: int, latency: float = 0.0) -> float:
+    """`predicted_cycles` of blocks of which `per_sm` fit a multiprocessor, whose steps take so many cycles of tensor cores and shared memory; latency: what one takes at least."""
+    blocks = _blocks(shape, tile)
     steps = math.ceil(tile.part_of(shape.k) / BK)
     resident = min(per_sm, math.ceil(blocks / target.cores))
     waves = math.ceil(blocks / (target.cores * resident))
-    arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE[policy])
-    shared = 4.0 * BK * (tile.bm * tile.wn + tile.bn * tile.wm + tile.bm + tile.bn) / _SHARED_BYTES_PER_CYCLE
     level2 = 4.0 * BK * (tile.bm + tile.bn) / _L2_BYTES_PER_CYCLE
     sums = _SUMS_LATENCY + 4.0 * (tile.parts + 1) * shape.m * shape.n / (target.cores * _L2_BYTES_PER_CYCLE) if tile.parts > 1 else 0.0
-    return waves * (_BLOCK_LATENCY + steps * (max(arithmetic, shared, level2) * resident + _STEP_LATENCY)) + sums
+    return waves * (_BLOCK_LATENCY + steps * (max(max(step_cycles, level2) * resident, latency) + _STEP_LATENCY)) + sums
 
 
 def design(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> Design:
@@ -163,12 +170,15 @@ def best_tile(shape: GemmShape, target: Target, policy: str) -> TileSchedule:
     # what is neither split nor rounded leaves registers for accumulators, unless narrow copies want them for addresses
     tiles = space(target, policy in _IN_WORDS and min(shape.va, shape.vb) == 4)
     found = fitting(shape, tiles, target, policy) or tiles
-    best = min(found, key=lambda tile: predicted_cycles(shape, tile, target, policy))
+    return fastest(shape, found, target, lambda tile: predicted_cycles(shape, tile, target, policy))
+
+
+def fastest(shape: GemmShape, tiles: Sequence[Tile], target: Target, cycles: Callable[[Tile], float]) -> Tile:
+    """The tile of least cycles; where that one leaves half of the multiprocessors idle (few rows), with K in the best number of parts."""
+    best = min(tiles, key=cycles)
     if shape.batch > 1 or 2 * _blocks(shape, best) > target.cores:
         return best
-    # few rows: the best tile leaves half of the multiprocessors idle
-    found = [replace(tile, parts=parts) for tile in found for parts in _parts(shape.k)]
-    return min(found, key=lambda tile: predicted_cycles(shape, tile, target, policy))
+    return min((replace(tile, parts=parts) for tile in tiles for parts in _parts(shape.k)), key=cycles)
 
 
 def _blocks(shape: GemmShape, tile: TileSchedule) -> int:

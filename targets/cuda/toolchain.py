@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...compiler.errors import ToolchainError
@@ -63,7 +64,15 @@ def ffi_headers() -> list[str]:
     return [str(Path(spec.origin).parent / "include")]
 
 
-def build(sources: Mapping[str, str], arch: str, nvcc: Path | None = None) -> bytes:
+@dataclass(frozen=True)
+class Built:
+    """A shared library, and what the assembler remarked: products that it had to wait for one by one, registers that it could not reallocate."""
+
+    library: bytes
+    remarks: tuple[str, ...]
+
+
+def build(sources: Mapping[str, str], arch: str, nvcc: Path | None = None) -> Built:
     """The shared library of an artifact's sources. Raises ToolchainError without nvcc, or when it fails."""
     nvcc = nvcc or find_nvcc()
     with tempfile.TemporaryDirectory(prefix="tcompile-") as folder:
@@ -73,4 +82,5 @@ def build(sources: Mapping[str, str], arch: str, nvcc: Path | None = None) -> by
         done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise ToolchainError(f"nvcc could not build the kernels (exit {done.returncode}):\n{(done.stderr or done.stdout).strip()[-4000:]}")
-        return (Path(folder) / "lib.so").read_bytes()
+        remarks = sorted({line.strip() for line in done.stderr.splitlines() if line.startswith("ptxas")})
+        return Built((Path(folder) / "lib.so").read_bytes(), tuple(remarks))

@@ -78,6 +78,11 @@ struct Device {
 };
 inline int copy(void* to, const void* from, size_t bytes, cudaStream_t) { return memcpy(to, from, bytes), 0; }
 inline int allow_shared(const void*, int) { return 0; }
+inline int encode(TensorMap& map, const void* data, uint64_t rows, uint64_t columns, uint32_t box) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 || columns % 4 || !rows || !columns || rows > UINT32_MAX || columns > UINT32_MAX || !box || box > 256) return fail("no tensor map has these sizes");
+  map = {static_cast<const char*>(data), rows, columns, box};
+  return 0;
+}
 #else
 inline int check(cudaError_t error, const char* what) { return error == cudaSuccess ? 0 : fail("%s: %s", what, cudaGetErrorString(error)); }
 // The device of the tensors while it lives, and the caller's stream there.
@@ -96,6 +101,23 @@ inline int copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
 }
 inline int allow_shared(const void* kernel, int bytes) {
   return check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+}
+// The map of a matrix of words, row-major, for copies of `box` rows of 32 words. The driver makes it; nothing is asked of the device.
+inline int encode(TensorMap& map, const void* data, uint64_t rows, uint64_t columns, uint32_t box) {
+  static std::atomic<void*> found{nullptr};
+  void* function = found.load();
+  if (!function) {
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    if (check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result), "cudaGetDriverEntryPointByVersion")) return -1;
+    if (result != cudaDriverEntryPointSuccess || !function) return fail("the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
+    found.store(function);
+  }
+  const cuuint64_t sizes[] = {columns, rows}, strides[] = {columns * 4};
+  const cuuint32_t boxes[] = {32, box}, steps[] = {1, 1};
+  const CUresult status = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_INT32, 2, const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? 0 : fail("cuTensorMapEncodeTiled: error %d for %llu rows of %llu words", (int)status, (unsigned long long)rows, (unsigned long long)columns);
 }
 #endif
 

@@ -1,0 +1,76 @@
+// The machine below hopper.cuh on a GPU: PTX of sm_90a.
+#pragma once
+#include <cuda.h>
+
+#define TC_MAP const __grid_constant__ tc::TensorMap
+
+namespace tc {
+
+using TensorMap = CUtensorMap;
+
+TC_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Barriers of shared memory: a phase is complete when `count` arrivals and all expected bytes have come. A wait names the parity of the phase that it wants to be over.
+TC_DEVICE void barrier_init(uint64_t* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory"); }
+TC_DEVICE void barriers_visible() { asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory"); }
+TC_DEVICE void barrier_arrive(uint64_t* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory"); }
+TC_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+TC_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t over;
+  do asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(over) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  while (!over);
+}
+
+// The map's box at this column (a word) and row, to shared memory; its bytes count on the barrier.
+TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row),
+               "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Registers per thread of this warp group from here on.
+template <int COUNT> TC_DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> TC_DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+TC_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+TC_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> TC_DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+// Sums that products had in their hands until the wait before this.
+template <int COUNT> TC_DEVICE void products_end(float (&c)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+template <int COUNT> TC_DEVICE void products_end(int (&c)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(c[i])::"memory");
+}
+
+// c += A B of a warp group: 64 rows of A, N of B, 8 words of k each, in shared memory by descriptors. Lane l of warp w has, as g = l / 4, t = l % 4, in c[4 j ..] the
+// columns 8 j + 2 t and the next of row 16 w + g, then those of row 16 w + g + 8.
+template <class P, int N> struct Wgmma;
+#define TC_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TC_R1 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TC_R2 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define TC_R3 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define TC_C8(kind, i) kind(c[i]), kind(c[i + 1]), kind(c[i + 2]), kind(c[i + 3]), kind(c[i + 4]), kind(c[i + 5]), kind(c[i + 6]), kind(c[i + 7])
+#define TC_C32(kind, i) TC_C8(kind, i), TC_C8(kind, i + 8), TC_C8(kind, i + 16), TC_C8(kind, i + 24)
+#define TC_WGMMA(P, SIZE, types, scales, kind, names, a_name, b_name, ...)                                                                                       \
+  template <> struct Wgmma<P, SIZE> {                                                                                                                            \
+    static TC_DEVICE void multiply(P::Sum (&c)[SIZE / 2], uint64_t a, uint64_t b) {                                                                              \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\twgmma.mma_async.sync.aligned.m64n" #SIZE types " {" names "}, " a_name ", " b_name ", p" scales ";\n\t}" \
+                   : __VA_ARGS__                                                                                                                                 \
+                   : "l"(a), "l"(b));                                                                                                                            \
+    }                                                                                                                                                            \
+  }
+#define TC_WGMMAS(P, types, scales, kind)                                                                                                                        \
+  TC_WGMMA(P, 64, types, scales, kind, TC_R0, "%32", "%33", TC_C32(kind, 0));                                                                                    \
+  TC_WGMMA(P, 128, types, scales, kind, TC_R0 TC_R1, "%64", "%65", TC_C32(kind, 0), TC_C32(kind, 32));                                                           \
+  TC_WGMMA(P, 192, types, scales, kind, TC_R0 TC_R1 TC_R2, "%96", "%97", TC_C32(kind, 0), TC_C32(kind, 32), TC_C32(kind, 64));                                   \
+  TC_WGMMA(P, 256, types, scales, kind, TC_R0 TC_R1 TC_R2 TC_R3, "%128", "%129", TC_C32(kind, 0), TC_C32(kind, 32), TC_C32(kind, 64), TC_C32(kind, 96))
+TC_WGMMAS(Bf16x2, "k16.f32.bf16.bf16", ", 1, 1, 0, 0", "+f");
+TC_WGMMAS(Fp16x2, "k16.f32.f16.f16", ", 1, 1, 0, 0", "+f");
+TC_WGMMAS(U8S8, "k32.s32.u8.s8", "", "+r");
+
+}  // namespace tc

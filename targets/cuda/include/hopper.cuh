@@ -1,0 +1,103 @@
+// GEMM for sm_90a: one warp group of a block brings tiles by TMA into a ring of stages, the others multiply them by wgmma and run the epilogue.
+//
+// Both operands lie in memory as rows of words of consecutive k (A [M][K], B [N][K]), described by tensor maps that the host makes (`encode` in host.cuh).
+// A stage holds 32 words of k of BM rows of A and BN of B, a row in 128 bytes, whose 16-byte pieces TMA permutes by the row (swizzle of 128 bytes), so that the
+// tensor cores read without bank conflicts. What lies outside of a matrix arrives as zeros.
+#pragma once
+#include "tcompile.cuh"
+#ifdef TCOMPILE_SIMT
+#include "simt_hopper.h"
+#else
+#include "device_hopper.cuh"
+#endif
+
+namespace tc {
+
+// BM x BN of C by GROUPS warp groups that multiply; STAGES stages; RESIDENT blocks fit a multiprocessor. The group that copies gives up registers to the others.
+template <int BM_, int BN_, int GROUPS_, int STAGES_, int RESIDENT> struct HopperTile {
+  static constexpr int BM = BM_, BN = BN_, GROUPS = GROUPS_, STAGES = STAGES_, BK = 32;
+  static constexpr int THREADS = 128 * (1 + GROUPS), MT = BM / GROUPS / 64;
+  static constexpr int ROW_BYTES = 4 * BK, A_BYTES = BM * ROW_BYTES, STAGE_BYTES = A_BYTES + BN * ROW_BYTES;
+  static constexpr int COPYING = 40, LAUNCHED = 65536 / (THREADS * RESIDENT) / 8 * 8;
+  static constexpr int SHARE = (LAUNCHED * (1 + GROUPS) - COPYING) / GROUPS / 8 * 8, MULTIPLYING = SHARE < 240 ? SHARE : 240;
+  static_assert(BM % (64 * GROUPS) == 0 && BM <= 256 && BN % 8 == 0 && BN <= 256, "whole products of 64 rows, boxes that TMA takes");
+};
+
+// How the tensor cores find a tile of shared memory that begins at `address` (of a row that is a multiple of 8): rows of 128 bytes, permuted in groups of eight,
+// whose beginnings are 1024 bytes apart (PTX manual, matrix descriptor: address, strides in units of 16 bytes; 1 << 62: swizzle of 128 bytes).
+TC_DEVICE uint64_t descriptor(uint32_t address) { return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62; }
+
+// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B' with k from k0 on, K words of it. a_row, b_row: rows of the maps where the tiles begin.
+template <class P, class T, int M, int N, int K, class Out, class Value>
+TC_DEVICE void gemm_hopper(const TensorMap& a, const TensorMap& b, const Out& out, int m0, int n0, int k0, int a_row, int b_row, const Value& value) {
+  TC_SHARED(char, shared);
+  constexpr int STEPS = (K + T::BK - 1) / T::BK;
+  char* const ring = shared + (-shared_address(shared) & 1023);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(ring + T::STAGES * T::STAGE_BYTES);  // a stage has arrived
+  uint64_t* const empty = full + T::STAGES;                                              // every warp that multiplies has read it
+  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < T::STAGES; ++stage) {
+      barrier_init(full + stage, 1);
+      barrier_init(empty + stage, 4 * T::GROUPS);
+    }
+    barriers_visible();
+  }
+  __syncthreads();
+  int slot = 0;
+  uint32_t round = 0;  // of the ring, modulo 2
+  auto next = [&] {
+    if (++slot == T::STAGES) slot = 0, round ^= 1;
+  };
+  if (group == 0) {
+    give_registers<T::COPYING>();
+    if (threadIdx.x == 0) {
+#pragma unroll 1
+      for (int step = 0; step < STEPS; ++step, next()) {
+        char* const stage = ring + slot * T::STAGE_BYTES;
+        barrier_wait(empty + slot, round ^ 1);
+        barrier_expect(full + slot, T::STAGE_BYTES);
+        copy_tile(stage, a, k0 + step * T::BK, a_row, full + slot);
+        copy_tile(stage + T::A_BYTES, b, k0 + step * T::BK, b_row, full + slot);
+      }
+    }
+  } else {
+    take_registers<T::MULTIPLYING>();
+    const int first = (group - 1) * T::MT * 64;
+    typename P::Sum c[T::MT][T::BN / 2] = {};
+    int before = 0;
+#pragma unroll 1
+    for (int step = 0; step < STEPS; ++step, next()) {
+      const uint32_t stage = shared_address(ring) + slot * T::STAGE_BYTES;
+      const uint64_t da = descriptor(stage + first * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
+      barrier_wait(full + slot, round);
+      products_begin();
+#pragma unroll
+      for (int bytes = 0; bytes < T::ROW_BYTES; bytes += 32)
+#pragma unroll
+        for (int i = 0; i < T::MT; ++i) Wgmma<P, T::BN>::multiply(c[i], da + ((i * 64 * T::ROW_BYTES + bytes) >> 4), db + (bytes >> 4));
+      products_commit();
+      products_wait<1>();  // those of the step before, whose stage may be filled again
+      if (step > 0 && lane == 0) barrier_arrive(empty + before);
+      before = slot;
+    }
+    products_wait<0>();
+#pragma unroll
+    for (int i = 0; i < T::MT; ++i) {
+      products_end(c[i]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int m = m0 + first + i * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + r * 8;
+        if (m < M) {
+#pragma unroll
+          for (int j = 0; j < T::BN / 8; ++j) {
+            const int n = n0 + j * 8 + lane % 4 * 2;
+            put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][4 * j + 2 * r + e]); });
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tc

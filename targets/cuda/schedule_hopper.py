@@ -1,0 +1,70 @@
+"""Schedules of the Hopper template (gemm_hopper.py), ranked by the analytic model of schedule.py with the rates of wgmma."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..base import Target
+from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves
+
+#: multiply-adds of words per cycle and SM by wgmma, as a fraction of `Target.fma_per_cycle` (what mma.sync does): 1024 of 640
+_RATE = 1.6
+#: cycles from the request of a stage to its arrival, an estimate
+_COPY_LATENCY = 800.0
+#: bytes of a row of a stage, those that the alignment of the stages may take, and those of the two barriers of a stage
+_ROW, _ALIGNMENT, _BARRIERS = 4 * BK, 1024, 16
+#: shared memory of a multiprocessor that each of its blocks takes for itself
+_RESERVED = 1024
+
+
+@dataclass(frozen=True)
+class HopperSchedule(TileSchedule):
+    """bm x bn of C per block of `groups` warp groups that multiply and one that copies; every warp makes 16 rows, or several times 16, of the whole width."""
+
+    @property
+    def groups(self) -> int:
+        return self.wm // 4
+
+    @property
+    def resident(self) -> int:
+        """Blocks that are to fit a multiprocessor: two of one group, of which one multiplies while the other stores; two groups share one block's stages."""
+        return 2 if self.groups == 1 else 1
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.groups)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * (_ROW * (self.bm + self.bn) + _BARRIERS) + _ALIGNMENT
+
+    @property
+    def source(self) -> str:
+        return f"tc::HopperTile<{self.bm}, {self.bn}, {self.groups}, {self.stages}, {self.resident}>"
+
+    def __str__(self) -> str:
+        parts = f", K in {self.parts} parts" if self.parts > 1 else ""
+        return f"{self.bm}x{self.bn}x{BK}, 1 warp group copies, {self.groups} multiply, {self.stages} stages{parts}"
+
+
+def space(target: Target) -> Sequence[HopperSchedule]:
+    """Tiles of at most 128 sums a thread whose stages fit the shared memory as often as blocks are to be resident."""
+    one = [(bm, bn, 1) for bm, widths in ((64, (64, 128, 192)), (128, (64, 128))) for bn in widths]
+    two = [(128, bn, 2) for bn in (128, 192, 256)] + [(256, 128, 2)]
+    found = [HopperSchedule(bm, bn, 4 * groups, 1, stages) for bm, bn, groups in one + two for stages in (5, 4, 3)]
+    return [tile for tile in found if tile.resident * (tile.shared_bytes + _RESERVED) <= target.shared_bytes + _RESERVED]
+
+
+def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> float:
+    """As in schedule.py. Each 64 rows read their part of A and the whole of B's tile from shared memory, into which TMA writes both once; all stages but one are
+    on their way while that one is multiplied."""
+    arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE)
+    shared = _ROW * (tile.bm + math.ceil(tile.bm / 64) * tile.bn + tile.bm + tile.bn) / SHARED_BYTES_PER_CYCLE
+    return in_waves(shape, tile, target, max(arithmetic, shared), tile.resident, _COPY_LATENCY / (tile.stages - 1))
+
+
+def best_tile(shape: GemmShape, target: Target) -> HopperSchedule:
+    """The tile of least predicted time."""
+    return fastest(shape, space(target), target, lambda tile: predicted_cycles(shape, tile, target))
