@@ -46,8 +46,7 @@ def tile(bm, bn, groups, stages, parts=1):
     return HopperSchedule(bm, bn, 4 * groups, 1, stages, parts)
 
 
-@pytest.fixture
-def tiles(monkeypatch):
+def forced_tiles(monkeypatch):
     """Columns of a product -> the tile that it takes, however small it is; those that are not here keep mma.sync."""
     found = {}
 
@@ -58,6 +57,11 @@ def tiles(monkeypatch):
 
     monkeypatch.setattr(gemm_hopper.HopperGemm, "best", best)
     return found
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    return forced_tiles(monkeypatch)
 
 
 #: M, K, N, tile: one row, one column, one step, primes, tails of tiles in every direction, more and fewer steps than stages, a result of several blocks, parts of K

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tcompile
 import test_cuda_half
+import test_cuda_hopper
 import test_cuda_kernels
 from tcompile.compiler import artifact
 from tcompile.compiler.compare import agree
@@ -59,6 +60,15 @@ def test_kernels(gpu, monkeypatch, module, name, arguments):
     getattr(module, name)(*arguments)
 
 
+@pytest.mark.parametrize("test", [test_cuda_hopper.test_products_of_awkward_sizes, test_cuda_hopper.test_batches_epilogues_and_bytes])
+def test_hopper(gpu, monkeypatch, test):
+    if gpu != test_cuda_hopper.TARGET:
+        pytest.skip(f"no wgmma on {gpu}")
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    test(test_cuda_hopper.forced_tiles(monkeypatch))
+
+
 @pytest.mark.networks
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(gpu, name):
@@ -104,6 +114,31 @@ def test_a_call_can_be_captured_in_a_graph(gpu):
     graph.replay()
     torch.cuda.synchronize()
     np.testing.assert_allclose(y.cpu().numpy(), plain(x.cpu().numpy()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_product_can_be_captured_in_a_graph(gpu):
+    """On sm_90a the Hopper template's, whose tensor maps are parameters of the launch."""
+    import onnx
+    import torch
+
+    w = (torch.randn(1024, 2048) / 32).half()
+    sizes = (("x", [1024, 1024]), ("y", [1024, 2048]))
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, dims) for name, dims in sizes)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "product", [x], [y], [onnx.numpy_helper.from_array(w.numpy(), "w")]
+    )
+    model = tcompile.compile(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), target=gpu)
+    assert gpu != test_cuda_hopper.TARGET or [row["template"] for row in model.report()["kernels"]] == ["gemm hopper"]
+    x = torch.randn(1024, 1024).half().cuda()
+    model(x)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        y = model(x)
+    x.copy_(torch.randn(1024, 1024))
+    captured.replay()
+    torch.cuda.synchronize()
+    exact = x.cpu().double() @ w.double()
+    assert ((y.cpu().double() - exact).norm() / exact.norm()).item() < 1e-3
 
 
 def test_an_index_out_of_range_is_found_by_check(gpu):
