@@ -9,6 +9,7 @@ import numpy as np
 
 from ..compiler.dialect.attention import NAME as ATTENTION
 from ..compiler.dialect.attention import attrs_of
+from ..compiler.dialect.weight_only import NAME as WEIGHT_ONLY
 from ..compiler.element_types import numpy_dtype
 from ..compiler.errors import UsageError
 from ..compiler.program import Program
@@ -26,8 +27,8 @@ FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
 class Precision(Pass):
     """Matrix products and convolutions by constant weights, and attention, with operands rounded to 16 bits and sums in float32; everything else stays in float32.
 
-    A tensor is rounded once, where it is made, so what products alone read is stored in 16 bits. format: "fp32" (nothing changes), "bf16" or, on a GPU, "fp16".
-    skip: layers (node names) to leave in float32.
+    A tensor is rounded once, where it is made, so what products alone read is stored in 16 bits; on a GPU, that goes for what is multiplied by weights in few bits, too.
+    format: "fp32" (nothing changes), "bf16" or, on a GPU, "fp16". skip: layers (node names) to leave in float32.
     """
 
     name: ClassVar[str] = "precision"
@@ -55,7 +56,12 @@ class Precision(Pass):
             raise UsageError(f"precision: skip names no layer {', '.join(sorted(unknown))}; there are {', '.join(site.name for site in graph.sites)}")
         sites = [site for site in graph.sites if site.name not in self.skip]
         attentions = [var for var, value in graph.bindings.items() if operator(value) == ATTENTION and _takes_words(value)]
-        if not sites and not attentions:
+        codes = (
+            [var for var, value in graph.bindings.items() if operator(value) == WEIGHT_ONLY and _in_words(value)]
+            if context.target.kind == "cuda"
+            else []
+        )
+        if not sites and not attentions and not codes:
             context.note("neither a product by constant weights nor attention was found")
             return program
         if dtype not in context.target.formats:
@@ -63,7 +69,9 @@ class Precision(Pass):
                 f"target {context.target.text} has no instruction for {dtype}: weights take half of the memory, products are computed in float32"
             )
         context.matched(**{kind: sum(site.kind == kind for site in sites) for kind in ("matmul", "conv2d")}, attention=len(attentions))
-        return _Rewriter(graph, sites, attentions, dtype).apply()
+        if codes:
+            context.matched(weight_only=len(codes))
+        return _Rewriter(graph, sites, [*attentions, *codes], dtype).apply()
 
 
 def _takes_words(call: Any) -> bool:
@@ -73,13 +81,19 @@ def _takes_words(call: Any) -> bool:
     return str(q.ty.dtype) == "float32" and isinstance(depth, tirx.IntImm) and int(depth) % 2 == 0 and not attrs_of(call).received
 
 
+def _in_words(call: Any) -> bool:
+    """Rows of whole words of two numbers; others are rounded by the kernel."""
+    k = call.args[0].ty.shape[-1]
+    return str(call.args[0].ty.dtype) == "float32" and isinstance(k, tirx.IntImm) and int(k) % 2 == 0
+
+
 @mutator
 class _Rewriter(relax.PyExprMutator):
     """Products on rounded operands; an operand that several products read is rounded once."""
 
-    def __init__(self, graph: Graph, sites: list[Site], attentions: list[Any], dtype: str):
+    def __init__(self, graph: Graph, sites: list[Site], others: list[Any], dtype: str):
         super().__init__(graph.program.module)
-        self.graph, self.attentions, self.dtype = graph, set(attentions), dtype
+        self.graph, self.others, self.dtype = graph, set(others), dtype
         self.sites = {site.var: site for site in sites}
         self.rounded: dict[Any, Any] = {}
 
@@ -92,10 +106,12 @@ class _Rewriter(relax.PyExprMutator):
         site = self.sites.get(binding.var)
         if site is not None:
             value = self._product(site, binding.var.name)
-        elif binding.var in self.attentions:
+        elif binding.var in self.others:
             call = binding.value
-            operands = [self._round(arg, binding.var.name) if place < 3 else self.visit_expr(arg) for place, arg in enumerate(call.args)]
-            attrs = operator_attrs(**{**asdict(attrs_of(call)), "dtype": "float32"})
+            attention = operator(call) == ATTENTION
+            rounded = 3 if attention else 1
+            operands = [self._round(arg, binding.var.name) if place < rounded else self.visit_expr(arg) for place, arg in enumerate(call.args)]
+            attrs = operator_attrs(**{**asdict(attrs_of(call)), "dtype": "float32"}) if attention else call.attrs
             value = self.builder_.emit(relax.Call(call.op, operands, attrs), binding.var.name)
         else:
             super().visit_var_binding_(binding)

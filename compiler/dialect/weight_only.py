@@ -1,4 +1,4 @@
-"""`tcompile.weight_only_matmul`: a float32 matrix times a weight of packed integer codes with a scale per group, without the weight in float32 in memory."""
+"""`tcompile.weight_only_matmul`: a matrix of floats times a weight of packed integer codes with a scale per group, without the weight in float32 in memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 from ..tvm import operator_attrs, register_operator, relax, tirx
 
 NAME = "tcompile.weight_only_matmul"
+#: types of x; products and sums are in float32
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 def weight_only_matmul(
     x: relax.Expr, packed: relax.Expr, scales: relax.Expr, zeros: relax.Expr | None = None, *, bits: int, group: int
 ) -> relax.Call:
-    """x: [..., M, K] float32, packed: [Kp * bits / 8, N] uint8, scales: [Kp / group, N] float32, zeros: [Kp / group, N] uint8 -> [..., M, N] float32.
+    """x: [..., M, K] float32, bfloat16 or float16, packed: [Kp * bits / 8, N] uint8, scales: [Kp / group, N] float32, zeros: [Kp / group, N] uint8 -> [..., M, N] float32.
 
     Kp is K padded to whole groups. A weight is (code - zero) * scale with codes 0..2^bits - 1; without `zeros` the zero is 2^(bits - 1). bits 8: a code per byte; 4: row i
     of `packed` holds k = 2i in the low half of its bytes and k = 2i + 1 in the high half.
@@ -35,14 +37,16 @@ def _infer(builder: Any, call: Any) -> Any:
     x, packed, scales = (arg.ty for arg in call.args[:3])
     if bits not in (4, 8) or group < 1 or group % 2:
         raise ValueError(f"{NAME}: bits must be 4 or 8 and group even, not {bits} and {group}")
-    if x.ndim < 2 or str(x.dtype) != "float32" or str(packed.dtype) != "uint8" or str(scales.dtype) != "float32":
-        raise ValueError(f"{NAME}: expected float32 x of two dims or more, uint8 weights, float32 scales, got {x}, {packed}, {scales}")
+    if x.ndim < 2 or str(x.dtype) not in FLOATS or str(packed.dtype) != "uint8" or str(scales.dtype) != "float32":
+        raise ValueError(
+            f"{NAME}: expected x of two dims or more in float32, bfloat16 or float16, uint8 weights, float32 scales, got {x}, {packed}, {scales}"
+        )
     groups, n = (int(dim) for dim in scales.shape)
     rows, columns = (int(dim) for dim in packed.shape)
     k = x.shape[-1]
     if rows != groups * group * bits // 8 or columns != n or isinstance(k, tirx.IntImm) and -(-int(k) // group) != groups:
         raise ValueError(f"{NAME}: {packed} and {scales} do not fit {k} weights per column, {bits} bits and groups of {group}")
-    return relax.TensorType([*list(x.shape)[:-1], n], x.dtype)
+    return relax.TensorType([*list(x.shape)[:-1], n], "float32")
 
 
 def dequantized(emit: Any, call: Any) -> relax.Expr:
@@ -68,7 +72,9 @@ def dequantized(emit: Any, call: Any) -> relax.Expr:
 
 def decompose(builder: Any, call: Any) -> relax.Expr:
     """The same by Relax operators; what a target without a kernel runs."""
-    return relax.op.matmul(call.args[0], dequantized(builder.emit, call))
+    x = call.args[0]
+    x = x if str(x.ty.dtype) == "float32" else builder.emit(relax.op.astype(x, "float32"))
+    return relax.op.matmul(x, dequantized(builder.emit, call))
 
 
 def reference(x: np.ndarray, packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, *, bits: int, group: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 from ...compiler.dialect.weight_only import NAME as WEIGHT_ONLY
 from ...compiler.dialect.weight_only import attrs_of
 from ...compiler.tvm import te, tirx
-from .fused import core_attrs
+from .fused import Fused, core_attrs
 from .legalize import default_legalization, legalizer
 
 #: Relax's pattern kind "an operator whose element-wise consumers may join it"; casts of integers and the condition for padding hide it from TVM's own analysis
@@ -56,14 +56,14 @@ def _matmul(builder: Any, call: Any) -> Any:
 
 
 def weight_only_matmul(x: Any, packed: Any, scales: Any, *rest: Any, bits: int, group: int) -> Any:
-    """x: [..., M, K] float32 times codes of `bits` with a scale and perhaps a zero per `group`, see `compiler.dialect.weight_only` -> [..., M, N]."""
+    """x: [..., M, K] of floats times codes of `bits` with a scale and perhaps a zero per `group`, see `compiler.dialect.weight_only` -> [..., M, N]."""
     k = te.reduce_axis((0, x.shape[-1]), "k")
 
     def element(*axes: Any) -> Any:
         *lead, n = axes
         code = packed[k, n] if bits == 8 else (packed[k // 2, n] >> ((k % 2) * 4).astype("uint8")) & tirx.const(15, "uint8")
         zero = rest[0][k // group, n].astype("float32") if rest else tirx.const(float(1 << (bits - 1)), "float32")
-        return te.sum(x[(*lead, k)] * (scales[k // group, n] * (code.astype("float32") - zero)), axis=k)
+        return te.sum(widened(x[(*lead, k)], "float32") * (scales[k // group, n] * (code.astype("float32") - zero)), axis=k)
 
     attrs = core_attrs("weight_only_matmul", bits=bits, group=group)
     return te.compute((*x.shape[:-1], packed.shape[1]), element, name="weight_only_matmul", attrs=attrs)
@@ -74,3 +74,10 @@ def _weight_only_matmul(builder: Any, call: Any) -> Any:
     bits, group = attrs_of(call)
     attrs = {"op_pattern": OUT_ELEMENTWISE_FUSABLE}
     return builder.call_te(weight_only_matmul, *call.args, bits=bits, group=group, primfunc_name_hint="weight_only_matmul", primfunc_attrs=attrs)
+
+
+def weight_only_operands(fused: Fused) -> list[Any]:
+    """x, packed codes, scales and perhaps zeros of a function whose core is `weight_only_matmul`, whatever the order in which the core reads them."""
+    scales = next(buffer for buffer in fused.inputs[1:] if str(buffer.ty.dtype) == "float32")
+    codes = [buffer for buffer in fused.inputs if str(buffer.ty.dtype) == "uint8"]
+    return [fused.inputs[0], codes[0], scales, *codes[1:]]

@@ -26,6 +26,7 @@ from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
+from ..common.ops_linear import weight_only_operands
 from .dot import F32, fma, splat, vector
 from .emit import Accumulators, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
@@ -76,9 +77,11 @@ class WeightOnly:
     def workload(self, fused: Fused, constants: frozenset[int]) -> WeightOnlyWorkload:
         if fused.core["op"] != "weight_only_matmul":
             raise Unfusable("not a product by weights in few bits")
-        x, *weights = _operands(fused)
+        x, *weights = weight_only_operands(fused)
         if any(fused.param_index(buffer) not in constants for buffer in weights):
             raise Unfusable("weights are not constant")
+        if str(x.ty.dtype) != "float32":
+            raise Unfusable(f"activations in {x.ty.dtype}")
         k, n, bits, group = static(x.shape[-1]), static(weights[0].shape[1]), fused.core["bits"], fused.core["group"]
         if k is None or n is None or group % (32 // bits):
             raise Unfusable("groups that are not whole words, or a run-time K")
@@ -128,7 +131,7 @@ class WeightOnly:
         for packing, dtype in zip(packings, ("int8" if workload.bits == 8 else "int32", "float32", "int8"), strict=False):
             dtypes[packing.param] = dtype
         with kernel(fused, {packing.param: packing.shape for packing in packings}, dtypes=dtypes) as (builder, buffers):
-            x, *weights = _operands(fused)
+            x, *weights = weight_only_operands(fused)
             rows = list(x.shape[:-1])
             flat = T.decl_buffer((product(rows), x.shape[-1]), "float32", data=buffers[x].data)
             operands = GemmOperands([], rows, T.int64(workload.k), T.int64(workload.n), flat, lambda row: lambda k: (row, k), None, True, F32)
@@ -136,16 +139,9 @@ class WeightOnly:
         return Kernel(builder.get(), packings)
 
 
-def _operands(fused: Fused) -> list[Any]:
-    """x, packed codes, scales and perhaps zeros, whatever the order in which the core reads them."""
-    scales = next(buffer for buffer in fused.inputs[1:] if str(buffer.ty.dtype) == "float32")
-    codes = [buffer for buffer in fused.inputs if str(buffer.ty.dtype) == "uint8"]
-    return [fused.inputs[0], codes[0], scales, *codes[1:]]
-
-
 def _packings(fused: Fused, workload: WeightOnlyWorkload, nr: int) -> tuple[Packing, ...]:
     """Panels of NR columns: codes [panel][k][NR] int8, or [panel][k / 8][NR] words of eight 4-bit codes, k upwards; scales and zeros [panel][group][NR]."""
-    _, *weights = _operands(fused)
+    _, *weights = weight_only_operands(fused)
     panels, groups, half = -(-workload.n // nr), -(-workload.k // workload.group), 1 << (workload.bits - 1)
     rows = groups * workload.group * workload.bits // (8 if workload.bits == 8 else 32)
 

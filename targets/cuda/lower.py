@@ -25,6 +25,11 @@ from ..common.stages import Unreadable, read_stages, reads_in_place
 from . import attention, gemm_hopper, generic, scan
 from .gemm import gemm
 from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
+from .weight_only import weight_only
+
+#: templates of products in the order in which they are asked; those of core operators that others do not take
+DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm)
+TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,)}
 
 
 @dataclass(frozen=True)
@@ -257,12 +262,15 @@ def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = 
     """
     try:
         fused = analyze(func)
+    except Unfusable as problem:
+        return generic.schedule(func, str(problem), rounded)
+    reason = ""
+    for template in TEMPLATES.get(fused.core["op"], DENSE):
         try:
-            return gemm_hopper.gemm(fused, target, policy, constants, rounded=rounded)
-        except Unfusable:
-            return gemm(fused, target, policy, constants, rounded=rounded)
-    except Unfusable as reason:
-        return generic.schedule(func, str(reason), rounded)
+            return template(fused, target, policy, constants, rounded=rounded)
+        except Unfusable as problem:
+            reason = str(problem)
+    return generic.schedule(func, reason, rounded)
 
 
 def _rounded_copies(module: Any) -> dict[Any, tuple[Any, str]]:

@@ -8,10 +8,12 @@ import numpy as np
 
 from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.dialect.bitcast import bitcast
+from ...compiler.dialect.weight_only import NAME as WEIGHT_ONLY
 from ...compiler.element_types import numpy_dtype
 from ...compiler.tvm import Constant, is_constant, relax, te, tirx
 from ...passes.fusion import OPAQUE
 from ...passes.products import operator
+from ..common.fused import static
 from .kernel import SHORT
 
 _PRODUCTS = ("relax.matmul", "relax.nn.conv2d")
@@ -21,9 +23,15 @@ GROUPS = {("uint8", "int8", "int32"): 4, ("bfloat16", "bfloat16", "float32"): 2,
 
 def narrowed(builder: Any, call: Any) -> Any:
     """A matmul or NHWC conv2d of activations that were only widened to float32, by constant weights of no more bits, on the numbers as they are; any other call as it is.
+    Products by weights in few bits take such activations, too, where their rows are whole words.
 
     Nothing is rounded: a product of two such numbers is exact in float32. Models in float16 and bfloat16 are imported with such operands.
     """
+    if operator(call) == WEIGHT_ONLY:
+        x = call.args[0]
+        k = static(x.ty.shape[-1])
+        short = _widened_from(builder, x) if k is not None and k % 2 == 0 else None
+        return call if short is None else builder.normalize(relax.Call(call.op, [short, *call.args[1:]], call.attrs))
     if operator(call) not in _PRODUCTS or str(call.ty.dtype) != "float32":
         return call
     weight = builder.lookup_binding(call.args[1]) if isinstance(call.args[1], relax.Var) else call.args[1]

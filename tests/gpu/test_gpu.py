@@ -9,6 +9,7 @@ import tcompile
 import test_cuda_half
 import test_cuda_hopper
 import test_cuda_kernels
+import test_cuda_weight_only
 from tcompile.compiler import artifact
 from tcompile.compiler.compare import agree
 from tcompile.compiler.cuda_runtime import GpuModel
@@ -67,6 +68,13 @@ def test_hopper(gpu, monkeypatch, test):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
     test(test_cuda_hopper.forced_tiles(monkeypatch))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_weight_only(gpu, monkeypatch, precision):
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    test_cuda_weight_only.check(test_cuda_weight_only.CASES, precision, monkeypatch)
 
 
 @pytest.mark.networks

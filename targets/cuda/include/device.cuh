@@ -62,6 +62,15 @@ template <bool BF16> TC_DEVICE float widen_half(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
   return x;
 }
+// the differences of the halves of two words: numbers of bf16 or fp16
+template <bool BF16> TC_DEVICE uint32_t minus_pairs(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if (BF16)
+    asm("fma.rn.bf16x2 %0, %2, %3, %1;" : "=r"(r) : "r"(a), "r"(b), "r"(0xbf80bf80u));  // a + b * -1: sm_80 has no sub of bf16
+  else
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 // Four 8 x 8 matrices of 16-bit numbers in shared memory: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned) and gets, of each matrix, column
 // l / 4 of the rows 2 (l % 4) and the next, in a word.
 TC_DEVICE void load_transposed(uint32_t (&r)[4], const float* row) {

@@ -241,6 +241,12 @@ template <bool BF16> float widen_half(uint16_t bits) {
   return (float)x;
 }
 
+template <bool BF16> uint32_t minus_pairs(uint32_t a, uint32_t b) {
+  uint32_t r = 0;
+  for (int half = 0; half < 2; ++half) r |= (uint32_t)round_half<BF16>(widen_half<BF16>(a >> 16 * half) - widen_half<BF16>(b >> 16 * half)) << 16 * half;
+  return r;
+}
+
 TC_DEVICE void load_transposed(uint32_t (&r)[4], const float* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) {
     fprintf(stderr, "misaligned row of a matrix\n");

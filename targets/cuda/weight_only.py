@@ -1,0 +1,169 @@
+"""Products by constant weights of 4 or 8 bits on tensor cores: y = epilogue(x [.., M, K] @ (code - zero) * scale), a scale (and zero) per group of k and column.
+
+Up to 8 rows (decoding), everything goes straight from memory to registers:
+
+    block (strip of 32 columns, part of K)                      # tc::weight_only_few in include/weight_only.cuh
+        warps take turns at the units (32 k) of the part, the next ones on their way:
+            codes, scales: 128 bits a lane; x: its own words
+            codes -> pairs of 16-bit integers by mask, or and subtraction; mma.sync of a unit's columns and 8 rows
+            c += scale * sum                                    # fp32, after 32 k (16 where groups are no multiple of 32)
+        C = epilogue(sums of the warps, in their order)
+
+more rows, codes and x come by cp.async, several steps ahead, and a warp multiplies its strip by all rows of the block, so that every code is unpacked once per block
+(tc::weight_only_many). Where the blocks leave most of the GPU idle, they take parts of K, which a second kernel adds up as for other products.
+
+Weights are never rounded: code - zero is exact in 16 bits, and the scale comes in behind the tensor core. Activations keep the precision asked for: in 16 bits they are words, float32 is
+the sum of three parts of bf16 (`fp32`), of two (`tf32`: 16 significant bits at the price of 11), or rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...compiler.tvm import tirx
+from ..base import Target
+from ..common.fused import Fused, Unfusable, static
+from ..common.ops_linear import weight_only_operands
+from .gemm import vector
+from .kernel import SHORT, Kernel, Packing, Plan, Signature, Unsupported, ctype
+from .product import Product
+from .weight_only_schedule import COLUMNS, FewRows, ManyRows, Shape, best
+
+#: number policy of float32 activations -> 16-bit parts that they become, and whether those are of bf16
+_PARTS = {"Fp32": (3, True), "Tf32": (2, True), "Bf16": (1, True), "Fp16": (1, False)}
+
+
+def weight_only(
+    fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), schedule: FewRows | ManyRows | None = None, rounded: str = ""
+) -> Plan:
+    """One kernel of this schedule or the best, or one for parts of K and one for their sums; raises Unfusable when the function is not for this template.
+
+    constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
+    """
+    if fused.core["op"] != "weight_only_matmul":
+        raise Unfusable("not a product by weights in few bits")
+    if any(static(dim) is None for param in fused.params for dim in param.shape):
+        raise Unfusable("sizes known only at run time")
+    if any(static(dim) == 0 for param in fused.params for dim in param.shape):
+        raise Unfusable("an operand without elements")
+    try:
+        made = _WeightOnly(fused, target, policy, constants, rounded)
+        return Plan((*fused.params, *made.copies), made.kernels(schedule), made.packings)
+    except Unsupported as reason:
+        raise Unfusable(str(reason)) from reason
+
+
+class _WeightOnly(Product):
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str):
+        super().__init__(fused, rounded)
+        self.target = target
+        self.x, *weights = weight_only_operands(fused)
+        if any(fused.param_index(buffer) not in constants for buffer in weights):
+            raise Unfusable("weights that are computed")
+        dims, dtype = [int(dim) for dim in self.x.shape], str(self.x.ty.dtype)
+        bits, k, n = fused.core["bits"], dims[-1], int(weights[0].shape[1])
+        half = dtype in SHORT
+        if half and k % 2:
+            raise Unfusable("rows of 16-bit numbers that are no whole words")
+        parts, bf16 = (1, dtype == "bfloat16") if half else _PARTS[policy]
+        self.row_dims = dims[:-1]
+        # one group may be longer than K
+        group = min(fused.core["group"], k + k % 2)
+        self.shape = Shape(math.prod(dims[:-1]), k, n, bits, group, len(weights) == 3, parts, bf16, half)
+        self.packings = _packings(weights, self.shape)
+
+    def kernels(self, schedule: FewRows | ManyRows | None) -> tuple[Kernel, ...]:
+        schedule = schedule or best(self.shape, self.target)
+        if schedule.parts == 1:
+            return (self._product(schedule, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
+        parts = tirx.decl_buffer((schedule.parts, self.shape.m, self.shape.n), "float32", "parts")
+        return self._product(schedule, Signature((parts,)), (parts,), ["return sum;"]), self._sums(parts)
+
+    def _product(self, schedule: FewRows | ManyRows, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
+        """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
+        shape = self.shape
+        words = 2 if shape.half else 1  # numbers in a word of x
+        groups = tuple(size // words for size in (shape.k, shape.group, shape.spread))
+        # groups that are filled up begin where copies of this width may
+        width = vector(math.gcd(*groups[:2]) if shape.group != shape.spread else groups[0])
+        x = signature.name(self.x)
+        weights = ", ".join(signature.name(packing.buffer) for packing in self.packings) + ("" if shape.zeros else ", nullptr")
+        kinds = [ctype(buffer.ty.dtype) for buffer in written]
+        start = f" + (size_t)blockIdx.z * {shape.m * shape.n}" if schedule.parts > 1 else ""
+        units = schedule.units(shape)
+        first, last = ("0", "W::UNITS") if schedule.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, W::UNITS)")
+        *types, call = schedule.call(shape, width, first, last)
+        lines = [
+            f"using A = tc::Activations<{shape.x_parts}, {_flag(shape.bf16)}, {_flag(shape.half)}>;",
+            f"using W = tc::Weights<{shape.bits}, {shape.k}, {shape.n}, {shape.group}, {_flag(shape.zeros)}>;",
+            f"const tc::Grouped<{shape.m}, {', '.join(map(str, groups))}> x{{{f'tc::words({x})' if shape.half else x}}};",
+            f"const W w{{{weights}}};",
+            f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};",
+            *types,
+            f"{call} [&](int m, int n, float sum) -> {kinds[0]} {{",
+            *(f"  {line}" for line in value),
+            "});",
+        ]
+        return signature.kernel(
+            lines,
+            grid=schedule.grid(shape),
+            threads=schedule.threads,
+            resident=1,
+            shared_bytes=schedule.shared_bytes(shape),
+            kind="weight only",
+            workload=str(shape),
+            schedule=str(schedule),
+        )
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _packings(weights: Sequence[Any], shape: Shape) -> tuple[Packing, ...]:
+    """Codes as fragments, scales and zeros by strips; see include/weight_only.cuh."""
+    codes, scales, *zeros = weights
+    dims = (shape.strips, shape.groups, COLUMNS)
+    made = [
+        Packing(
+            codes, tirx.decl_buffer((shape.strips, shape.all_units, shape.bits // 4, 32, 4), "int32", "codes"), lambda array: shuffled(array, shape)
+        )
+    ]
+    made += [
+        Packing(buffer, tirx.decl_buffer(dims, dtype, dtype), lambda array: _strips(array, shape))
+        for buffer, dtype in zip((scales, *zeros), ("float32", "uint8"), strict=False)
+    ]
+    return tuple(made)
+
+
+def shuffled(packed: np.ndarray, shape: Shape) -> np.ndarray:
+    """packed: [bytes, N] of the dialect's operator -> int32 [strips, units, bits / 4, 32, 4]: a unit's codes in the order of `mma.sync` fragments.
+
+    Word (load, lane 4 g + t, w) of a unit holds column 4 g + 2 i + r at k = 16 s + 4 t + 2 h + e. 4 bits: w = 2 s + i, at bit 4 (4 e + 2 h + r); 8 bits: load = s, w = 2 i + h, at bit
+    8 (2 e + r), as two's complement of code - 128. Groups are filled up to multiples of 16, columns to whole strips.
+    """
+    codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1]) if shape.bits == 4 else packed
+    # of one group longer than K, the beginning
+    codes = codes[: shape.groups * shape.group].reshape(shape.groups, shape.group, shape.n)
+    spread = np.zeros((shape.groups, shape.spread, shape.strips * COLUMNS), np.uint8)
+    spread[:, : shape.group, : shape.n] = codes
+    rows = np.zeros((shape.all_units * 32, shape.strips * COLUMNS), np.uint8)
+    kept = min(len(rows), shape.groups * shape.spread)
+    rows[:kept] = spread.reshape(-1, spread.shape[2])[:kept]
+    # axes: unit, s, t, h, e, strip, g, i, r
+    axes = rows.reshape(shape.all_units, 2, 4, 2, 2, shape.strips, 8, 2, 2)
+    if shape.bits == 4:
+        ordered = axes.transpose(5, 0, 6, 2, 1, 7, 4, 3, 8).reshape(shape.strips, shape.all_units, 1, 32, 4, 8).astype(np.uint32)
+        return (ordered << (4 * np.arange(8, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32).view(np.int32)
+    ordered = np.ascontiguousarray(axes.transpose(5, 0, 1, 6, 2, 7, 3, 4, 8)) ^ np.uint8(128)
+    return ordered.reshape(shape.strips, shape.all_units, 2, 32, 16).view(np.int32)
+
+
+def _strips(values: np.ndarray, shape: Shape) -> np.ndarray:
+    """[groups, N] -> [strips, groups, 32]."""
+    wide = np.pad(values, ((0, 0), (0, shape.strips * COLUMNS - shape.n)))
+    return np.ascontiguousarray(wide.reshape(shape.groups, shape.strips, COLUMNS).transpose(1, 0, 2))
