@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import ToolchainError, UsageError
 from .tvm import relax
@@ -43,16 +45,16 @@ def link(executable: relax.VMExecutable) -> bytes:
     libm = ["-lm"] if Path(command[0]).name in DRIVERS else ["-l:libm.so.6"]
     with ExitStack() as stack:
         workspace = Path(stack.enter_context(_temporary_directory()))
-        descriptors: list[int] = []
-        for name in ("lib0.o", "lib1.o", "devc.o"):  # the names that export_library gives its objects
-            descriptor = os.memfd_create(name)
-            stack.callback(os.close, descriptor)
-            descriptors.append(descriptor)
-            os.symlink(f"/proc/self/fd/{descriptor}", workspace / name)
+        files: list[int] = []
+        # the names that export_library gives its objects
+        for name in (*(f"lib{index}.o" for index in range(_objects(executable.mod))), "devc.o"):
+            file = stack.enter_context(memory_file())
+            files.append(int(file.name))
+            (workspace / name).symlink_to(file)
         result = workspace / "lib.so"
 
         def run(output: str, objects: list[str], **_: object) -> None:
-            done = subprocess.run([*command, "-o", output, *objects, *libm], capture_output=True, text=True, pass_fds=descriptors)
+            done = subprocess.run([*command, "-o", output, *objects, *libm], capture_output=True, text=True, pass_fds=files)
             if done.returncode == 0:
                 return
             message = done.stderr.strip()
@@ -62,6 +64,21 @@ def link(executable: relax.VMExecutable) -> bytes:
 
         executable.export_library(str(result), fcompile=run, workspace_dir=str(workspace))
         return result.read_bytes()
+
+
+@contextmanager
+def memory_file() -> Iterator[Path]:
+    """The path, in this process and to children that inherit it, of a file that is no more when the context is left."""
+    descriptor = os.memfd_create("object")
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def _objects(module: Any) -> int:
+    """Modules below this one that are object files once written."""
+    return (module.kind in ("llvm", "static_library")) + sum(map(_objects, module.imports))
 
 
 def _temporary_directory() -> tempfile.TemporaryDirectory[str]:

@@ -18,7 +18,7 @@ from tvm.relax.expr_functor import mutator
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.compilation_pipeline import PIPELINE_MAP
 from tvm.tirx.script import builder as T
-from tvm_ffi import structural_map, structural_walk
+from tvm_ffi import structural_equal, structural_hash, structural_map, structural_walk
 
 __all__ = [
     "BufferType",
@@ -35,6 +35,8 @@ __all__ = [
     "relax",
     "relax_functions",
     "s_tir",
+    "structural_equal",
+    "structural_hash",
     "structural_map",
     "structural_walk",
     "te",

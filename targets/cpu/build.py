@@ -10,16 +10,11 @@ import numpy as np
 from ...compiler.control import DRIVER_PREFIX
 from ...compiler.dialect.opaque import NAME as HIDE_SHAPE
 from ...compiler.dialect.opaque import reveal_shapes
-from ...compiler.tvm import PIPELINE_MAP, Constant, link_executable, mutator, relax, relax_functions, tirx, tvm
+from ...compiler.tvm import Constant, link_executable, mutator, relax, relax_functions, tirx
 from ..base import Target
 from .lower import code_generation, tvm_target
-from .math_lowering import TIR_PIPELINE
+from .machine_code import machine_code
 from .shape_checks import bound_storage, name_checks
-
-#: names of the functions that Relax's code generator makes of the program's own functions
-_HOST_PREFIX = "__vmtir__"
-#: sorts before them
-_DECLARATIONS = "__declarations"
 
 
 def lift_weights(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -106,35 +101,7 @@ def executable(module: Any, target: Target, mode: str = "compiled", origins: Map
         module = name_checks(module, origins or {})
         builder = relax.ExecBuilder()
         functions = relax.vm_build._vmcodegen(builder, module, mode)
-        return link_executable(builder, code, _machine_code(functions, target))
-
-
-def _machine_code(functions: Any, target: Target) -> Any:
-    """Compile kernels with all of LLVM's optimisations, and the host functions, which only call them one after the other, with none.
-
-    Optimising the call sequence gains nothing, and takes LLVM time that grows with the square of its length: a minute for 600 kernels.
-    """
-    code = tvm_target(target)
-    lower, finish, _ = PIPELINE_MAP[TIR_PIPELINE]()
-    lowered = finish()(lower(tvm.tirx.transform.BindTarget(code.with_host(code))(functions)))
-    generate = tvm.get_global_func("target.build.llvm")
-    kernels, host = {}, {}
-    for variable, func in lowered.functions_items():
-        (host if variable.name_hint.startswith(_HOST_PREFIX) else kernels)[variable] = func
-    if not kernels or not host:
-        return generate(lowered, code)
-    host[tvm.ir.GlobalVar(_DECLARATIONS)] = _declarations(list(kernels.values()))
-    library = generate(tvm.IRModule(host, attrs=lowered.attrs), tvm_target(target, optimize=False))
-    # in this order: TVM asks the module that comes last whether all of them are a system library, and unoptimised ones say yes
-    library.import_module(generate(tvm.IRModule(kernels, attrs=lowered.attrs), code))
-    return library
-
-
-def _declarations(kernels: list[Any]) -> Any:
-    """A function that is never called, generated before all others of the host's module, so that they find the kernels of the other module declared."""
-    first = kernels[0]
-    calls = [tirx.Evaluate(tirx.call_extern("int32", kernel.attrs["global_symbol"], *first.params)) for kernel in kernels]
-    return first.with_body(tirx.SeqStmt([*calls, tirx.Return(tirx.const(0, "int32"))])).with_attr("global_symbol", _DECLARATIONS)
+        return link_executable(builder, code, machine_code(functions, target))
 
 
 def _kernel_text(module: Any) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.linker import link
 from ...compiler.tvm import relax, tvm
 from ...compiler.tvm_control import entry
+from ...compiler.tvm_runtime import load_library
 from ..base import Target
 from .build import executable
 
@@ -25,7 +27,7 @@ def profile(
 
     module: memory-planned, its weights lifted. The VM interprets `main` for this, which adds about a microsecond to every call.
     """
-    machine = relax.VirtualMachine(executable(module, target, "bytecode"), tvm.cpu())
+    machine = relax.VirtualMachine(load_library(link(executable(module, target, "bytecode"))), tvm.cpu())
     spent: dict[str, int] = {}
     started = 0
 
