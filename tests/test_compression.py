@@ -20,6 +20,7 @@ from tcompile.passes.token_pruning.prune import TokenPruning
 from tcompile.targets.base import Target
 
 pytest.importorskip("torch")
+pytestmark = pytest.mark.xdist_group("compression")  # one process makes `files`
 SHAPE = "x=1x1x28x28"
 FLAGS = ["--quantize", "int8", "--sparsity", "block:0.4", "--token-keep", "0.7"]
 TEST = 200

@@ -121,6 +121,7 @@ def test_every_network_through_torch(name, static):
     through_torch(name, static)
 
 
+@EVERY
 def test_kernels_come_from_templates():
     entry = ZOO["ppocr-cls"]
     feeds = entry.example_inputs()

@@ -358,7 +358,8 @@ def test_bert_with_open_dims_agrees_with_pytorch(small_bert, method):
         np.testing.assert_allclose(result[seen], expected.numpy()[seen], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [pytest.param("drop", marks=pytest.mark.networks), "merge"])
+@pytest.mark.networks
+@pytest.mark.parametrize("method", ["drop", "merge"])
 def test_trained_vit_keeps_its_accuracy(method):
     """Within one point on 1,000 held-out digits, and exactly what PyTorch says of them."""
     reference = _torch()

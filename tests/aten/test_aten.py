@@ -13,6 +13,8 @@ for package in ("torch", "timm", "transformers", "expecttest"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is needed", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("aten")  # one process imports torch's samples
+
 #: every so many-th case, in the order of their names
 STRIDE = 150
 

@@ -12,6 +12,8 @@ from conformance.run import DYNAMIC_TABLE, TABLE, read_table
 from conformance.suite import cases
 from conformance.support import PAGE, page
 
+pytestmark = pytest.mark.xdist_group("conformance")  # one process generates the suite
+
 #: every so many-th test of the suite, in its order
 STRIDE = 80
 
