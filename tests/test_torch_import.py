@@ -216,7 +216,7 @@ def _network(name: str, **options: Any):
 CASES = [(name, "sdpa") for name in NETWORKS] + [(name, "eager") for name, options in NETWORKS.items() if options is TEXT]
 
 
-#: one of each kind in the ordinary suite
+#: those of the ordinary suite
 FEW = [("bert-base", "sdpa"), ("resnet50", "sdpa")]
 
 
