@@ -16,7 +16,18 @@ INCLUDE = Path(__file__).parent / "include"
 #: name of the model's source among those of an artifact
 MODEL = "model.cu"
 #: headers that the model's source includes, in the artifact beside it
-HEADERS = ("tcompile.cuh", "device.cuh", "attention.cuh", "weight_only.cuh", "hopper.cuh", "device_hopper.cuh", "host.cuh", "simt.h", "simt_hopper.h")
+HEADERS = (
+    "tcompile.cuh",
+    "device.cuh",
+    "attention.cuh",
+    "weight_only.cuh",
+    "sparse.cuh",
+    "hopper.cuh",
+    "device_hopper.cuh",
+    "host.cuh",
+    "simt.h",
+    "simt_hopper.h",
+)
 #: dynamic shared memory that a kernel gets without asking
 _FREE_SHARED = 48 * 1024
 _CODES = {"i": 0, "u": 1, "f": 2, "b": 6, "V": 4}
@@ -26,7 +37,7 @@ def sources(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[
     """File name -> text. command: how the sources are built, for the reader."""
     parts = [
         _banner(launches, command),
-        '#include "tcompile.cuh"\n#include "attention.cuh"\n#include "weight_only.cuh"\n#include "hopper.cuh"\n#include "host.cuh"',
+        '#include "tcompile.cuh"\n#include "attention.cuh"\n#include "weight_only.cuh"\n#include "sparse.cuh"\n#include "hopper.cuh"\n#include "host.cuh"',
     ]
     for name, kernel in launches.kernels.items():
         nodes = launches.nodes[name]

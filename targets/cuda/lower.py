@@ -22,7 +22,7 @@ from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, gemm_hopper, generic, scan
+from . import attention, gemm_hopper, generic, scan, sparse
 from .gemm import gemm
 from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
 from .weight_only import weight_only
@@ -87,6 +87,7 @@ class _Walk:
         self.values: dict[Any, Any] = {}  # variable -> Tensor, or a list of values
         self.plans: dict[str, tuple[Plan, tuple[str, ...]]] = {}
         self.constants: dict[Any, Tensor] = {}
+        self.two_of_four: dict[Any, bool] = {}  # constant -> whether it is a weight of this pattern
         self.fixed = {name: constant_positions(sites) for name, sites in call_sites(module).items()}
         self.weight_bytes = 0
         self.temporaries: list[Tensor] = []
@@ -138,15 +139,16 @@ class _Walk:
     def _call_tir(self, call: Any, var: Any) -> Any:
         function = call.args[0].name_hint
         copy, dtype = self.rounded.get(var, (None, ""))
-        name = f"{function}_and_{dtype}" if dtype else function
         outs = self._outs(call.ty_args[0])
         func, given = self.module[function], list(call.args[1].fields)
+        pruned = frozenset(position for position in self.fixed[function] if self._two_of_four(given[position]))
+        name = function + ("_two_of_four" if pruned else "") + (f"_and_{dtype}" if dtype else "")
         nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         try:
             if len(call.args) > 2:
                 raise Unsupported("sizes known only at run time")
             if name not in self.plans:
-                self._add(name, plan_of(func, self.target, self.policy, self.fixed[function], dtype), nodes)
+                self._add(name, plan_of(func, self.target, self.policy, self.fixed[function], dtype, pruned), nodes)
         except Unsupported as reason:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
             return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
@@ -157,6 +159,13 @@ class _Walk:
         if dtype:
             self.values[copy] = copies[0]
         return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
+
+    def _two_of_four(self, arg: Any) -> bool:
+        if not isinstance(arg, Constant):
+            return False
+        if arg not in self.two_of_four:
+            self.two_of_four[arg] = sparse.two_of_four(arg.value.numpy())
+        return self.two_of_four[arg]
 
     def _whole(self, call: Any, hint: str, make: Callable[[], Plan]) -> Any:
         """An operator that has a kernel of its own and takes part in no fusion; equal ones share it."""
@@ -255,17 +264,22 @@ class _Walk:
             self.temporaries[key].place = Place("workspace", offset)
 
 
-def plan_of(func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset(), rounded: str = "") -> Plan:
+def plan_of(
+    func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset(), rounded: str = "", pruned: frozenset[int] = frozenset()
+) -> Plan:
     """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does.
 
-    constants: positions of parameters that are known at compile time. rounded: a type of two bytes in which the float32 result is written, too, as a last parameter.
+    constants: positions of parameters that are known at compile time; pruned: of those that are weights of the 2:4 pattern. rounded: a type of two bytes in which the
+    float32 result is written, too, as a last parameter.
     """
     try:
         fused = analyze(func)
     except Unfusable as problem:
         return generic.schedule(func, str(problem), rounded)
-    reason = ""
-    for template in TEMPLATES.get(fused.core["op"], DENSE):
+    reason, templates = "", TEMPLATES.get(fused.core["op"], DENSE)
+    if len(fused.inputs) > 1 and fused.param_index(fused.inputs[1]) in pruned:
+        templates = (sparse.gemm, *templates)
+    for template in templates:
         try:
             return template(fused, target, policy, constants, rounded=rounded)
         except Unfusable as problem:

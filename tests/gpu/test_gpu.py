@@ -9,6 +9,7 @@ import tcompile
 import test_cuda_half
 import test_cuda_hopper
 import test_cuda_kernels
+import test_cuda_sparse
 import test_cuda_weight_only
 from tcompile.compiler import artifact
 from tcompile.compiler.compare import agree
@@ -75,6 +76,13 @@ def test_weight_only(gpu, monkeypatch, precision):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
     test_cuda_weight_only.check(test_cuda_weight_only.CASES, precision, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sparse(gpu, monkeypatch, precision):
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    test_cuda_sparse.check(precision, monkeypatch)
 
 
 @pytest.mark.networks

@@ -317,6 +317,28 @@ template <bool BF16> void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint
   memcpy(c, got, 16);
 }
 
+template <bool BF16, int SELECTOR> void mma_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
+  uint32_t give[13] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], positions};
+  memcpy(give + 9, c, 16);
+  const uint32_t* got = simt::meet(give, 13, [](simt::Warp& w) {
+    float full[16][32] = {}, right[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i) right[2 * t + 8 * i + half][g] = widen_half<BF16>(w.in[lane][4 + i] >> 16 * half);
+        for (int i = 0; i < 4; ++i) {  // the four k of number `four`: 16 of them have their positions in a lane, those of row g in its low half
+          const int row = g + i % 2 * 8, four = t + i / 2 * 4;
+          const uint32_t fours = w.in[4 * g + 2 * SELECTOR + four / 4][8] >> 16 * (i % 2) >> 4 * (four % 4) & 15;
+          if ((fours & 3) >= fours >> 2) fprintf(stderr, "positions that do not rise\n"), abort();
+          full[row][4 * four + (fours >> 2 * half & 3)] = widen_half<BF16>(w.in[lane][i] >> 16 * half);
+        }
+      }
+    }
+    product<32>(w, full, right, 9);
+  });
+  memcpy(c, got, 16);
+}
+
 TC_DEVICE void mma_u8s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   uint32_t give[10] = {a0, a1, a2, a3, b0, b1};
   memcpy(give + 6, c, 16);
