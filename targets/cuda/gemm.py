@@ -148,12 +148,10 @@ class Gemm(Product):
 
     def _call(self, tile: TileSchedule) -> str:
         """The device template called on them, up to its last argument."""
-        sizes = f"{self.m}, {self.n}, {tile.part_of(self.k)}, {self.a.vector}, {self.b.vector}"
-        return f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {self._start(tile)}"
-
-    def _start(self, tile: TileSchedule) -> str:
-        """The first word of k of a block."""
-        return f"blockIdx.z * {tile.part_of(self.k)}" if tile.parts > 1 else "0"
+        k = tile.part_of(self.k)
+        start = f"blockIdx.z * {k}" if tile.parts > 1 else "0"
+        sizes = f"{self.m}, {self.n}, {k}, {self.a.vector}, {self.b.vector}"
+        return f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
 
     def _in_words(self, size: int) -> int:
         if size % self.group:

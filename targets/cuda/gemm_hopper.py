@@ -5,13 +5,14 @@
         the others:   for k in steps of 128 bytes: wgmma on the stage, as it becomes full; C = epilogue(accumulators)
 
 Activations are read as they lie, weights are packed to rows of their columns [N][K], so that both are matrices of rows along k. Parts of K, epilogues, and what is written, are
-those of gemm.py, which takes what this template refuses: windows of convolutions, rows that TMA cannot address, and products for which its tiles are predicted to be faster (few rows).
+those of gemm.py, which takes what this template refuses: rows and windows that TMA cannot address, and products for which its tiles are predicted to be faster (few rows).
+A convolution's windows are gathered by TMA: a box is as many windows' pixels as a tile has rows, for one tap and 32 words of its channels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,19 @@ def gemm(
 
 
 class HopperGemm(Gemm):
-    """A product whose operands are matrices that TMA can address."""
+    """A product whose operands TMA can address: matrices, or an image whose windows it gathers (im2col mode)."""
 
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
         super().__init__(fused, target, policy, constants, rounded)
         if self.group == 1:
             raise Unfusable("operands in fp32")
-        if self.shape.windows:
-            raise Unfusable("windows of a convolution")
-        if self.k % _ALIGNED:
-            raise Unfusable(f"rows of {4 * self.k} bytes, no multiple of {4 * _ALIGNED}")
+        self.image = _Image.of(fused, self.group) if self.shape.windows else None
+        depth = self.k if self.image is None else self.image.depth
+        if depth % _ALIGNED:
+            raise Unfusable(f"rows of {4 * depth} bytes, no multiple of {4 * _ALIGNED}")
+        #: of k; those of a window's taps do not share one
+        self.steps = self.k // depth * math.ceil(depth / schedule.BK)
+        self.packings = (self._columns(self.packings[0], depth),)
 
     @property
     def kind(self) -> str:
@@ -57,25 +61,38 @@ class HopperGemm(Gemm):
 
     def best(self) -> HopperSchedule:
         """The tile of least predicted time; raises Unfusable when that of gemm.py takes less."""
-        other, tile = super().best(), best_tile(self.shape, self.target)
-        if schedule.predicted_cycles(self.shape, other, self.target, self.policy) <= predicted_cycles(self.shape, tile, self.target):
+        shape = replace(self.shape, k=self.steps * schedule.BK)
+        other, tile = super().best(), best_tile(shape, self.target)
+        if schedule.predicted_cycles(self.shape, other, self.target, self.policy) <= predicted_cycles(shape, tile, self.target):
             raise Unfusable("the tiles of mma.sync are faster")
         return tile
 
     def resident(self, tile: HopperSchedule) -> int:
         return tile.resident
 
-    def _packing(self, constants: frozenset[int]) -> Packing:
-        packing = super()._packing(constants)
+    def _columns(self, packing: Packing, depth: int) -> Packing:
+        """The weights as rows along k, with zeros behind the `depth` words of each of several taps up to whole steps."""
         *lead, k, n = (int(dim) for dim in packing.buffer.shape)
-        buffer = tirx.decl_buffer((*lead, n, k), "int32", "columns")
-        return replace(packing, buffer=buffer, pack=lambda array: transposed(array.reshape(*lead, k * self.group, n)))
+        taps, more = k // depth, -depth % schedule.BK if k > depth else 0
+        buffer = tirx.decl_buffer((*lead, n, taps * (depth + more)), "int32", "columns")
+
+        def pack(array: np.ndarray) -> np.ndarray:
+            numbers = array.reshape(*lead, taps, depth * self.group, n)
+            filled = np.pad(numbers, [(0, 0)] * (numbers.ndim - 2) + [(0, more * self.group), (0, 0)])
+            return transposed(filled.reshape(*lead, -1, n))
+
+        return replace(packing, buffer=buffer, pack=pack)
 
     def _operands(self, tile: HopperSchedule, signature: Signature) -> list[str]:
         a, b = self.fused.inputs[0], self.packings[0].buffer
+        if self.image is None:
+            source, described = "tc::MappedRows", signature.map(a, "encode", _rows(a), self.k, tile.bm)
+        else:
+            source, described = self.image.source, signature.map(a, "encode_windows", *self.image.encoding(tile.bm))
+        weights = signature.map(b, "encode", _rows(b), int(b.shape[-1]), tile.bn)
         return [
-            f"const tc::TensorMap &a = {signature.map(a, _rows(a), self.k, tile.bm)}, &b = {signature.map(b, _rows(b), self.k, tile.bn)};",
-            f"const int a_row = {self._row(a, 'blockIdx.y * T::BM')}, b_row = {self._row(b, 'blockIdx.x * T::BN')};",
+            f"const {source} a{{{described}, (int)({self._row(a, 'blockIdx.y * T::BM')})}};",
+            f"const tc::MappedRows b{{{weights}, (int)({self._row(b, 'blockIdx.x * T::BN')})}};",
         ]
 
     def _row(self, buffer: Any, tile: str) -> str:
@@ -84,8 +101,47 @@ class HopperGemm(Gemm):
         return f"{tile} + {batch}" if batch else tile
 
     def _call(self, tile: HopperSchedule) -> str:
-        sizes = f"{self.m}, {self.n}, {tile.part_of(self.k)}"
-        return f"tc::gemm_hopper<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {self._start(tile)}, a_row, b_row"
+        steps = tile.part_of(self.steps * schedule.BK) // schedule.BK
+        start = f"blockIdx.z * {steps}" if tile.parts > 1 else "0"
+        return f"tc::gemm_hopper<tc::{self.policy}, T, {self.m}, {self.n}, {steps}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
+
+
+@dataclass(frozen=True)
+class _Image:
+    """The NHWC image of a convolution and its windows; depth: words of a pixel, pads and strides as the core has them."""
+
+    sizes: tuple[int, int, int]
+    depth: int
+    out: tuple[int, int]
+    taps: tuple[int, int]
+    strides: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+
+    @staticmethod
+    def of(fused: Fused, group: int) -> _Image:
+        """Raises Unfusable for windows that TMA cannot gather (limits of cuTensorMapEncodeIm2col)."""
+        core = fused.core
+        batch, height, width, channels = (int(dim) for dim in fused.inputs[0].shape)
+        taps, out = (tuple(int(dim) for dim in dims) for dims in (fused.inputs[1].shape[:2], fused.accumulator.shape[1:3]))
+        image = _Image(
+            (batch, height, width), channels // group, out, taps, *(tuple(map(int, core[name])) for name in ("strides", "padding", "dilation"))
+        )
+        corners, reach = image.encoding(1)[5:9], ((count - 1) * apart for count, apart in zip(taps, image.dilation, strict=True))
+        if not all(-128 <= corner <= 127 for corner in corners) or max(reach) > 255 or max(image.strides) > 8:
+            raise Unfusable("windows that TMA does not gather")
+        return image
+
+    @property
+    def source(self) -> str:
+        numbers = (self.depth, *self.out, self.taps[1], *self.strides, *self.padding[:2], *self.dilation)
+        return f"tc::MappedWindows<{', '.join(map(str, numbers))}>"
+
+    def encoding(self, box: int) -> tuple[int, ...]:
+        """Arguments of `encode_windows`: sizes, the first base of a window and the last (from the last pixel), each (w, h), and strides."""
+        top, left, bottom, right = self.padding
+        last = [after - (count - 1) * apart for after, count, apart in zip((bottom, right), self.taps, self.dilation, strict=True)]
+        return (*self.sizes, self.depth, box, -left, -top, last[1], last[0], self.strides[1], self.strides[0])
 
 
 def transposed(numbers: np.ndarray) -> np.ndarray:

@@ -112,7 +112,8 @@ def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[Te
         grid = ", ".join(map(str, kernel.grid))
         if maps:
             made = zip(maps, at[len(kernel.buffers) :], kernel.maps, strict=True)
-            encoded = " || ".join(f"tc::encode({name}, {address}, {each.rows}, {each.columns}, {each.box})" for name, address, each in made)
+            calls = (f"tc::{each.function}({', '.join(map(str, (name, address, *each.arguments)))})" for name, address, each in made)
+            encoded = " || ".join(calls)
             lines.append(f"  if ({encoded}) return -1;")
         lines.append(f"  TC_LAUNCH(k_{launch.kernel}, dim3({grid}), {kernel.threads}, {kernel.shared_bytes}, stream, {', '.join(values)});")
     lines += ["#ifndef TCOMPILE_SIMT", '  if (tc::check(cudaGetLastError(), "launch")) return -1;', "#endif"]

@@ -50,12 +50,11 @@ def summed(dtype: Any) -> str:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A matrix of `rows` x `columns` words of 4 bytes, row-major, in a tensor, of which TMA copies `box` rows at a time; made by the host (`encode` in include/host.cuh)."""
+    """A tensor described for TMA, by the host: `encode` (a matrix) or `encode_windows` (an image) of include/host.cuh, with these arguments."""
 
     buffer: Any
-    rows: int
-    columns: int
-    box: int
+    function: str
+    arguments: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,9 @@ class Signature:
     indexed: bool = False
     maps: list[TensorMap] = field(default_factory=list)
 
-    def map(self, buffer: Any, rows: int, columns: int, box: int) -> str:
-        """The name of a parameter that describes a tensor as a matrix for TMA."""
-        self.maps.append(TensorMap(buffer, rows, columns, box))
+    def map(self, buffer: Any, function: str, *arguments: int) -> str:
+        """The name of a parameter that describes a tensor for TMA."""
+        self.maps.append(TensorMap(buffer, function, arguments))
         return f"map{len(self.maps) - 1}"
 
     def name(self, buffer: Any) -> str:

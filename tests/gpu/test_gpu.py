@@ -62,13 +62,20 @@ def test_kernels(gpu, monkeypatch, module, name, arguments):
     getattr(module, name)(*arguments)
 
 
-@pytest.mark.parametrize("test", [test_cuda_hopper.test_products_of_awkward_sizes, test_cuda_hopper.test_batches_epilogues_and_bytes])
-def test_hopper(gpu, monkeypatch, test):
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    [
+        (test_cuda_hopper.test_products_of_awkward_sizes, (test_cuda_hopper.PRODUCTS,)),
+        (test_cuda_hopper.test_batches_epilogues_and_bytes, ()),
+        (test_cuda_hopper.test_windows_of_convolutions, ()),
+    ],
+)
+def test_hopper(gpu, monkeypatch, test, arguments):
     if gpu != test_cuda_hopper.TARGET:
         pytest.skip(f"no wgmma on {gpu}")
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
-    test(test_cuda_hopper.forced_tiles(monkeypatch))
+    test(test_cuda_hopper.forced_tiles(monkeypatch), *arguments)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])

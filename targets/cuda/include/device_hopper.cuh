@@ -30,6 +30,13 @@ TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, ui
                : "memory");
 }
 
+// As many pixels as the map says, a window's base each, from (w, h, n) on in the order of the output: their words from `channel` on, of the pixel (dw, dh) further.
+TC_DEVICE void copy_window(void* to, const TensorMap& map, int channel, int w, int h, int n, int dw, int dh, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(shared_address(to)), "l"(&map),
+               "r"(channel), "r"(w), "r"(h), "r"(n), "r"(shared_address(barrier)), "h"((uint16_t)dw), "h"((uint16_t)dh)
+               : "memory");
+}
+
 // Registers per thread of this warp group from here on.
 template <int COUNT> TC_DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> TC_DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }

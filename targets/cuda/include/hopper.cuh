@@ -1,6 +1,7 @@
 // GEMM for sm_90a: one warp group of a block brings tiles by TMA into a ring of stages, the others multiply them by wgmma and run the epilogue.
 //
-// Both operands lie in memory as rows of words of consecutive k (A [M][K], B [N][K]), described by tensor maps that the host makes (`encode` in host.cuh).
+// Both operands lie in memory as rows of words of consecutive k (A [M][K], B [N][K]), or A's rows are windows of an image, which TMA gathers (im2col mode); the host makes the tensor maps
+// that describe them (`encode`, `encode_windows` in host.cuh).
 // A stage holds 32 words of k of BM rows of A and BN of B, a row in 128 bytes, whose 16-byte pieces TMA permutes by the row (swizzle of 128 bytes), so that the
 // tensor cores read without bank conflicts. What lies outside of a matrix arrives as zeros.
 #pragma once
@@ -27,11 +28,29 @@ template <int BM_, int BN_, int GROUPS_, int STAGES_, int RESIDENT> struct Hoppe
 // whose beginnings are 1024 bytes apart (PTX manual, matrix descriptor: address, strides in units of 16 bytes; 1 << 62: swizzle of 128 bytes).
 TC_DEVICE uint64_t descriptor(uint32_t address) { return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62; }
 
-// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B' with k from k0 on, K words of it. a_row, b_row: rows of the maps where the tiles begin.
-template <class P, class T, int M, int N, int K, class Out, class Value>
-TC_DEVICE void gemm_hopper(const TensorMap& a, const TensorMap& b, const Out& out, int m0, int n0, int k0, int a_row, int b_row, const Value& value) {
+// Sources of a tile, which begins at row `row` of a map; bring: the 32 words of k of a step of all its rows.
+struct MappedRows {
+  const TensorMap& map;
+  int row;
+  TC_DEVICE void bring(void* to, int step, uint64_t* barrier) const { copy_tile(to, map, step * 32, row, barrier); }
+};
+
+// Windows of an NHWC image of C words a pixel: row = output pixel (n, oh, ow), steps = (kh, kw, words of the channels, by 32; zeros behind the last).
+template <int C, int OH, int OW, int KW, int SH, int SW, int TOP, int LEFT, int DH, int DW> struct MappedWindows {
+  const TensorMap& map;
+  int w, h, n;
+  TC_DEVICE MappedWindows(const TensorMap& map, int row) : map(map), w(row % OW * SW - LEFT), h(row / OW % OH * SH - TOP), n(row / (OW * OH)) {}
+  TC_DEVICE void bring(void* to, int step, uint64_t* barrier) const {
+    constexpr int PER_TAP = (C + 31) / 32;
+    const int tap = step / PER_TAP;
+    copy_window(to, map, step % PER_TAP * 32, w, h, n, tap % KW * DW, tap / KW * DH, barrier);
+  }
+};
+
+// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B' over STEPS steps of k, from step `first` on.
+template <class P, class T, int M, int N, int STEPS, class Source, class Out, class Value>
+TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int m0, int n0, int first, const Value& value) {
   TC_SHARED(char, shared);
-  constexpr int STEPS = (K + T::BK - 1) / T::BK;
   char* const ring = shared + (-shared_address(shared) & 1023);
   uint64_t* const full = reinterpret_cast<uint64_t*>(ring + T::STAGES * T::STAGE_BYTES);  // a stage has arrived
   uint64_t* const empty = full + T::STAGES;                                              // every warp that multiplies has read it
@@ -57,19 +76,19 @@ TC_DEVICE void gemm_hopper(const TensorMap& a, const TensorMap& b, const Out& ou
         char* const stage = ring + slot * T::STAGE_BYTES;
         barrier_wait(empty + slot, round ^ 1);
         barrier_expect(full + slot, T::STAGE_BYTES);
-        copy_tile(stage, a, k0 + step * T::BK, a_row, full + slot);
-        copy_tile(stage + T::A_BYTES, b, k0 + step * T::BK, b_row, full + slot);
+        a.bring(stage, first + step, full + slot);
+        b.bring(stage + T::A_BYTES, first + step, full + slot);
       }
     }
   } else {
     take_registers<T::MULTIPLYING>();
-    const int first = (group - 1) * T::MT * 64;
+    const int own = (group - 1) * T::MT * 64;  // its first row
     typename P::Sum c[T::MT][T::BN / 2] = {};
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < STEPS; ++step, next()) {
       const uint32_t stage = shared_address(ring) + slot * T::STAGE_BYTES;
-      const uint64_t da = descriptor(stage + first * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
+      const uint64_t da = descriptor(stage + own * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
       barrier_wait(full + slot, round);
       products_begin();
 #pragma unroll
@@ -87,7 +106,7 @@ TC_DEVICE void gemm_hopper(const TensorMap& a, const TensorMap& b, const Out& ou
       products_end(c[i]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int m = m0 + first + i * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + r * 8;
+        const int m = m0 + own + i * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + r * 8;
         if (m < M) {
 #pragma unroll
           for (int j = 0; j < T::BN / 8; ++j) {

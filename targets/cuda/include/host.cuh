@@ -83,6 +83,14 @@ inline int encode(TensorMap& map, const void* data, uint64_t rows, uint64_t colu
   map = {static_cast<const char*>(data), rows, columns, box};
   return 0;
 }
+inline int encode_windows(TensorMap& map, const void* data, int n, int h, int w, int c, int box, int lower_w, int lower_h, int upper_w, int upper_h, int stride_w, int stride_h) {
+  if (encode(map, data, (uint64_t)n * h * w, c, box)) return -1;
+  for (int corner : {lower_w, lower_h, upper_w, upper_h})
+    if (corner < -128 || corner > 127) return fail("no tensor map has these corners");
+  if (stride_w > 8 || stride_h > 8 || w + upper_w <= lower_w || h + upper_h <= lower_h) return fail("no tensor map has these strides");
+  map.image = {n, h, w, lower_w, lower_h, upper_w, upper_h, stride_w, stride_h};
+  return 0;
+}
 #else
 inline int check(cudaError_t error, const char* what) { return error == cudaSuccess ? 0 : fail("%s: %s", what, cudaGetErrorString(error)); }
 // The device of the tensors while it lives, and the caller's stream there.
@@ -102,22 +110,44 @@ inline int copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
 inline int allow_shared(const void* kernel, int bytes) {
   return check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
 }
-// The map of a matrix of words, row-major, for copies of `box` rows of 32 words. The driver makes it; nothing is asked of the device.
+// A function of the driver that makes tensor maps, looked up once; nothing is asked of the device.
+inline void* driver_function(std::atomic<void*>& found, const char* name) {
+  void* function = found.load();
+  if (function) return function;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &result);
+#endif
+  if (check(error, name)) return nullptr;
+  if (result != cudaDriverEntryPointSuccess || !function) return fail("the driver has no %s: it is older than CUDA 12.0", name), nullptr;
+  found.store(function);
+  return function;
+}
+// The map of a matrix of words, row-major, for copies of `box` rows of 32 words.
 inline int encode(TensorMap& map, const void* data, uint64_t rows, uint64_t columns, uint32_t box) {
   static std::atomic<void*> found{nullptr};
-  void* function = found.load();
-  if (!function) {
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    if (check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result), "cudaGetDriverEntryPointByVersion")) return -1;
-    if (result != cudaDriverEntryPointSuccess || !function) return fail("the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
-    found.store(function);
-  }
+  const auto make = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver_function(found, "cuTensorMapEncodeTiled"));
+  if (!make) return -1;
   const cuuint64_t sizes[] = {columns, rows}, strides[] = {columns * 4};
   const cuuint32_t boxes[] = {32, box}, steps[] = {1, 1};
-  const CUresult status = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_INT32, 2, const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = make(&map, CU_TENSOR_MAP_DATA_TYPE_INT32, 2, const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? 0 : fail("cuTensorMapEncodeTiled: error %d for %llu rows of %llu words", (int)status, (unsigned long long)rows, (unsigned long long)columns);
+}
+// The map of an NHWC image of c words a pixel, for copies of `box` windows' pixels of 32 words. Bases of windows lie between the corners, which count from the first and from the last pixel.
+inline int encode_windows(TensorMap& map, const void* data, int n, int h, int w, int c, int box, int lower_w, int lower_h, int upper_w, int upper_h, int stride_w, int stride_h) {
+  static std::atomic<void*> found{nullptr};
+  const auto make = reinterpret_cast<decltype(&cuTensorMapEncodeIm2col)>(driver_function(found, "cuTensorMapEncodeIm2col"));
+  if (!make) return -1;
+  const cuuint64_t pixel = (cuuint64_t)c * 4;
+  const cuuint64_t sizes[] = {(cuuint64_t)c, (cuuint64_t)w, (cuuint64_t)h, (cuuint64_t)n}, strides[] = {pixel, pixel * w, pixel * w * h};
+  const int lower[] = {lower_w, lower_h}, upper[] = {upper_w, upper_h};
+  const cuuint32_t steps[] = {1, (cuuint32_t)stride_w, (cuuint32_t)stride_h, 1};
+  const CUresult status = make(&map, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, const_cast<void*>(data), sizes, strides, lower, upper, 32, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? 0 : fail("cuTensorMapEncodeIm2col: error %d for an image of %d x %d x %d pixels of %d words", (int)status, n, h, w, c);
 }
 #endif
 

@@ -11,10 +11,15 @@
 
 namespace tc {
 
-struct TensorMap {  // a matrix of words; box: rows of a copy, 32 words each
+struct Image {  // n x h x w pixels; bases of windows lie between the corners, which count from the first and the last pixel, so many apart
+  int64_t n = 0, h = 0, w = 0;
+  int lower_w = 0, lower_h = 0, upper_w = 0, upper_h = 0, stride_w = 1, stride_h = 1;
+};
+struct TensorMap {  // a matrix of words; box: rows of a copy, 32 words each. Of an image, a row is a pixel
   const char* data;
   uint64_t rows, columns;
   uint32_t box;
+  Image image;
 };
 
 namespace simt {
@@ -25,7 +30,7 @@ namespace simt {
 }
 
 struct Barrier { uint32_t phase : 1, count : 15, pending : 16; int32_t bytes; };
-struct BoxCopy { char* to; TensorMap map; int column, row; uint64_t* barrier; };
+struct BoxCopy { char* to; TensorMap map; uint64_t* barrier; int column, row, w, h, n, dw, dh; };
 struct Product { void* c; uint64_t a, b; void (*run)(uint32_t* c, uint64_t a, uint64_t b); };
 struct Products {  // of a thread
   std::vector<std::vector<Product>> groups;     // the last one is open
@@ -82,29 +87,53 @@ TC_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
 }
 
 namespace simt {
+// the rows of a box in their order, -1 for one outside
+inline std::vector<int64_t> rows_of(const BoxCopy& copy) {
+  const Image& image = copy.map.image;
+  std::vector<int64_t> found;
+  int w = copy.w, h = copy.h, n = copy.n;
+  for (uint32_t r = 0; r < copy.map.box; ++r) {
+    if (!image.n) {
+      const int64_t row = copy.row + (int64_t)r;
+      found.push_back(row >= 0 && row < (int64_t)copy.map.rows ? row : -1);
+      continue;
+    }
+    const int x = w + copy.dw, y = h + copy.dh;
+    found.push_back(n < image.n && x >= 0 && x < image.w && y >= 0 && y < image.h ? (n * image.h + y) * image.w + x : -1);
+    if ((w += image.stride_w) < image.w + image.upper_w) continue;
+    w = image.lower_w;
+    if ((h += image.stride_h) < image.h + image.upper_h) continue;
+    h = image.lower_h;
+    ++n;
+  }
+  return found;
+}
 inline void arrive(const BoxCopy& copy) {
   const uint32_t address = shared_address(copy.to);
   if (address % 1024) wrong("a box of a copy that is not aligned to its swizzle");
+  const std::vector<int64_t> rows = rows_of(copy);
   for (uint32_t r = 0; r < copy.map.box; ++r)
     for (int c = 0; c < 32; ++c) {
-      const int64_t row = copy.row + (int64_t)r, column = copy.column + c;
-      const bool inside = row >= 0 && column >= 0 && row < (int64_t)copy.map.rows && column < (int64_t)copy.map.columns;
+      const int64_t column = copy.column + c;
       char* const to = at(swizzled(address + r * 128 + c * 4));
-      inside ? memcpy(to, copy.map.data + (row * copy.map.columns + column) * 4, 4) : memset(to, 0, 4);
+      rows[r] >= 0 && column >= 0 && column < (int64_t)copy.map.columns ? memcpy(to, copy.map.data + (rows[r] * copy.map.columns + column) * 4, 4) : memset(to, 0, 4);
     }
   Barrier& barrier = barrier_at(copy.barrier);
   barrier.bytes -= copy.map.box * 128;
   settle(barrier);
 }
+inline void request(const BoxCopy& copy) {
+  coin = coin * 1664525u + 1013904223u;
+  if (coin >> 31)
+    arrive(copy);
+  else
+    copies.push_back(copy);
+}
 }  // namespace simt
 
-TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) {
-  const simt::BoxCopy copy{static_cast<char*>(to), map, column, row, barrier};
-  simt::coin = simt::coin * 1664525u + 1013904223u;
-  if (simt::coin >> 31)
-    simt::arrive(copy);
-  else
-    simt::copies.push_back(copy);
+TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) { simt::request({static_cast<char*>(to), map, barrier, column, row}); }
+TC_DEVICE void copy_window(void* to, const TensorMap& map, int channel, int w, int h, int n, int dw, int dh, uint64_t* barrier) {
+  simt::request({static_cast<char*>(to), map, barrier, channel, 0, w, h, n, dw, dh});
 }
 TC_DEVICE void barrier_wait(uint64_t* p, uint32_t parity) {
   for (int rounds = 0; simt::barrier_at(p).phase == parity; ++rounds) {
