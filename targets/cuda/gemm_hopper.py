@@ -5,7 +5,7 @@
         the others:   for k in steps of 128 bytes: wgmma on the stage, as it becomes full; C = epilogue(accumulators)
 
 Activations are read as they lie, weights are packed to rows of their columns [N][K], so that both are matrices of rows along k. Parts of K, epilogues, and what is written, are
-those of gemm.py, which takes what this template refuses: rows and windows that TMA cannot address, and products for which its tiles are predicted to be faster (few rows).
+those of gemm.py, which takes what this template refuses: rows and windows that TMA cannot address, few rows, and products for which its tiles are predicted to be faster.
 A convolution's windows are gathered by TMA: a box is as many windows' pixels as a tile has rows, for one tap and 32 words of its channels.
 """
 
@@ -23,12 +23,15 @@ from ..common.fused import Fused, Unfusable
 from . import schedule
 from .gemm import Gemm, plan
 from .kernel import Packing, Plan, Signature
+from .schedule import GemmShape
 from .schedule_hopper import HopperSchedule, best_tile, predicted_cycles
 
 #: GPUs that have wgmma, TMA and setmaxnreg
 TARGETS = frozenset({"sm_90a"})
 #: words of a row of 16 bytes: rows have to begin at multiples of it
 _ALIGNED = 4
+#: fewer fill less than half of the 64 of a product by wgmma
+_ROWS = 32
 
 
 def gemm(
@@ -38,6 +41,13 @@ def gemm(
     if target.name not in TARGETS:
         raise Unfusable(f"no wgmma on {target.name}")
     return plan(HopperGemm, fused, target, policy, constants, tile, rounded)
+
+
+def least_cycles(shape: GemmShape, target: Target) -> float:
+    """Predicted cycles of this template's best tile for a product of matrices in words; infinite where it takes none."""
+    if target.name not in TARGETS or shape.k % _ALIGNED or shape.m < _ROWS:
+        return math.inf
+    return predicted_cycles(shape, best_tile(shape, target), target)
 
 
 class HopperGemm(Gemm):
@@ -62,10 +72,9 @@ class HopperGemm(Gemm):
     def best(self) -> HopperSchedule:
         """The tile of least predicted time; raises Unfusable when that of gemm.py takes less."""
         shape = replace(self.shape, k=self.steps * schedule.BK)
-        other, tile = super().best(), best_tile(shape, self.target)
-        if schedule.predicted_cycles(self.shape, other, self.target, self.policy) <= predicted_cycles(shape, tile, self.target):
+        if schedule.predicted_cycles(self.shape, super().best(), self.target, self.policy) <= least_cycles(shape, self.target):
             raise Unfusable("the tiles of mma.sync are faster")
-        return tile
+        return best_tile(shape, self.target)
 
     def resident(self, tile: HopperSchedule) -> int:
         return tile.resident

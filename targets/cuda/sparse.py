@@ -19,7 +19,7 @@ import numpy as np
 from ...compiler.tvm import tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable
-from . import schedule
+from . import gemm_hopper, schedule
 from .gemm import Gemm, plan
 from .kernel import SHORT, Packing, Plan, Signature
 from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves
@@ -90,7 +90,8 @@ class SparseGemm(Gemm):
 
     def best(self) -> SparseSchedule:
         tile = best_tile(self.shape, self.target)
-        if schedule.predicted_cycles(self.shape, super().best(), self.target, self.policy) < predicted_cycles(self.shape, tile, self.target):
+        dense = schedule.predicted_cycles(self.shape, super().best(), self.target, self.policy)
+        if min(dense, gemm_hopper.least_cycles(self.shape, self.target)) < predicted_cycles(self.shape, tile, self.target):
             raise Unfusable("dense tiles are faster")
         return tile
 
