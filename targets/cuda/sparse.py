@@ -117,7 +117,7 @@ class SparseGemm(Gemm):
 
 def two_of_four(weight: np.ndarray) -> bool:
     """Whether of four consecutive rows of one matrix [..., K, N] of 16-bit numbers no column has more than two that are not zero."""
-    if weight.dtype.name not in SHORT or weight.ndim < 2 or math.prod(weight.shape[:-2]) != 1 or not weight.size:
+    if weight.dtype.name not in SHORT or weight.ndim < 2 or math.prod(weight.shape[:-2]) != 1 or weight.shape[-2] < 4 or not weight.size:
         return False
     fours = _fours(weight.reshape(weight.shape[-2:]), 4)
     return bool((np.count_nonzero(fours & 0x7FFF, axis=1) <= 2).all())
