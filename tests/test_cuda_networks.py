@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import numpy as np
@@ -12,8 +13,11 @@ from tcompile.compiler.api import import_model
 from tcompile.compiler.compare import agree
 from tcompile.compiler.options import CompileOptions
 from tcompile.compiler.pipeline import lower
+from tcompile.models import text
 from tcompile.models.zoo import ZOO
 from tcompile.targets.base import Target
+from test_cuda_target import dump, needs_cuobjdump, needs_nvcc
+from test_cuda_weight_only import check_code
 
 #: network -> dims, calls of each tensor-core template
 NETWORKS = {
@@ -89,3 +93,31 @@ def test_networks_in_bf16_agree_with_the_cpu_target(name, seq, target):
     )
     assert np.linalg.norm(ours - same) < np.linalg.norm(same - exact)
     assert np.linalg.norm(ours - exact) < 0.03 * np.linalg.norm(exact)
+
+
+@functools.cache
+def decoding():
+    """SmolLM2's decoding step behind a cache of 7 tokens, what it is called with, and what the CPU target makes of it with weights of 4 bits."""
+    torch = pytest.importorskip("torch")
+    decoder = text.smollm2()
+    sizes = decoder.model.config
+    shape = (sizes.num_hidden_layers, 1, sizes.num_key_value_heads, 7, sizes.hidden_size // sizes.num_attention_heads)
+    keys, values = (torch.from_numpy(0.3 * np.random.default_rng(seed).standard_normal(shape).astype("float32")) for seed in (0, 1))
+    step, inputs = text.decode_step(decoder), (torch.tensor([[504]]), keys, values)
+    feeds = [value.numpy() for value in inputs]
+    return step, inputs, feeds, tcompile.compile(step, example_inputs=inputs, quantize="w4")(*feeds)
+
+
+@pytest.mark.networks
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_smollm2_decodes_with_weights_of_4_bits(arch, tmp_path):
+    step, inputs, feeds, same = decoding()
+    artifact = tcompile.compile(step, example_inputs=inputs, target=f"cuda:{arch}", quantize="w4").artifact
+    rows = {f"k_{row['kernel']}": row for row in artifact.report["kernels"]}
+    assert sum(row["calls"] for row in rows.values() if row["template"] == "weight only") == 30 * 7 + 1
+    for part in dump(artifact.library, tmp_path, "-sass").split("Function : ")[1:]:
+        check_code(rows[part.partition("\n")[0].strip()], part, "BF16")
+    for mine, want in zip(emulation(artifact)(*feeds), same, strict=True):
+        assert np.abs(mine - want).max() < 1e-5 * np.abs(want).max()
