@@ -43,7 +43,7 @@ NETWORKS = {
 }
 #: tokens in the cache of smollm2-decode
 PAST = 1023
-TENSOR_CORE = ("gemm", "conv2d", "attention", "gemm hopper", "conv2d hopper")
+TENSOR_CORE = ("gemm", "conv2d", "attention", "gemm hopper", "conv2d hopper", "gemm 2:4", "weight only")
 #: instructions of the tensor cores: mma.sync and wgmma
 MMA = re.compile(r"\b[HI]G?MMA\b")
 
@@ -87,12 +87,12 @@ def loader(name: str) -> Callable[[], Program]:
     return lambda: import_model(step, example_inputs=inputs)
 
 
-def facts(name: str, target: str, precision: str) -> dict[str, object]:
+def facts(name: str, target: str, precision: str, quantize: str | None = None) -> dict[str, object]:
     """One row of the table."""
     load = loader(name)
     start, cpu_start = time.perf_counter(), cpu_seconds()
     program = load()
-    lowered = lower(program, Target.parse(target), CompileOptions(precision=precision))
+    lowered = lower(program, Target.parse(target), CompileOptions(precision=precision, compression={"quantize": quantize}))
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
     rows = lowered.report["kernels"]
     code = {}
@@ -105,6 +105,7 @@ def facts(name: str, target: str, precision: str) -> dict[str, object]:
         "network": name,
         "target": target,
         "precision": precision,
+        "quantize": quantize,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu, 1),
         "nvcc_seconds": lowered.report["code_generation"]["seconds"],
@@ -130,12 +131,13 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--targets", default="cuda:sm_80,cuda:sm_90a")
     parser.add_argument("--precision", default="fp32,bf16")
+    parser.add_argument("--quantize", choices=["w4", "w8"])
     options = parser.parse_args()
     rows = []
     for name in options.networks.split(","):
         for precision in options.precision.split(","):
             for target in options.targets.split(","):
-                rows.append(facts(name, target, precision))
+                rows.append(facts(name, target, precision, options.quantize))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     version = subprocess.run([toolchain.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
     result = {"nvcc": version, "cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "latency": "not measured", "networks": rows}
