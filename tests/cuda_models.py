@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import tcompile
+from tcompile.compiler.artifact import Artifact
 from tcompile.compiler.options import CompileOptions
 from tcompile.compiler.pipeline import lower
 from tcompile.compiler.program import Program, Provenance, TensorSpec
@@ -42,7 +44,12 @@ def compiled(program: Program, target: str = "cuda:sm_80", precision: str | None
     )
 
 
-#: what runs a lowered program: the emulation here, a GPU in tests/gpu
+def artifact_of(model: Any, **options: Any) -> Artifact:
+    """The artifact of an ONNX model; sources alone unless there is a GPU."""
+    return tcompile.compile(model, target=TARGETS[-1] if TARGETS else "cuda:sm_80", emit_only=not RUNNERS, **options).artifact
+
+
+#: what runs a lowered program or an artifact: the emulation here, a GPU in tests/gpu
 RUNNERS: list[Callable[[Any], Any]] = []
 
 

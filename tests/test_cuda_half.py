@@ -7,8 +7,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-import tcompile
-from cuda_models import emulation, run, templates
+from cuda_models import artifact_of, emulation, run, templates
 from tcompile.compiler.dialect.attention import AttentionAttrs, attention, reference
 from tcompile.compiler.element_types import numpy_dtype
 from tcompile.compiler.tvm import relax
@@ -226,7 +225,7 @@ def test_models_in_float16_and_bfloat16_have_the_same_kernels():
     x, z, y = (onnx.helper.make_tensor_value_info(*value) for value in values)
     graph = onnx.helper.make_graph(nodes, "half", [x, z], [y], weights)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
-    artifact = tcompile.compile(model, target="cuda", emit_only=True).artifact
+    artifact = artifact_of(model)
     x, z = floats(7, 11).astype("float16"), floats(7, 5).astype(numpy_dtype("bfloat16"))
     (out,) = emulation(artifact)(x, z)
     a = short(x.astype("float32") @ w.astype("float32"), "fp16")
@@ -248,7 +247,7 @@ def test_attention_reads_the_inputs_of_a_model_in_16_bits_as_they_lie(precision)
     values = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, shape in sizes.items()]
     graph = onnx.helper.make_graph([node], "attention", values, [onnx.helper.make_tensor_value_info("y", kind, sizes["q"])])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
-    artifact = tcompile.compile(model, target="cuda", precision=precision, emit_only=True).artifact
+    artifact = artifact_of(model, precision=precision)
     feeds = [floats(*shape).astype(numpy_dtype(dtype)) for shape in sizes.values()]
     (out,) = emulation(artifact)(*feeds)
     exact = reference(*(x.astype("float64") for x in feeds), causal=True)

@@ -134,10 +134,32 @@ class Fused:
                 return known[access.source] if access.source in known else load(access.source, list(access.indices))
 
             # post order: the indices are substituted before `read` sees the access
-            expr = structural_map(block.body.value, [(TensorLoad, read), (tirx.Var, lambda var: axes.get(var, var))])  # noqa: B023
+            rules = [(TensorLoad, read), (tirx.Var, lambda var: axes.get(var, var)), (tirx.LT, _truth), (tirx.Cast, _number)]  # noqa: B023
+            expr = structural_map(block.body.value, rules)
             # TVM's legalization of bfloat16 changes the type of a value, but not that of the name it is bound to; vectors of truth values cannot be bound
             known[block.body.buffer] = expr if str(expr.ty.dtype).startswith(("bfloat16", "bool")) else T.bind(expr)
         return known[self.output]
+
+
+def _number(cast: Any) -> Any:
+    """Casts that TVM's analyzer of bounds cannot see through: it makes constants of integers' bounds, also of vectors of truth values and of floats, which there are not."""
+    x, dtype = cast.value, str(cast.ty.dtype)
+    source = str(x.ty.dtype)
+    if source == "bool":
+        return tirx.Select(x, tirx.const(1, dtype), tirx.const(0, dtype))
+    if dtype.startswith("float") and source.startswith(("int", "uint")):
+        other = source[1:] if source.startswith("u") else f"u{source}"
+        return tirx.Cast(dtype, tirx.reinterpret(source, tirx.reinterpret(other, x)))
+    return cast
+
+
+def _truth(less: Any) -> Any:
+    """What `where` tests, 0 < the number of a truth value, is that truth value."""
+    number = less.b
+    if not isinstance(number, tirx.Select) or str(number.condition.ty.dtype) != "bool":
+        return less
+    values = [getattr(each, "value", None) for each in (less.a, number.true_value, number.false_value)]
+    return number.condition if values == [0, 1, 0] else less
 
 
 def analyze(func: tirx.PrimFunc) -> Fused:

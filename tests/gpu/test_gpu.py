@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import cuda_models
 import numpy as np
 import pytest
@@ -25,20 +32,20 @@ NETWORKS = {
 
 
 class _OnGpu:
-    """A lowered program on the GPU, as the emulation is called."""
+    """A lowered program, or an artifact, on the GPU, as the emulation is called."""
 
     def __init__(self, lowered):
         self._inputs = lowered.inputs
-        self._model = GpuModel(artifact.build(lowered))
+        self._model = GpuModel(lowered if isinstance(lowered, artifact.Artifact) else artifact.build(lowered))
         self.error = 0
 
     def __call__(self, *values):
         import torch
 
-        tensors = [torch.from_numpy(np.array(value)).cuda() for value in values]
+        tensors = [self._model._tensor(np.asarray(value), spec, torch.device("cuda")) for value, spec in zip(values, self._inputs, strict=True)]
         results = self._model(tensors, self._inputs)
         self.error = max(int(word.item()) for word in self._model._errors.values())
-        return tuple(item.cpu().numpy() for item in (results if isinstance(results, tuple) else (results,)))
+        return tuple(self._model._array(item.cpu()) for item in (results if isinstance(results, tuple) else (results,)))
 
 
 KERNEL_TESTS = [
@@ -52,14 +59,22 @@ CASES = [
     for module, name, marks in KERNEL_TESTS
     for case in (marks[0].args[1] if marks else [()])
 ]
+IDS = [f"{name}-{case[0]}" if case else name for _, name, case in CASES]
 
 
-@pytest.mark.parametrize(("module", "name", "arguments"), CASES, ids=[f"{name}-{case[0]}" if case else name for _, name, case in CASES])
+def bound(test, arguments, monkeypatch):
+    """The test with its arguments, and the one fixture that some of them take. Raises TypeError where it takes others."""
+    more = {"monkeypatch": monkeypatch} if "monkeypatch" in inspect.signature(test).parameters else {}
+    inspect.signature(test).bind(*arguments, **more)
+    return functools.partial(test, *arguments, **more)
+
+
+@pytest.mark.parametrize(("module", "name", "arguments"), CASES, ids=IDS)
 def test_kernels(gpu, monkeypatch, module, name, arguments):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
     monkeypatch.setattr(module, "RANDOM", np.random.default_rng(7))
-    getattr(module, name)(*arguments)
+    bound(getattr(module, name), arguments, monkeypatch)()
 
 
 @pytest.mark.parametrize(
@@ -174,3 +189,47 @@ def test_an_index_out_of_range_is_found_by_check(gpu):
     with pytest.raises(tcompile.TcompileError, match="index out of range.*pick"):
         model(np.zeros((4, 3), np.float32), np.array([1, 9]))
     model(np.zeros((4, 3), np.float32), np.array([1, 3]))
+
+
+#: tests that reach every template, each with its first case
+SANITIZED = (
+    "gemm_of_awkward",
+    "few_rows",
+    "convolution_is",
+    "integer_products",
+    "attention_with",
+    "few_queries",
+    "everything_else",
+    "attention_reads_16",
+    "hopper",
+    "weight_only",
+)
+
+
+def sanitized():
+    """Names of those tests."""
+    names = [f"test_kernels[{key}]" for key in IDS] + ["test_hopper[test_products_of_awkward_sizes]", "test_weight_only[fp16]"]
+    return [next(name for name in names if part in name) for part in SANITIZED]
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(gpu, tool):
+    """Every template under one tool after the other, in a process of its own."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")
+    here = Path(__file__)
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(here.parents[2]),
+        *(f"{here}::{name}" for name in sanitized()),
+    ]
+    done = subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "86", *run], capture_output=True, text=True, cwd=here.parents[2])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
