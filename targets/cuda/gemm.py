@@ -25,10 +25,10 @@ import numpy as np
 
 from ...compiler.tvm import tirx
 from ..base import Target
-from ..common.fused import Fused, Unfusable, static
+from ..common.fused import Fused, Unfusable
 from ..common.words import packed_words
-from .kernel import Kernel, Packing, Plan, Signature, Unsupported, ctype
-from .product import Product
+from .kernel import Kernel, Packing, Plan, Signature, ctype
+from .product import Product, plan
 from .schedule import GemmShape, TileSchedule, best_tile
 from .words import GROUPS
 
@@ -55,21 +55,6 @@ def gemm(
     return plan(Gemm, fused, target, policy, constants, tile, rounded)
 
 
-def plan(template: type[Gemm], fused: Fused, target: Target, policy: str, constants: frozenset[int], tile: TileSchedule | None, rounded: str) -> Plan:
-    """`gemm` by this template of a product."""
-    if fused.core["op"] not in ("matmul", "conv2d"):
-        raise Unfusable(f"no tensor-core template for {fused.core['op']}")
-    if any(static(dim) is None for param in fused.params for dim in param.shape):
-        raise Unfusable("sizes known only at run time")
-    if any(static(dim) == 0 for param in fused.params for dim in param.shape):
-        raise Unfusable("an operand without elements")
-    try:
-        made = template(fused, target, policy, constants, rounded)
-        return Plan((*fused.params, *made.copies), made.kernels(tile), made.packings)
-    except Unsupported as reason:
-        raise Unfusable(str(reason)) from reason
-
-
 def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
     """The product that a fused function is; raises Unfusable as `gemm` does for other convolutions."""
     return Gemm(fused, target, policy, frozenset()).shape
@@ -78,9 +63,10 @@ def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
 class Gemm(Product):
     """A fused function as a product of matrices of words, and its kernels by mma.sync; other templates override how operands reach the tensor cores."""
 
+    cores = ("matmul", "conv2d")
+
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
-        super().__init__(fused, rounded)
-        self.target = target
+        super().__init__(fused, target, policy, constants, rounded)
         types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
         if types != ("float32",) * 3 and types not in GROUPS:
             raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
@@ -108,14 +94,6 @@ class Gemm(Product):
     def resident(self, tile: TileSchedule) -> int | None:
         """Blocks that are to fit a multiprocessor, where that is not left to nvcc: it makes room for more of those of words than there is shared memory for, and spills."""
         return 1 if self.group > 1 else None
-
-    def kernels(self, tile: TileSchedule | None) -> tuple[Kernel, ...]:
-        """Those of this tile or the best: the product, or parts of it and their sums."""
-        tile = tile or self.best()
-        if tile.parts == 1:
-            return (self._product(tile, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
-        parts = tirx.decl_buffer((tile.parts, self.m, self.n), self.fused.accumulator.ty.dtype, "parts")
-        return self._product(tile, Signature((parts,)), (parts,), ["return sum;"]), self._sums(parts)
 
     def _product(self, tile: TileSchedule, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""

@@ -3,33 +3,75 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from ...compiler.tvm import TensorLoad, structural_map
-from ..common.fused import Fused
-from .kernel import Kernel, Signature, copies_of, ctype
+from ...compiler.tvm import TensorLoad, structural_map, tirx
+from ..base import Target
+from ..common.fused import Fused, Unfusable, static
+from .kernel import Kernel, Packing, Plan, Signature, Unsupported, copies_of, ctype
 from .printer import Printer, check_indices
 
 #: threads per block of the kernel that adds up parts of K
 THREADS = 256
 
 
-class Product:
+def plan(template: type[Product], fused: Fused, target: Target, policy: str, constants: frozenset[int], schedule: Any, rounded: str) -> Plan:
+    """The kernels of a fused function by this template and schedule (None: the best); raises Unfusable when it is not for the template.
+
+    constants: positions of parameters that may be packed. rounded: see `Product`.
+    """
+    if fused.core["op"] not in template.cores:
+        raise Unfusable(f"{fused.core['op']} is none of {', '.join(template.cores)}")
+    if any(static(dim) is None for param in fused.params for dim in param.shape):
+        raise Unfusable("sizes known only at run time")
+    if any(static(dim) == 0 for param in fused.params for dim in param.shape):
+        raise Unfusable("an operand without elements")
+    try:
+        made = template(fused, target, policy, constants, rounded)
+        return Plan((*fused.params, *made.copies), made.kernels(schedule), made.packings)
+    except Unsupported as reason:
+        raise Unfusable(str(reason)) from reason
+
+
+class Product(ABC):
     """A fused function whose core is a product, as C++ over (m, n, sum): m a row of C, n its column, blockIdx.z its batch.
 
     rounded: a type in which the result is written, too, as one more parameter. Subclasses set `batch_dims` and `row_dims`, the dims of C that these positions
-    stand for, and `sum`, the C type of a sum.
+    stand for, `m` and `n`, the rows and columns of C, `sum`, the C type of a sum, and `packings`.
     """
 
+    #: operators that it multiplies
+    cores: tuple[str, ...]
+    packings: tuple[Packing, ...] = ()
     batch_dims: Sequence[int] = ()
     row_dims: Sequence[int]
+    m: int
+    n: int
     sum: str = "float"
 
-    def __init__(self, fused: Fused, rounded: str = ""):
-        self.fused = fused
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
+        """policy: number policy of operands in float32."""
+        self.fused, self.target = fused, target
         self.copies = copies_of(fused.output, rounded)
         self.signature = Signature((fused.output, *self.copies))
+
+    @abstractmethod
+    def best(self) -> Any:
+        """The schedule of least predicted time; `parts` of it says in how many parts K is summed."""
+
+    @abstractmethod
+    def _product(self, tile: Any, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
+        """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
+
+    def kernels(self, tile: Any) -> tuple[Kernel, ...]:
+        """Those of this schedule or the best: the product, or parts of it and their sums."""
+        tile = tile or self.best()
+        if tile.parts == 1:
+            return (self._product(tile, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
+        parts = tirx.decl_buffer((tile.parts, self.m, self.n), self.fused.accumulator.ty.dtype, "parts")
+        return self._product(tile, Signature((parts,)), (parts,), ["return sum;"]), self._sums(parts)
 
     def _sums(self, parts: Any) -> Kernel:
         """The sums over the parts of K, in their order, and the epilogue: a thread per element."""

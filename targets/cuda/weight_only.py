@@ -26,11 +26,11 @@ import numpy as np
 
 from ...compiler.tvm import tirx
 from ..base import Target
-from ..common.fused import Fused, Unfusable, static
+from ..common.fused import Fused, Unfusable
 from ..common.ops_linear import weight_only_operands
 from .gemm import vector
-from .kernel import SHORT, Kernel, Packing, Plan, Signature, Unsupported, ctype
-from .product import Product
+from .kernel import SHORT, Kernel, Packing, Plan, Signature, ctype
+from .product import Product, plan
 from .weight_only_schedule import COLUMNS, FewRows, ManyRows, Shape, best
 
 #: number policy of float32 activations -> 16-bit parts that they become, and whether those are of bf16
@@ -44,23 +44,14 @@ def weight_only(
 
     constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
     """
-    if fused.core["op"] != "weight_only_matmul":
-        raise Unfusable("not a product by weights in few bits")
-    if any(static(dim) is None for param in fused.params for dim in param.shape):
-        raise Unfusable("sizes known only at run time")
-    if any(static(dim) == 0 for param in fused.params for dim in param.shape):
-        raise Unfusable("an operand without elements")
-    try:
-        made = _WeightOnly(fused, target, policy, constants, rounded)
-        return Plan((*fused.params, *made.copies), made.kernels(schedule), made.packings)
-    except Unsupported as reason:
-        raise Unfusable(str(reason)) from reason
+    return plan(_WeightOnly, fused, target, policy, constants, schedule, rounded)
 
 
 class _WeightOnly(Product):
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str):
-        super().__init__(fused, rounded)
-        self.target = target
+    cores = ("weight_only_matmul",)
+
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
+        super().__init__(fused, target, policy, constants, rounded)
         self.x, *weights = weight_only_operands(fused)
         if any(fused.param_index(buffer) not in constants for buffer in weights):
             raise Unfusable("weights that are computed")
@@ -74,17 +65,12 @@ class _WeightOnly(Product):
         # one group may be longer than K
         group = min(fused.core["group"], k + k % 2)
         self.shape = Shape(math.prod(dims[:-1]), k, n, bits, group, len(weights) == 3, parts, bf16, half)
-        self.packings = _packings(weights, self.shape)
+        self.m, self.n, self.packings = self.shape.m, n, _packings(weights, self.shape)
 
-    def kernels(self, schedule: FewRows | ManyRows | None) -> tuple[Kernel, ...]:
-        schedule = schedule or best(self.shape, self.target)
-        if schedule.parts == 1:
-            return (self._product(schedule, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
-        parts = tirx.decl_buffer((schedule.parts, self.shape.m, self.shape.n), "float32", "parts")
-        return self._product(schedule, Signature((parts,)), (parts,), ["return sum;"]), self._sums(parts)
+    def best(self) -> FewRows | ManyRows:
+        return best(self.shape, self.target)
 
-    def _product(self, schedule: FewRows | ManyRows, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
-        """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
+    def _product(self, tile: FewRows | ManyRows, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         shape = self.shape
         words = 2 if shape.half else 1  # numbers in a word of x
         groups = tuple(size // words for size in (shape.k, shape.group, shape.spread))
@@ -93,10 +79,10 @@ class _WeightOnly(Product):
         x = signature.name(self.x)
         weights = ", ".join(signature.name(packing.buffer) for packing in self.packings) + ("" if shape.zeros else ", nullptr")
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
-        start = f" + (size_t)blockIdx.z * {shape.m * shape.n}" if schedule.parts > 1 else ""
-        units = schedule.units(shape)
-        first, last = ("0", "W::UNITS") if schedule.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, W::UNITS)")
-        *types, call = schedule.call(shape, width, first, last)
+        start = f" + (size_t)blockIdx.z * {shape.m * shape.n}" if tile.parts > 1 else ""
+        units = tile.units(shape)
+        first, last = ("0", "W::UNITS") if tile.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, W::UNITS)")
+        *types, call = tile.call(shape, width, first, last)
         lines = [
             f"using A = tc::Activations<{shape.x_parts}, {_flag(shape.bf16)}, {_flag(shape.half)}>;",
             f"using W = tc::Weights<{shape.bits}, {shape.k}, {shape.n}, {shape.group}, {_flag(shape.zeros)}>;",
@@ -110,13 +96,13 @@ class _WeightOnly(Product):
         ]
         return signature.kernel(
             lines,
-            grid=schedule.grid(shape),
-            threads=schedule.threads,
+            grid=tile.grid(shape),
+            threads=tile.threads,
             resident=1,
-            shared_bytes=schedule.shared_bytes(shape),
+            shared_bytes=tile.shared_bytes(shape),
             kind="weight only",
             workload=str(shape),
-            schedule=str(schedule),
+            schedule=str(tile),
         )
 
 

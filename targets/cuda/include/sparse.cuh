@@ -44,17 +44,7 @@ TC_DEVICE void gemm_sparse(const X& x, const W& w, const Out& out, int m0, int s
         copy_async<16>(own + u * W::UNIT_FLOATS + place, there ? w.at(strip, unit) + place : nullptr, words(w.data));
     }
   };
-#pragma unroll
-  for (int step = 0; step < T::STAGES - 1; ++step) {
-    if (step < steps) fill(step);
-    commit_copies();
-  }
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<T::STAGES - 2>();
-    __syncthreads();
-    if (step + T::STAGES - 1 < steps) fill(step + T::STAGES - 1);
-    commit_copies();
+  in_stages<T::STAGES>(steps, fill, [&](int step) {
     const float* xs = shared + step % T::STAGES * T::STAGE_FLOATS;
     const float* own = xs + T::X_FLOATS + warp * T::WARP_FLOATS;
 #pragma unroll
@@ -74,16 +64,8 @@ TC_DEVICE void gemm_sparse(const X& x, const W& w, const Out& out, int m0, int s
         mma_sparse<W::BF16, 1>(c[i][1], a[1].w, b, positions);
       }
     }
-  }
-#pragma unroll
-  for (int i = 0; i < T::BM / 8; ++i)
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const int m = m0 + i * 8 + 2 * t + r, n = strip * 32 + 4 * g + 2 * tile;
-        if (m < M) put<W::N>(out, (size_t)m * W::N, n, [&](int e) { return value(m, n + e, c[i][tile][r + 2 * e]); });
-      }
+  });
+  put_strip<M, W::N>(out, m0, strip, c, value);
 }
 
 }  // namespace tc

@@ -231,6 +231,23 @@ template <int COLUMNS, class Out, class Value> TC_DEVICE void put(const Out& out
   }
 }
 
+// use(step) for every step in its order; fill(step) asks for its copies, STAGES - 1 steps ahead.
+template <int STAGES, class Fill, class Use> TC_DEVICE void in_stages(int steps, const Fill& fill, const Use& use) {
+#pragma unroll
+  for (int step = 0; step < STAGES - 1; ++step) {
+    if (step < steps) fill(step);
+    commit_copies();
+  }
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();
+    if (step + STAGES - 1 < steps) fill(step + STAGES - 1);
+    commit_copies();
+    use(step);
+  }
+}
+
 // out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B, where A is M x K and B is K x N, both from k0 on. VA, VB: floats per copy.
 template <class P, class T, int M, int N, int K, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
 TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, int n0, int k0, const Value& value) {
@@ -244,17 +261,7 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, 
     stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(slot, a, m0, k0 + step * T::BK);
     stage<T::BK, T::BN, T::LDB, T::THREADS, VB>(slot + T::A_FLOATS, b, k0 + step * T::BK, n0);
   };
-#pragma unroll
-  for (int step = 0; step < T::STAGES - 1; ++step) {
-    if (step < STEPS) fill(step);
-    commit_copies();
-  }
-#pragma unroll 1
-  for (int step = 0; step < STEPS; ++step) {
-    wait_copies<T::STAGES - 2>();
-    __syncthreads();
-    if (step + T::STAGES - 1 < STEPS) fill(step + T::STAGES - 1);
-    commit_copies();
+  in_stages<T::STAGES>(STEPS, fill, [&](int step) {
     const float* as = shared + step % T::STAGES * T::STAGE_FLOATS;
     const float* bs = as + T::A_FLOATS;
     typename P::Sum block[T::MT][T::NT][4] = {};
@@ -282,7 +289,7 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, 
 #pragma unroll
           for (int e = 0; e < 4; ++e) c[i][j][e] += block[i][j][e];
     }
-  }
+  });
 #pragma unroll
   for (int i = 0; i < T::MT; ++i)
 #pragma unroll

@@ -226,6 +226,20 @@ template <class A, class W, int BM_, int WARPS_, int STAGES_> struct Strips {
   static constexpr int WARP_FLOATS = CODES + SCALES + ZEROS, STAGE_FLOATS = X_FLOATS + WARPS * WARP_FLOATS;
 };
 
+// Writes a warp's sums of rows m0 .. of a strip: c[i][tile][r + 2 e] is that of row 8 i + 2 t + r and column 4 g + 2 tile + e.
+template <int M, int N, int TILES, class Out, class Value> TC_DEVICE void put_strip(const Out& out, int m0, int strip, const float (&c)[TILES][2][4], const Value& value) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < TILES; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const int m = m0 + i * 8 + 2 * t + r, n = strip * 32 + 4 * g + 2 * tile;
+        if (m < M) put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][tile][r + 2 * e]); });
+      }
+}
+
 // out [m0 ..][strip ..] = value(row, column, sum) over the units first .. last; a part of them ends at whole steps, or at the end.
 template <class A, class W, class T, int M, int VEC, class X, class Out, class Value>
 TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int m0, int strip0, int first, int last, const Value& value) {
@@ -253,17 +267,7 @@ TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int m0, 
       }
     }
   };
-#pragma unroll
-  for (int step = 0; step < T::STAGES - 1; ++step) {
-    if (step < steps) fill(step);
-    commit_copies();
-  }
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<T::STAGES - 2>();
-    __syncthreads();
-    if (step + T::STAGES - 1 < steps) fill(step + T::STAGES - 1);
-    commit_copies();
+  in_stages<T::STAGES>(steps, fill, [&](int step) {
     const float* xs = shared + step % T::STAGES * T::STAGE_FLOATS;
     const float* own = xs + T::X_FLOATS + warp * T::WARP_FLOATS;
 #pragma unroll
@@ -287,16 +291,8 @@ TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int m0, 
           for (int j = 0; j < A::RUN; ++j) words[j] = run.v[j];
         });
     }
-  }
-#pragma unroll
-  for (int i = 0; i < T::BM / 8; ++i)
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const int m = m0 + i * 8 + 2 * t + r, n = strip * 32 + 4 * g + 2 * tile;
-        if (m < M) put<W::N>(out, (size_t)m * W::N, n, [&](int e) { return value(m, n + e, c[i][tile][r + 2 * e]); });
-      }
+  });
+  put_strip<M, W::N>(out, m0, strip, c, value);
 }
 
 }  // namespace tc
