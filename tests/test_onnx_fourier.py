@@ -119,6 +119,31 @@ def test_einsum_with_ellipses_and_diagonals(equation: str):
     np.testing.assert_allclose(tcompile.compile(graph)(*operands), np.einsum(equation, *operands), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "equation", ["ij,jk,kl->il", "i,i,i->i", "i,j,k->kij", "ij,j,i->", "ab,bc,cd,da->bd", "bij,bjk,bk->bi", "ij->j", "ij->", "ij->ji"]
+)
+def test_einsum_of_any_number_of_operands(equation: str):
+    """All sizes open, and checked: a letter has one."""
+    sizes = dict(zip("abcdijkl", (2, 3, 4, 5, 3, 4, 5, 2), strict=True))
+    terms = equation.split("->")[0].split(",")
+    operands = [data(*(sizes[letter] for letter in term)) for term in terms]
+    names = [[f"{letter}{index}" for letter in term] for index, term in enumerate(terms)]
+    compiled = tcompile.compile(model("Einsum", {f"x{index}": (FLOAT, dims) for index, dims in enumerate(names)}, equation=equation))
+    np.testing.assert_allclose(compiled(*operands), np.einsum(equation, *operands), rtol=1e-4, atol=1e-4)
+    if len(terms) == 3 and "i,j,k" not in equation:
+        operands[-1] = data(*(size + 1 for size in operands[-1].shape))
+        with pytest.raises(tcompile.TcompileError, match="is needed"):
+            compiled(*operands)
+
+
+@pytest.mark.parametrize("equation", ["iz->ji", "ij->ii", "ij,jk->im", "ij,jk,kl->im", "i1->i", "ij->i1"])
+def test_einsum_of_letters_that_no_operand_has_is_refused(equation: str):
+    """TVM's type inference ends the process for some of them (found by the fuzzer)."""
+    inputs = {f"x{index}": (FLOAT, [3] * len(term)) for index, term in enumerate(equation.split("->")[0].split(","))}
+    with pytest.raises(UnsupportedModel, match="equation"):
+        tcompile.compile(model("Einsum", inputs, equation=equation))
+
+
 def test_diagonal_of_a_dynamic_matrix():
     compiled = tcompile.compile(model("Einsum", {"x": (FLOAT, ["n", "n"])}, equation="ii->i"))
     np.testing.assert_array_equal(compiled(data(7, 7)), np.diagonal(data(7, 7)))

@@ -62,14 +62,35 @@ def gemm(node: Node) -> relax.Expr:
 
 @converter("Einsum", since=12)
 def einsum(node: Node) -> relax.Expr:
-    """Two operands become one batched matmul between transposes; other numbers of operands go to Relax's einsum. A letter that one operand has twice takes its diagonal."""
+    """One batched matmul between transposes after the other, from left to right. A letter that one operand has twice takes its diagonal; sizes of one letter are the same."""
     operands = node.tensors()
     subscripts, result = _subscripts(node.attr("equation").replace(" ", ""), [node.rank(operand) for operand in operands])
     for index, term in enumerate(subscripts):
         operands[index], subscripts[index] = _diagonal(node, operands[index], term)
-    if len(operands) != 2:
-        return relax.op.einsum(operands, f"{','.join(subscripts)}->{result}")
-    return _contract(node, operands[0], operands[1], subscripts[0], subscripts[1], result)
+    operands = _of_one_size(node, operands, subscripts)
+    value, term = operands[0], subscripts[0]
+    for index in range(1, len(operands)):
+        wanted = "".join((*subscripts[index + 1 :], result))
+        kept = "".join(letter for letter in dict.fromkeys(term + subscripts[index]) if letter in wanted) if index + 1 < len(operands) else result
+        value, term = node.emit(_contract(node, value, operands[index], term, subscripts[index], kept)), kept
+    value, term = _sum_private(node, value, term, result)
+    return value if term == result else relax.op.permute_dims(value, [term.index(letter) for letter in result])
+
+
+def _of_one_size(node: Node, operands: list[relax.Expr], subscripts: list[str]) -> list[relax.Expr]:
+    """The operands with one size for each letter, a known one if any is known; checked while running where sizes are open."""
+    shapes = [node.shape(operand) for operand in operands]
+    found = [pair for term, shape in zip(subscripts, shapes, strict=True) for pair in zip(term, shape, strict=True)]
+    sizes: dict[str, Dim] = {}
+    for letter, dim in sorted(found, key=lambda pair: not isinstance(pair[1], int)):
+        if (size := sizes.setdefault(letter, dim)) is not dim and isinstance(dim, int) and size != dim:
+            raise Refusal(f"the equation has sizes {size} and {dim} for '{letter}'")
+    checked = []
+    for value, term, shape in zip(operands, subscripts, shapes, strict=True):
+        wanted = [sizes[letter] for letter in term]
+        same = all(node.dims.equal(dim, want) for dim, want in zip(shape, wanted, strict=True))
+        checked.append(value if same else node.cast_shape(value, wanted))
+    return checked
 
 
 def _subscripts(equation: str, ranks: list[int]) -> tuple[list[str], str]:
@@ -86,7 +107,11 @@ def _subscripts(equation: str, ranks: list[int]) -> tuple[list[str], str]:
         plain = "".join(listed).replace(".", "")
         result = "..." + "".join(sorted(letter for letter in set(plain) if plain.count(letter) == 1))
     dots = "".join(spare[: max(hidden)])
-    return [term.replace("...", dots[len(dots) - count :]) for term, count in zip(listed, hidden, strict=True)], result.replace("...", dots)
+    found = [term.replace("...", dots[len(dots) - count :]) for term, count in zip(listed, hidden, strict=True)]
+    result = result.replace("...", dots)
+    if not set(result) <= set("".join(found)) or len(set(result)) != len(result) or not all(map(str.isalpha, filter(None, found))):
+        raise Refusal(f"the equation '{equation}': a result has letters of the operands, each once")
+    return found, result
 
 
 def _diagonal(node: Node, value: relax.Expr, term: str) -> tuple[relax.Expr, str]:
