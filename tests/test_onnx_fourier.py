@@ -225,3 +225,31 @@ def test_numeric_operators_of_traditional_machine_learning():
 def test_random_numbers_are_refused():
     with pytest.raises(UnsupportedModel, match="random numbers"):
         tcompile.compile(model("RandomUniformLike", {"x": (FLOAT, [3])}))
+
+
+@pytest.mark.parametrize(("rank", "axis"), [(2, 0), (3, 0), (4, 0), (4, 2), (4, 3), (5, 1)])
+@pytest.mark.parametrize("exclusive", [0, 1])
+def test_running_sums_of_tensors_with_open_sizes(rank: int, axis: int, exclusive: int):
+    """TVM's own kernel takes seconds to compile for three open sizes, and for four no one has waited long enough (found by the fuzzer)."""
+    dims = [f"d{index}" for index in range(rank)]
+    sums = tcompile.compile(model("CumSum", {"x": (FLOAT, dims)}, {"axis": np.int64(axis)}, exclusive=exclusive))
+    products = tcompile.compile(model("CumProd", {"x": (FLOAT, dims)}, {"axis": np.int64(axis)}, opset=26, exclusive=exclusive))
+    for first in (1, 3):
+        x = data(first, *range(2, rank + 1))
+        want = np.cumsum(x, axis), np.cumprod(x, axis)
+        if exclusive:
+            want = want[0] - x, np.roll(want[1], 1, axis)
+            want[1][tuple(slice(0, 1) if place == axis else slice(None) for place in range(rank))] = 1
+        np.testing.assert_allclose(sums(x), want[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(products(x), want[1], rtol=1e-5, atol=1e-5)
+
+
+def test_one_hot_wants_two_values():
+    inputs = {"indices": (TensorProto.INT64, ["n"]), "values": (FLOAT, [0])}
+    with pytest.raises(UnsupportedModel, match="two"):
+        tcompile.compile(model("OneHot", inputs, {"depth": np.int64(3)}, names=["indices", "depth", "values"]))
+    inputs["values"] = (FLOAT, ["m"])
+    compiled = tcompile.compile(model("OneHot", inputs, {"depth": np.int64(3)}, names=["indices", "depth", "values"]))
+    np.testing.assert_array_equal(compiled(np.array([2, 0]), np.float32([5, 7])), np.float32([[5, 5, 7], [7, 5, 5]]))
+    with pytest.raises(tcompile.TcompileError, match="2 is needed"):
+        compiled(np.array([2, 0]), np.float32([5, 7, 9]))

@@ -24,6 +24,7 @@ from .host import host_features
 from .lower import PACKED
 from .ops_attention import OWN, ReadInPlace
 from .profile import profile
+from .running import Running
 from .work import add_work
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]], 
 
 
 def _legalize(program: Program, target: Target) -> Any:
-    module = ReadInPlace(relax.backend.DispatchSortScan()(relax.transform.DecomposeOpsForInference()(program.module))).apply()
+    module = Running(relax.transform.DecomposeOpsForInference()(program.module)).apply()
+    module = ReadInPlace(relax.backend.DispatchSortScan()(module)).apply()
     module = definitions.legalize(module, {**OWN, **selection.OWN, **determinant.OWN, **recurrent.own(target)})
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))

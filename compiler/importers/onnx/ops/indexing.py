@@ -120,6 +120,10 @@ def one_hot(node: Node) -> relax.Expr:
     remaining = iter(node.shape(counted))
     spread = node.reshape(counted, [1 if position == axis else next(remaining) for position in range(rank)])
     values = node.tensor(2)
+    if node.rank(values) != 1 or (isinstance(count := node.shape(values)[0], int) and count != 2):
+        raise Refusal("values must be one tensor of two: `off` and `on`")
+    if not isinstance(count, int):
+        values = node.cast_shape(values, [2])
     off, on = (node.reshape(node.emit(relax.op.strided_slice(values, [0], [i], [i + 1], assume_inbound=True)), []) for i in (0, 1))
     return relax.op.where(node.emit(relax.op.equal(spread, places)), on, off)
 
