@@ -13,7 +13,7 @@ from tcompile.compiler.element_types import numpy_dtype
 from tcompile.compiler.tvm import relax
 from tcompile.targets.cuda import gemm
 from tcompile.targets.cuda.schedule import TileSchedule
-from test_cuda_kernels import convolution
+from test_cuda_kernels import convolution, each_attention
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation of a GPU needs g++")
 op = relax.op
@@ -152,15 +152,7 @@ def test_attention_reads_16_bits(precision):
         expected.append(reference(*(short(value, precision) for value in given.values()), *extra.values(), **options))
         inputs |= given | extra
 
-    def build(emit, *x):
-        results, at = [], 0
-        for *_, mask, options in cases:
-            count = 3 + (mask is not None)
-            results.append(emit(attention(*x[at : at + count], **options)))
-            at += count
-        return results
-
-    outputs, lowered = run(build, inputs, precision=precision)
+    outputs, lowered = run(each_attention(cases), inputs, precision=precision)
     for out, exact in zip(outputs, expected, strict=True):
         assert np.abs(out - exact).max() / np.abs(exact).max() <= 2 * TYPES[precision][1]  # probabilities are rounded, too
     assert templates(lowered).count("attention") == len(cases) - (precision == "bf16")
