@@ -64,8 +64,8 @@ check: $(STAMP)
 
 # BENCH="--deepsparse PYTHON" and INT8="--nncf PYTHON" add the engines of environments that have deepsparse==1.8.0 and nncf with openvino
 bench: $(STAMP)
-	$(BIN)/python benchmarks/networks.py $(BENCH) --batch 1,8 --output benchmarks/results/networks.json --docs docs/performance.md
-	$(BIN)/python benchmarks/networks.py $(BENCH) --batch 1,8 --precision bf16 --output benchmarks/results/networks_bf16.json --docs docs/performance.md
+	$(BIN)/python benchmarks/networks.py $(BENCH) --batch 1,8 --output benchmarks/results --docs docs/performance.md
+	$(BIN)/python benchmarks/networks.py $(BENCH) --batch 1,8 --precision bf16 --output benchmarks/results --docs docs/performance.md
 	$(BIN)/python benchmarks/quantized.py $(INT8) --threads 1,2 --docs docs/performance.md
 	$(BIN)/python benchmarks/attention.py --docs docs/performance.md
 	$(BIN)/python benchmarks/attention.py --queries 1 --docs docs/performance.md

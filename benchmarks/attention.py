@@ -22,7 +22,7 @@ import onnx
 import tcompile
 import torch
 from onnx import TensorProto, helper
-from page import environment, update
+from page import environment, update, vectors
 from tcompile.compiler.peers import Peer, prepare
 from tcompile.compiler.recipe import Recipe
 from tcompile.compiler.timing import interleaved
@@ -139,7 +139,9 @@ def main() -> None:
                 print(lines[-1], flush=True)
     if options.docs:
         name = "attention" if options.queries is None else f"attention of {options.queries}"
-        update(options.docs, name, "attention.py", environment(["tcompile", "apache-tvm", "torch", "onnxruntime", "openvino"]), lines)
+        update(
+            options.docs, f"{name}, {vectors()}", "attention.py", environment(["tcompile", "apache-tvm", "torch", "onnxruntime", "openvino"]), lines
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """`make bench`: the networks of the zoo beside other engines, interleaved, one process per network, batch and thread count.
 
 python benchmarks/networks.py [NAME ...] [--precision fp32|bf16] [--threads 1,2] [--batch 1] [--rounds 10] [--against NAME,...]
-                              [--deepsparse PYTHON] [--output FILE.json] [--docs docs/performance.md]
+                              [--deepsparse PYTHON] [--output FOLDER] [--docs docs/performance.md]
 
-Prints a Markdown table; `--output` writes the figures with hardware, versions and date, `--docs` puts the table between the markers of a page. fp32 runs against
+Prints a Markdown table; `--output` writes the figures with hardware, versions and date (networks_fp32_avx2.json), `--docs` puts the table between the markers of a page. fp32 runs against
 onnxruntime, OpenVINO, torch.compile with frozen weights, and DeepSparse if `--deepsparse` names the interpreter of an environment that has `deepsparse==1.8.0`; bf16 against
 OpenVINO in bf16 and torch.compile under autocast. `fastest / tcompile` above 1 means that tcompile is the fastest.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tcompile
 from contestants import RIVALS, contestant
-from page import environment, update
+from page import environment, update, vectors
 from tcompile.compiler.api import import_model
 from tcompile.compiler.peers import prepare
 from tcompile.compiler.roofline import layers
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--against", help="comma-separated; default: all rivals of the precision")
     parser.add_argument("--deepsparse", type=Path, metavar="PYTHON")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, metavar="FOLDER")
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -143,10 +143,11 @@ def main() -> None:
                 rows.append(result if isinstance(result, dict) else f"{name} | {batch} | {threads} | failed: {result}")
                 print(line(rows[-1], rivals), flush=True)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"networks_{options.precision}_{vectors().lower()}.json"
+        (options.output / name).write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     if options.docs:
-        update(options.docs, f"networks {options.precision}", "networks.py", facts, table(rows, rivals))
+        update(options.docs, f"networks {options.precision}, {vectors()}", "networks.py", facts, table(rows, rivals))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ def environment(packages: Sequence[str], **more: Any) -> dict[str, Any]:
     }
 
 
+def vectors() -> str:
+    """AVX512 or AVX2: figures of both stand side by side, in tables and files of their own."""
+    return "AVX512" if Target.parse("cpu").vector_bits == 512 else "AVX2"
+
+
 def update(page: Path, name: str, script: str, facts: dict[str, Any], lines: Sequence[str], notes: str = "medians of interleaved rounds.") -> None:
     """Replace what stands between the markers of `name`, which benchmarks/`script` writes."""
     start, end = f"<!-- {name}: written by benchmarks/{script} -->\n", f"<!-- end of {name} -->\n"

@@ -25,7 +25,7 @@ import onnx
 import onnx.version_converter
 import tcompile
 from demo import WIDTH, alphabet, decode, model_path, render
-from page import environment, update
+from page import environment, update, vectors
 from tcompile.compiler.peers import PEERS, prepare
 from tcompile.compiler.timing import interleaved
 from tcompile.models.optional import package_file
@@ -242,7 +242,9 @@ def main() -> None:
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows)]
         print("\n".join(lines))
         if options.docs:
-            update(options.docs, "networks int8", "quantized.py", environment(["tcompile", "apache-tvm", "onnxruntime", "openvino"]), lines)
+            update(
+                options.docs, f"networks int8, {vectors()}", "quantized.py", environment(["tcompile", "apache-tvm", "onnxruntime", "openvino"]), lines
+            )
 
 
 if __name__ == "__main__":
