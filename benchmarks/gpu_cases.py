@@ -54,7 +54,9 @@ def cases(small: bool) -> Iterator[Case]:
     yield int8_gemm(4096, 4096, 4096)
     for tokens in (4096, 8192, 16384):
         yield attention(16, 128, tokens, causal=True, bar=1.0)
+        yield attention(16, 128, tokens, causal=False, bar=1.0)
     yield attention(16, 128, 4093, causal=False)
+    yield attention(32, 64, 8192, causal=True)
     for name in ("bert-base", "vit-s16", "resnet50"):
         for batch in (1, 32):
             yield network(name, batch, "bf16", bar=1.1)

@@ -155,7 +155,7 @@ def test_attention_reads_16_bits(precision):
     outputs, lowered = run(each_attention(cases), inputs, precision=precision)
     for out, exact in zip(outputs, expected, strict=True):
         assert np.abs(out - exact).max() / np.abs(exact).max() <= 2 * TYPES[precision][1]  # probabilities are rounded, too
-    assert templates(lowered).count("attention") == len(cases) - (precision == "bf16")
+    assert sum(name.startswith("attention") for name in templates(lowered)) == len(cases) - (precision == "bf16")
 
 
 def test_attention_that_only_products_read_is_rounded_by_its_own_kernel():
@@ -244,4 +244,4 @@ def test_attention_reads_the_inputs_of_a_model_in_16_bits_as_they_lie(precision)
     (out,) = emulation(artifact)(*feeds)
     exact = reference(*(x.astype("float64") for x in feeds), causal=True)
     assert np.abs(out.astype("float64") - exact).max() <= 4 * step * np.abs(exact).max()
-    assert templates(artifact)[0] == "attention"
+    assert templates(artifact)[0].startswith("attention")

@@ -241,15 +241,15 @@ extern "C" void staged(const char* words, int rows, int columns, int column, int
 """
 
 
-def harness(folder, *flags, left_out="", instead=""):
-    """The harness built, with something left out of the template."""
+def harness(folder, source, file, *flags, left_out="", instead=""):
+    """A program built, with something left out of a file of the templates."""
     for path in INCLUDE.iterdir():
         text = path.read_text()
-        if path.name == "hopper.cuh" and left_out:
+        if path.name == file and left_out:
             assert text.count(left_out) == 1
             text = text.replace(left_out, instead)
         (folder / path.name).write_text(text)
-    (folder / "harness.cpp").write_text(HARNESS)
+    (folder / "harness.cpp").write_text(source)
     line = ["g++", "-std=c++17", "-O1", "-march=x86-64-v3", "-fno-strict-aliasing", "-w", "-DTCOMPILE_SIMT", *flags, "harness.cpp", "-o", "harness"]
     subprocess.run(line, cwd=folder, check=True)
     return folder / "harness"
@@ -259,7 +259,7 @@ def harness(folder, *flags, left_out="", instead=""):
 def test_addresses_of_boxes_and_descriptors(tmp_path):
     """numpy's model of the two maps: TMA puts piece j of a row i of 128 bytes at j ^ i % 8 (CUDA driver API, 128-byte swizzle), and a descriptor finds row r, byte b of a matrix
     at start + r / 8 * stride + r % 8 * 128 + b with bits 4-6 of that address flipped by bits 7-9 (PTX manual, canonical K-major layout)."""
-    library = ctypes.CDLL(str(harness(tmp_path, "-shared", "-fPIC")))
+    library = ctypes.CDLL(str(harness(tmp_path, HARNESS, "hopper.cuh", "-shared", "-fPIC")))
     library.descriptor_of.restype = ctypes.c_uint64
     rows, columns, first, start, box = 150, 75, 40, 48, 128  # the box ends outside of the matrix both ways
     words = RANDOM.integers(0, 2**31, (rows, columns)).astype("int32")
@@ -290,15 +290,15 @@ def test_addresses_of_boxes_and_descriptors(tmp_path):
 NEEDED = {
     "barrier_wait(full + slot, round);": "",
     "barrier_wait(empty + slot, round ^ 1);": "",
-    "if (step > 0 && lane == 0) barrier_arrive(empty + before);": "",
+    "if (step > 0) ring.release(before);": "",
     "products_wait<1>();": "",
-    "barrier_arrive(empty + before)": "barrier_arrive(empty + slot)",
+    "ring.release(before)": "ring.release(ring.slot)",
     "products_begin();": "",
     "products_commit();": "",
     "    products_wait<0>();": "",
     "round ^ 1);": "round);",
     "(-shared_address(shared) & 1023)": "0",
-    "barrier_init(empty + stage, 4 * T::GROUPS)": "barrier_init(empty + stage, 4)",
+    "ring.open(4 * T::GROUPS)": "ring.open(4)",
     "b.bring(stage + T::A_BYTES, first + step": "b.bring(stage + T::A_BYTES, first",
 }
 
@@ -307,7 +307,7 @@ NEEDED = {
 @pytest.mark.networks
 def test_the_emulation_notices_what_is_missing(tmp_path):
     def outcome(**changes):
-        return subprocess.run([harness(tmp_path, **changes)], timeout=120, stderr=subprocess.DEVNULL, check=False).returncode
+        return subprocess.run([harness(tmp_path, HARNESS, "hopper.cuh", **changes)], timeout=120, stderr=subprocess.DEVNULL, check=False).returncode
 
     assert outcome() == 0
     assert [left_out for left_out, instead in NEEDED.items() if outcome(left_out=left_out, instead=instead) == 0] == []
@@ -372,7 +372,7 @@ def test_products_are_asynchronous_and_nothing_spills(tmp_path):
 @pytest.mark.networks
 def test_nvcc_remarks_on_products_that_wait_for_each_other():
     sources = dict(build().sources)
-    needed = "if (step > 0 && lane == 0) barrier_arrive(empty + before);"
+    needed = "if (step > 0) ring.release(before);"
     assert needed in sources["hopper.cuh"]
     sources["hopper.cuh"] = sources["hopper.cuh"].replace(needed, f"c[0][0] += 1; {needed}")
     assert any("wgmma.mma_async instructions are serialized" in remark for remark in toolchain.build(sources, "sm_90a").remarks)

@@ -23,6 +23,7 @@ HEADERS = (
     "weight_only.cuh",
     "sparse.cuh",
     "hopper.cuh",
+    "attention_hopper.cuh",
     "device_hopper.cuh",
     "host.cuh",
     "simt.h",
@@ -37,7 +38,7 @@ def sources(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[
     """File name -> text. command: how the sources are built, for the reader."""
     parts = [
         _banner(launches, command),
-        '#include "tcompile.cuh"\n#include "attention.cuh"\n#include "weight_only.cuh"\n#include "sparse.cuh"\n#include "hopper.cuh"\n#include "host.cuh"',
+        '#include "tcompile.cuh"\n#include "attention.cuh"\n#include "weight_only.cuh"\n#include "sparse.cuh"\n#include "hopper.cuh"\n#include "attention_hopper.cuh"\n#include "host.cuh"',
     ]
     for name, kernel in launches.kernels.items():
         nodes = launches.nodes[name]

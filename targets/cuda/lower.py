@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,14 @@ from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, gemm_hopper, generic, scan, sparse
+from . import attention, attention_hopper, gemm_hopper, generic, scan, sparse
 from .gemm import gemm
 from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
 from .weight_only import weight_only
 
 #: templates of products in the order in which they are asked; those of core operators that others do not take
 DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm)
+ATTENTION: tuple[Callable[..., Plan], ...] = (attention_hopper.kernel, attention.kernel)
 TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,)}
 
 
@@ -131,7 +133,7 @@ class _Walk:
         if name == "relax.call_tir":
             return self._call_tir(call, var)
         if name == dialect.NAME:
-            return self._whole(call, "attention", lambda: attention.kernel(call, self.target, self.policy))
+            return self._whole(call, "attention", lambda: _first_of(ATTENTION, call, self.target, self.policy))
         if name in scan.OPERATORS:
             return self._whole(call, name.removeprefix("relax."), lambda: scan.kernel(call))
         return self._refuse("", f"operator {name} has no CUDA kernel yet", call.ty)
@@ -285,6 +287,14 @@ def plan_of(
         except Unfusable as problem:
             reason = str(problem)
     return generic.schedule(func, reason, rounded)
+
+
+def _first_of(templates: Sequence[Callable[..., Plan]], *args: Any) -> Plan:
+    """The plan of the first template that has one; raises the last one's Unsupported."""
+    for template in templates[:-1]:
+        with contextlib.suppress(Unsupported):
+            return template(*args)
+    return templates[-1](*args)
 
 
 def _rounded_copies(module: Any) -> dict[Any, tuple[Any, str]]:

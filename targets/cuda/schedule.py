@@ -21,6 +21,8 @@ _L2_BYTES_PER_CYCLE = 48.0
 _STEP_LATENCY, _BLOCK_LATENCY = 60.0, 1500.0
 #: cycles of one more kernel; of a block of keys in attention, whose copies wait for the one before
 _SUMS_LATENCY, _KEYS_LATENCY = 3000.0, 800.0
+#: exponentials of a multiprocessor and cycle
+EXPONENTIALS = 16.0
 #: registers beyond the limit, relative, that the assembler makes do without
 _SQUEEZE = 1.05
 #: registers that one thread may have, and those of a multiprocessor
@@ -200,3 +202,22 @@ def part_of_keys(blocks: int, steps: int, target: Target) -> int:
     lengths = [length for length in range(2, steps) if blocks * math.ceil(steps / length) <= target.cores]
     best = min(lengths, default=steps)
     return best if best * _KEYS_LATENCY + _SUMS_LATENCY < whole else steps
+
+
+def attention_cycles(queries: int, keys: int, depth: int, width: int, heads: int, block: int, causal: bool, target: Target) -> float:
+    """Predicted cycles of attention by mma.sync (attention.py), of operands in words of two numbers: 64 queries a block, `block` keys a step; heads: of all batches."""
+    tiles, all_steps = math.ceil(queries / 64), math.ceil(keys / block)
+    part = all_steps if causal else part_of_keys(tiles * heads, all_steps, target)
+    steps = [math.ceil(min(keys, 64 * (tile + 1)) / block) if causal else part for tile in range(tiles)] * (heads * math.ceil(all_steps / part))
+    resident = min(2, math.ceil(len(steps) / target.cores))
+    arithmetic = (
+        64 * block * ((depth + width) / 2 / target.fma_per_cycle + 1 / EXPONENTIALS)
+    )  # a warp's products and exponentials wait for each other
+    return in_turns(steps, target, arithmetic, resident, _KEYS_LATENCY) + (_SUMS_LATENCY if part < all_steps else 0.0)
+
+
+def in_turns(steps: Sequence[int], target: Target, step_cycles: float, resident: int, latency: float) -> float:
+    """Cycles of blocks of so many steps, `resident` of them on a multiprocessor; latency: what a step takes at least."""
+    places = target.cores * resident
+    longest = max(max(steps), math.ceil(sum(steps) / places))
+    return math.ceil(len(steps) / places) * _BLOCK_LATENCY + longest * max(step_cycles * resident, latency)

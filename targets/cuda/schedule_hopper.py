@@ -1,4 +1,4 @@
-"""Schedules of the Hopper template (gemm_hopper.py), ranked by the analytic model of schedule.py with the rates of wgmma."""
+"""Schedules of the Hopper templates (gemm_hopper.py, attention_hopper.py), ranked by the analytic model of schedule.py with the rates of wgmma."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..base import Target
-from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves
+from .schedule import BK, EXPONENTIALS, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_turns, in_waves
 
 #: multiply-adds of words per cycle and SM by wgmma, as a fraction of `Target.fma_per_cycle` (what mma.sync does): 1024 of 640
 _RATE = 1.6
@@ -68,3 +68,56 @@ def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> 
 def best_tile(shape: GemmShape, target: Target) -> HopperSchedule:
     """The tile of least predicted time."""
     return fastest(shape, space(target), target, lambda tile: predicted_cycles(shape, tile, target))
+
+
+#: keys of a step of attention: scores of 64 of them take 32 registers a thread
+_KEYS = 128
+#: cycles of a step that nothing hides: products of one warp group, its softmax, and the products that wait for it, an estimate
+_STEP_LATENCY = 1200.0
+
+
+@dataclass(frozen=True)
+class AttentionSchedule:
+    """64 queries for each of `groups` warp groups, `keys` keys a step; `stages` tiles of keys or values are in shared memory, each in boxes of 64 elements a row."""
+
+    groups: int
+    stages: int
+    depth: int
+    width: int
+    keys: int = _KEYS
+
+    @property
+    def queries(self) -> int:
+        return 64 * self.groups
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.groups)
+
+    @property
+    def shared_bytes(self) -> int:
+        boxes = math.ceil(self.depth / 64), math.ceil(self.width / 64)
+        return _ROW * boxes[0] * self.queries + self.stages * (_ROW * max(boxes) * self.keys + _BARRIERS) + _BARRIERS + _ALIGNMENT
+
+    @property
+    def source(self) -> str:
+        return f"tc::HopperHeads<{self.depth}, {self.width}, {self.keys}, {self.groups}, {self.stages}>"
+
+    def __str__(self) -> str:
+        return f"{self.queries} queries x {self.keys} keys, 1 warp group copies, {self.groups} multiply, {self.stages} stages"
+
+    def cycles(self, queries: int, keys: int, heads: int, causal: bool, target: Target) -> float:
+        """Predicted; products of one warp group hide the softmax of another."""
+        steps = [
+            math.ceil((min(keys, self.queries * (tile + 1)) if causal else keys) / self.keys) for tile in range(math.ceil(queries / self.queries))
+        ]
+        pairs = self.queries * self.keys
+        step_cycles = max(pairs * (self.depth + self.width) / 2 / (target.fma_per_cycle * _RATE), pairs / EXPONENTIALS)
+        return in_turns(steps * heads, target, step_cycles, 1, _STEP_LATENCY)
+
+
+def attention_space(depth: int, width: int, target: Target) -> list[AttentionSchedule]:
+    """Two warp groups that multiply, or three where heads are narrow enough for their registers (160 a thread), with as many stages as fit, up to three steps'."""
+    groups = (2, 3) if max(depth, width) <= 64 else (2,)
+    found = ([AttentionSchedule(count, stages, depth, width) for stages in (6, 4)] for count in groups)
+    return [next(each for each in schedules if each.shared_bytes <= target.shared_bytes) for schedules in found]

@@ -13,6 +13,7 @@ import cuda_models
 import numpy as np
 import pytest
 import tcompile
+import test_cuda_attention_hopper
 import test_cuda_half
 import test_cuda_hopper
 import test_cuda_kernels
@@ -91,6 +92,38 @@ def test_hopper(gpu, monkeypatch, test, arguments):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
     test(test_cuda_hopper.forced_tiles(monkeypatch), *arguments)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("test", [test_cuda_attention_hopper.test_awkward_sizes, test_cuda_attention_hopper.test_blocks_take_several_pieces_of_work])
+def test_attention_hopper(gpu, monkeypatch, test, precision):
+    if gpu != test_cuda_attention_hopper.TARGET:
+        pytest.skip(f"no wgmma on {gpu}")
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    arguments = (test_cuda_attention_hopper.CASES,) if "cases" in inspect.signature(test).parameters else ()
+    test(monkeypatch, *arguments, precision=precision)
+
+
+@pytest.mark.parametrize("tokens", [4096, 8192])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_attention(gpu, tokens, causal):
+    """As prefill has it; on sm_90a the Hopper template's, whose blocks take many pieces of work."""
+    import onnx
+    import torch
+
+    shape, kind = (1, 16, tokens, 128), onnx.TensorProto.FLOAT16
+    values = [onnx.helper.make_tensor_value_info(name, kind, shape) for name in "qkvy"]
+    node = onnx.helper.make_node("Attention", ["q", "k", "v"], ["y"], is_causal=int(causal))
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "attention", values[:3], values[3:]), opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11
+    )
+    model = tcompile.compile(model, target=gpu, precision="fp16")
+    assert gpu != test_cuda_hopper.TARGET or model.report()["kernels"][0]["template"] == "attention hopper"
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half().cuda() for seed in range(3))
+    y = model(q, k, v).double()
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).double()
+    assert ((y - exact).norm() / exact.norm()).item() < 2e-3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
@@ -203,7 +236,8 @@ SANITIZED = (
     "few_queries",
     "everything_else",
     "attention_reads_16",
-    "hopper",
+    "test_hopper",
+    "attention_hopper[test_blocks",
     "weight_only",
     "sparse",
 )
@@ -211,7 +245,12 @@ SANITIZED = (
 
 def sanitized():
     """Names of those tests."""
-    names = [f"test_kernels[{key}]" for key in IDS] + ["test_hopper[test_products_of_awkward_sizes]", "test_weight_only[fp16]", "test_sparse[fp16]"]
+    names = [f"test_kernels[{key}]" for key in IDS] + [
+        "test_hopper[test_products_of_awkward_sizes]",
+        "test_attention_hopper[test_blocks_take_several_pieces_of_work-fp16]",
+        "test_weight_only[fp16]",
+        "test_sparse[fp16]",
+    ]
     return [next(name for name in names if part in name) for part in SANITIZED]
 
 

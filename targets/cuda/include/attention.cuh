@@ -31,6 +31,18 @@ template <bool BF16> struct Values<Words<MmaHalf<BF16>>> {  // keys are k here, 
   }
 };
 
+// Of a row that is spread over four lanes.
+TC_DEVICE float row_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+template <class F> TC_DEVICE float row_max(float x, const F& max) {
+  x = max(x, shuffle_xor(x, 1));
+  return max(x, shuffle_xor(x, 2));
+}
+// What the sums of a row are multiplied by, whose probabilities have this sum: zeros stay zeros where SAFE says so, and are NaN otherwise.
+template <bool SAFE> TC_DEVICE float normalizer(float total) { return SAFE && total == 0.0f ? 0.0f : 1.0f / total; }
+
 // D, E: elements of a key and of a value; DP, EP: words of theirs that are computed with.
 template <class P, int D, int E, int BT_> struct Heads {
   static constexpr int BQ = 64, BT = BT_, THREADS = 128, PER_WORD = Values<P>::PER_WORD;
@@ -89,8 +101,7 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int
           x = query < QUERIES && key < KEYS ? score(query, key, x) : -INFINITY;
           high = tc::max(high, x);
         }
-      high = tc::max(high, shuffle_xor(high, 1));
-      high = tc::max(high, shuffle_xor(high, 2));
+      high = row_max(high, tc::max<float>);
       const float base = high == -INFINITY ? 0.0f : high, old = expf(top[r] - base);
       top[r] = high;
       float sum = 0.0f;
@@ -124,16 +135,13 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = total[r];
-    sum += shuffle_xor(sum, 1);
-    sum += shuffle_xor(sum, 2);
-    const float scale = PART ? 1.0f : SAFE && sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float sum = row_sum(total[r]), scale = PART ? 1.0f : normalizer<SAFE>(sum);
     const int query = q0 + warp * 16 + g + r * 8;
     if (query >= QUERIES) continue;
     const size_t row = (size_t)query * STRIDE;
 #pragma unroll
     for (int j = 0; j < T::E16 / 8; ++j)
-      put<E>(out, row, j * 8 + 2 * t, [&](int e) { return !PART && !SAFE && sum == 0.0f ? NAN : sums[j][r * 2 + e] * scale; });
+      put<E>(out, row, j * 8 + 2 * t, [&](int e) { return sums[j][r * 2 + e] * scale; });
     if (PART && t == 0) {
       out.one(row + E, top[r]);
       out.one(row + E + 1, sum);

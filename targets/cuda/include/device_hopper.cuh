@@ -30,11 +30,29 @@ TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, ui
                : "memory");
 }
 
+// The map's box at this column (a word) and row of a head of a batch.
+TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int row, int head, int batch, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)), "l"(&map), "r"(column),
+               "r"(row), "r"(head), "r"(batch), "r"(shared_address(barrier))
+               : "memory");
+}
+
 // As many pixels as the map says, a window's base each, from (w, h, n) on in the order of the output: their words from `channel` on, of the pixel (dw, dh) further.
 TC_DEVICE void copy_window(void* to, const TensorMap& map, int channel, int w, int h, int n, int dw, int dh, uint64_t* barrier) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(shared_address(to)), "l"(&map),
                "r"(channel), "r"(w), "r"(h), "r"(n), "r"(shared_address(barrier)), "h"((uint16_t)dw), "h"((uint16_t)dh)
                : "memory");
+}
+
+// A barrier of two warp groups, by number (0 is that of __syncthreads): one comes and goes on, the other waits for it.
+TC_DEVICE void turn_give(int number) { asm volatile("bar.arrive %0, 256;" ::"r"(number) : "memory"); }
+TC_DEVICE void turn_wait(int number) { asm volatile("bar.sync %0, 256;" ::"r"(number) : "memory"); }
+
+// 2^x, 2 ulp; 0 for less than 2^-126.
+TC_DEVICE float power_of_two(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
 }
 
 // Registers per thread of this warp group from here on.
@@ -54,30 +72,61 @@ template <int COUNT> TC_DEVICE void products_end(int (&c)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(c[i])::"memory");
 }
 
-// c += A B of a warp group: 64 rows of A, N of B, 8 words of k each, in shared memory by descriptors. Lane l of warp w has, as g = l / 4, t = l % 4, in c[4 j ..] the
-// columns 8 j + 2 t and the next of row 16 w + g, then those of row 16 w + g + 8.
+// c += A B of a warp group (c = A B without `add`): 64 rows of A, N of B, 8 words of k each, in shared memory by descriptors. Lane l of warp w has, as g = l / 4, t = l % 4, in c[4 j ..]
+// the columns 8 j + 2 t and the next of row 16 w + g, then those of row 16 w + g + 8.
 template <class P, int N> struct Wgmma;
-#define TC_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TC_R1 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// c += A B where A is in registers, four words of two numbers a lane: row 16 w + g | g + 8 | g | g + 8, k = 2 t | 2 t | 2 t + 8 | 2 t + 8 and the next; rows of B are k (descriptor with `apart`).
+template <class P, int N> struct WgmmaRows;
+#define TC_Q0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TC_Q1 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TC_Q2 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define TC_Q3 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define TC_Q4 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define TC_Q5 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define TC_Q6 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define TC_Q7 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define TC_R0 TC_Q0 TC_Q1 TC_Q2 TC_Q3
+#define TC_R1 TC_Q4 TC_Q5 TC_Q6 TC_Q7
 #define TC_R2 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define TC_R3 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define TC_C8(kind, i) kind(c[i]), kind(c[i + 1]), kind(c[i + 2]), kind(c[i + 3]), kind(c[i + 4]), kind(c[i + 5]), kind(c[i + 6]), kind(c[i + 7])
 #define TC_C32(kind, i) TC_C8(kind, i), TC_C8(kind, i + 8), TC_C8(kind, i + 16), TC_C8(kind, i + 24)
-#define TC_WGMMA(P, SIZE, types, scales, kind, names, a_name, b_name, ...)                                                                                       \
-  template <> struct Wgmma<P, SIZE> {                                                                                                                            \
-    static TC_DEVICE void multiply(P::Sum (&c)[SIZE / 2], uint64_t a, uint64_t b) {                                                                              \
-      asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\twgmma.mma_async.sync.aligned.m64n" #SIZE types " {" names "}, " a_name ", " b_name ", p" scales ";\n\t}" \
-                   : __VA_ARGS__                                                                                                                                 \
-                   : "l"(a), "l"(b));                                                                                                                            \
-    }                                                                                                                                                            \
+#define TC_WGMMA(P, SIZE, types, scales, names, a_name, b_name, add_name, ...)                                                                                              \
+  template <> struct Wgmma<P, SIZE> {                                                                                                                                       \
+    static TC_DEVICE void multiply(P::Sum (&c)[SIZE / 2], uint64_t a, uint64_t b, bool add = true) {                                                                        \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, " add_name ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #SIZE types " {" names "}, " a_name ", " b_name ", p" scales ";\n\t}" \
+                   : __VA_ARGS__                                                                                                                                            \
+                   : "l"(a), "l"(b), "r"((int)add));                                                                                                                        \
+    }                                                                                                                                                                       \
   }
-#define TC_WGMMAS(P, types, scales, kind)                                                                                                                        \
-  TC_WGMMA(P, 64, types, scales, kind, TC_R0, "%32", "%33", TC_C32(kind, 0));                                                                                    \
-  TC_WGMMA(P, 128, types, scales, kind, TC_R0 TC_R1, "%64", "%65", TC_C32(kind, 0), TC_C32(kind, 32));                                                           \
-  TC_WGMMA(P, 192, types, scales, kind, TC_R0 TC_R1 TC_R2, "%96", "%97", TC_C32(kind, 0), TC_C32(kind, 32), TC_C32(kind, 64));                                   \
-  TC_WGMMA(P, 256, types, scales, kind, TC_R0 TC_R1 TC_R2 TC_R3, "%128", "%129", TC_C32(kind, 0), TC_C32(kind, 32), TC_C32(kind, 64), TC_C32(kind, 96))
+#define TC_WGMMAS(P, types, scales, kind)                                                                                                                  \
+  TC_WGMMA(P, 64, types, scales, TC_R0, "%32", "%33", "%34", TC_C32(kind, 0));                                                                             \
+  TC_WGMMA(P, 128, types, scales, TC_R0 TC_R1, "%64", "%65", "%66", TC_C32(kind, 0), TC_C32(kind, 32));                                                    \
+  TC_WGMMA(P, 192, types, scales, TC_R0 TC_R1 TC_R2, "%96", "%97", "%98", TC_C32(kind, 0), TC_C32(kind, 32), TC_C32(kind, 64));                            \
+  TC_WGMMA(P, 256, types, scales, TC_R0 TC_R1 TC_R2 TC_R3, "%128", "%129", "%130", TC_C32(kind, 0), TC_C32(kind, 32), TC_C32(kind, 64), TC_C32(kind, 96))
 TC_WGMMAS(Bf16x2, "k16.f32.bf16.bf16", ", 1, 1, 0, 0", "+f");
 TC_WGMMAS(Fp16x2, "k16.f32.f16.f16", ", 1, 1, 0, 0", "+f");
 TC_WGMMAS(U8S8, "k32.s32.u8.s8", "", "+r");
+#define TC_WGMMA_ROWS(P, SIZE, types, names, a_names, b_name, ...)                                                                                                   \
+  template <> struct WgmmaRows<P, SIZE> {                                                                                                                            \
+    static TC_DEVICE void multiply(float (&c)[SIZE / 2], const uint32_t (&a)[4], uint64_t b) {                                                                       \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\twgmma.mma_async.sync.aligned.m64n" #SIZE types " {" names "}, {" a_names "}, " b_name ", p, 1, 1, 1;\n\t}" \
+                   : __VA_ARGS__                                                                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                                            \
+    }                                                                                                                                                                \
+  }
+#define TC_F8(i) TC_C8("+f", i)
+#define TC_F32(i) TC_C32("+f", i)
+#define TC_WGMMAS_ROWS(P, types)                                                                                                                                           \
+  TC_WGMMA_ROWS(P, 16, types, TC_Q0, "%8, %9, %10, %11", "%12", TC_F8(0));                                                                                                 \
+  TC_WGMMA_ROWS(P, 32, types, TC_Q0 TC_Q1, "%16, %17, %18, %19", "%20", TC_F8(0), TC_F8(8));                                                                               \
+  TC_WGMMA_ROWS(P, 48, types, TC_Q0 TC_Q1 TC_Q2, "%24, %25, %26, %27", "%28", TC_F8(0), TC_F8(8), TC_F8(16));                                                              \
+  TC_WGMMA_ROWS(P, 64, types, TC_R0, "%32, %33, %34, %35", "%36", TC_F32(0));                                                                                              \
+  TC_WGMMA_ROWS(P, 80, types, TC_R0 TC_Q4, "%40, %41, %42, %43", "%44", TC_F32(0), TC_F8(32));                                                                             \
+  TC_WGMMA_ROWS(P, 96, types, TC_R0 TC_Q4 TC_Q5, "%48, %49, %50, %51", "%52", TC_F32(0), TC_F8(32), TC_F8(40));                                                            \
+  TC_WGMMA_ROWS(P, 112, types, TC_R0 TC_Q4 TC_Q5 TC_Q6, "%56, %57, %58, %59", "%60", TC_F32(0), TC_F8(32), TC_F8(40), TC_F8(48));                                          \
+  TC_WGMMA_ROWS(P, 128, types, TC_R0 TC_R1, "%64, %65, %66, %67", "%68", TC_F32(0), TC_F32(32))
+TC_WGMMAS_ROWS(Bf16x2, "k16.f32.bf16.bf16");
+TC_WGMMAS_ROWS(Fp16x2, "k16.f32.f16.f16");
 
 }  // namespace tc

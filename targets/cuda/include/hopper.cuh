@@ -14,19 +14,59 @@
 
 namespace tc {
 
-// BM x BN of C by GROUPS warp groups that multiply; STAGES stages; RESIDENT blocks fit a multiprocessor. The group that copies gives up registers to the others.
-template <int BM_, int BN_, int GROUPS_, int STAGES_, int RESIDENT> struct HopperTile {
-  static constexpr int BM = BM_, BN = BN_, GROUPS = GROUPS_, STAGES = STAGES_, BK = 32;
-  static constexpr int THREADS = 128 * (1 + GROUPS), MT = BM / GROUPS / 64;
-  static constexpr int ROW_BYTES = 4 * BK, A_BYTES = BM * ROW_BYTES, STAGE_BYTES = A_BYTES + BN * ROW_BYTES;
-  static constexpr int COPYING = 40, LAUNCHED = 65536 / (THREADS * RESIDENT) / 8 * 8;
+// Registers of a thread: a warp group that copies gives up some to GROUPS that multiply; RESIDENT blocks of them fit a multiprocessor.
+template <int GROUPS, int RESIDENT> struct WarpGroups {
+  static constexpr int THREADS = 128 * (1 + GROUPS), COPYING = 32, LAUNCHED = 65536 / (THREADS * RESIDENT) / 8 * 8;
   static constexpr int SHARE = (LAUNCHED * (1 + GROUPS) - COPYING) / GROUPS / 8 * 8, MULTIPLYING = SHARE < 240 ? SHARE : 240;
+};
+
+// STAGES stages of shared memory that one thread fills and that warps read, all in the same order.
+template <int STAGES, int BYTES> struct Ring {
+  static constexpr int WHOLE = STAGES * (BYTES + 16);
+  char* const data;
+  uint64_t *const full, *const empty;  // a stage has arrived; every warp has read it
+  int slot = 0;
+  uint32_t round = 0;  // modulo 2
+  TC_DEVICE explicit Ring(char* data) : data(data), full(reinterpret_cast<uint64_t*>(data + STAGES * BYTES)), empty(full + STAGES) {}
+  TC_DEVICE void open(int warps) const {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(full + stage, 1);
+      barrier_init(empty + stage, warps);
+    }
+  }
+  // The stage, when it may be filled, with so many bytes.
+  TC_DEVICE char* fill(int bytes) const {
+    barrier_wait(empty + slot, round ^ 1);
+    barrier_expect(full + slot, bytes);
+    return data + slot * BYTES;
+  }
+  // The address of the stage, when it has arrived.
+  TC_DEVICE uint32_t read() const {
+    barrier_wait(full + slot, round);
+    return shared_address(data) + slot * BYTES;
+  }
+  // This warp has read that stage.
+  TC_DEVICE void release(int stage) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage);
+  }
+  TC_DEVICE void next() {
+    if (++slot == STAGES) slot = 0, round ^= 1;
+  }
+};
+
+// BM x BN of C by GROUPS warp groups that multiply; STAGES stages.
+template <int BM_, int BN_, int GROUPS_, int STAGES_, int RESIDENT> struct HopperTile : WarpGroups<GROUPS_, RESIDENT> {
+  static constexpr int BM = BM_, BN = BN_, GROUPS = GROUPS_, STAGES = STAGES_, BK = 32, MT = BM / GROUPS / 64;
+  static constexpr int ROW_BYTES = 4 * BK, A_BYTES = BM * ROW_BYTES, STAGE_BYTES = A_BYTES + BN * ROW_BYTES;
   static_assert(BM % (64 * GROUPS) == 0 && BM <= 256 && BN % 8 == 0 && BN <= 256, "whole products of 64 rows, boxes that TMA takes");
 };
 
 // How the tensor cores find a tile of shared memory that begins at `address` (of a row that is a multiple of 8): rows of 128 bytes, permuted in groups of eight,
 // whose beginnings are 1024 bytes apart (PTX manual, matrix descriptor: address, strides in units of 16 bytes; 1 << 62: swizzle of 128 bytes).
-TC_DEVICE uint64_t descriptor(uint32_t address) { return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62; }
+// `apart`: of a matrix whose rows are k, from 64 columns to the next 64.
+TC_DEVICE uint64_t descriptor(uint32_t address, int apart = 16) {
+  return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(apart >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
 
 // Sources of a tile, which begins at row `row` of a map; bring: the 32 words of k of a step of all its rows.
 struct MappedRows {
@@ -51,33 +91,21 @@ template <int C, int OH, int OW, int KW, int SH, int SW, int TOP, int LEFT, int 
 template <class P, class T, int M, int N, int STEPS, class Source, class Out, class Value>
 TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int m0, int n0, int first, const Value& value) {
   TC_SHARED(char, shared);
-  char* const ring = shared + (-shared_address(shared) & 1023);
-  uint64_t* const full = reinterpret_cast<uint64_t*>(ring + T::STAGES * T::STAGE_BYTES);  // a stage has arrived
-  uint64_t* const empty = full + T::STAGES;                                              // every warp that multiplies has read it
+  Ring<T::STAGES, T::STAGE_BYTES> ring(shared + (-shared_address(shared) & 1023));
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < T::STAGES; ++stage) {
-      barrier_init(full + stage, 1);
-      barrier_init(empty + stage, 4 * T::GROUPS);
-    }
+    ring.open(4 * T::GROUPS);
     barriers_visible();
   }
   __syncthreads();
-  int slot = 0;
-  uint32_t round = 0;  // of the ring, modulo 2
-  auto next = [&] {
-    if (++slot == T::STAGES) slot = 0, round ^= 1;
-  };
   if (group == 0) {
     give_registers<T::COPYING>();
     if (threadIdx.x == 0) {
 #pragma unroll 1
-      for (int step = 0; step < STEPS; ++step, next()) {
-        char* const stage = ring + slot * T::STAGE_BYTES;
-        barrier_wait(empty + slot, round ^ 1);
-        barrier_expect(full + slot, T::STAGE_BYTES);
-        a.bring(stage, first + step, full + slot);
-        b.bring(stage + T::A_BYTES, first + step, full + slot);
+      for (int step = 0; step < STEPS; ++step, ring.next()) {
+        char* const stage = ring.fill(T::STAGE_BYTES);
+        a.bring(stage, first + step, ring.full + ring.slot);
+        b.bring(stage + T::A_BYTES, first + step, ring.full + ring.slot);
       }
     }
   } else {
@@ -86,10 +114,9 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
     typename P::Sum c[T::MT][T::BN / 2] = {};
     int before = 0;
 #pragma unroll 1
-    for (int step = 0; step < STEPS; ++step, next()) {
-      const uint32_t stage = shared_address(ring) + slot * T::STAGE_BYTES;
+    for (int step = 0; step < STEPS; ++step, ring.next()) {
+      const uint32_t stage = ring.read();
       const uint64_t da = descriptor(stage + own * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
-      barrier_wait(full + slot, round);
       products_begin();
 #pragma unroll
       for (int bytes = 0; bytes < T::ROW_BYTES; bytes += 32)
@@ -97,8 +124,8 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
         for (int i = 0; i < T::MT; ++i) Wgmma<P, T::BN>::multiply(c[i], da + ((i * 64 * T::ROW_BYTES + bytes) >> 4), db + (bytes >> 4));
       products_commit();
       products_wait<1>();  // those of the step before, whose stage may be filled again
-      if (step > 0 && lane == 0) barrier_arrive(empty + before);
-      before = slot;
+      if (step > 0) ring.release(before);
+      before = ring.slot;
     }
     products_wait<0>();
 #pragma unroll

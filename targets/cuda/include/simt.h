@@ -57,7 +57,7 @@ struct Fiber {
 };
 struct Warp {
   uint32_t in[32][16];
-  uint32_t out[32][4];
+  uint32_t out[32][16];
   int arrived;
   unsigned generation;
 };

@@ -15,11 +15,15 @@ struct Image {  // n x h x w pixels; bases of windows lie between the corners, w
   int64_t n = 0, h = 0, w = 0;
   int lower_w = 0, lower_h = 0, upper_w = 0, upper_h = 0, stride_w = 1, stride_h = 1;
 };
+struct Stack {  // batch x heads matrices, all distances in words
+  int64_t batch = 0, heads = 0, row = 0, head = 0, each = 0;
+};
 struct TensorMap {  // a matrix of words; box: rows of a copy, 32 words each. Of an image, a row is a pixel
   const char* data;
   uint64_t rows, columns;
   uint32_t box;
   Image image;
+  Stack stack;
 };
 
 namespace simt {
@@ -30,16 +34,24 @@ namespace simt {
 }
 
 struct Barrier { uint32_t phase : 1, count : 15, pending : 16; int32_t bytes; };
-struct BoxCopy { char* to; TensorMap map; uint64_t* barrier; int column, row, w, h, n, dw, dh; };
-struct Product { void* c; uint64_t a, b; void (*run)(uint32_t* c, uint64_t a, uint64_t b); };
+struct BoxCopy { char* to; TensorMap map; uint64_t* barrier; int column, row, w, h, n, dw, dh, head, batch; };
+struct Product {  // rows: of A in registers, those of the lanes that share them; given: where this lane's were
+  void* c;
+  uint64_t a, b;
+  void (*run)(uint32_t* c, const Product& product);
+  const uint32_t* given;
+  uint32_t rows[4][4];
+};
 struct Products {  // of a thread
   std::vector<std::vector<Product>> groups;     // the last one is open
-  std::map<void*, std::vector<uint32_t>> sums;  // what products have in their hands
+  std::map<void*, std::vector<uint32_t>> sums;  // what products have in their hands, by its place
   bool begun = false;
 };
 inline thread_local std::vector<BoxCopy> copies;
 inline thread_local std::map<int, Products> products;
 inline thread_local uint32_t coin = 1;
+struct Turn { int arrived; unsigned generation; bool came[1024]; };
+inline thread_local Turn turns[16];
 // addresses of shared memory begin at 16: nothing is aligned by itself
 constexpr uint32_t FIRST = 16;
 
@@ -59,11 +71,11 @@ inline Products& mine() {
   if (found.groups.empty()) found.groups.emplace_back();
   return found;
 }
-// where the 8 words of row `row` lie, in halves of 16 bytes
-inline const char* half_row(uint64_t descriptor, int row, int half) {
+// byte `byte` of row `row` of 128 bytes, and of those that the other distance of the descriptor is apart
+inline const char* byte_of(uint64_t descriptor, int row, int byte) {
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) wrong("a matrix descriptor of another layout");
-  const uint32_t start = (descriptor & 0x3fff) << 4, apart = (descriptor >> 32 & 0x3fff) << 4;
-  return at(swizzled(start + row / 8 * apart + row % 8 * 128 + 16 * half));
+  const uint32_t start = (descriptor & 0x3fff) << 4, apart = (descriptor >> 16 & 0x3fff) << 4, eight = (descriptor >> 32 & 0x3fff) << 4;
+  return at(swizzled(start + byte / 128 * apart + row / 8 * eight + row % 8 * 128 + byte % 128));
 }
 
 }  // namespace simt
@@ -72,6 +84,8 @@ TC_DEVICE uint32_t shared_address(const void* p) { return simt::FIRST + (uint32_
 
 TC_DEVICE void barrier_init(uint64_t* barrier, int count) {
   if (!simt::copies.empty()) simt::wrong("a copy that nobody waited for");
+  for (const simt::Turn& turn : simt::turns)
+    if (turn.arrived) simt::wrong("a turn that nobody took");
   simt::barrier_at(barrier) = {0, (uint32_t)count, (uint32_t)count, 0};
 }
 TC_DEVICE void barriers_visible() {}
@@ -87,19 +101,21 @@ TC_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
 }
 
 namespace simt {
-// the rows of a box in their order, -1 for one outside
+// the first words of the rows of a box in their order, -1 for one outside
 inline std::vector<int64_t> rows_of(const BoxCopy& copy) {
   const Image& image = copy.map.image;
   std::vector<int64_t> found;
   int w = copy.w, h = copy.h, n = copy.n;
   for (uint32_t r = 0; r < copy.map.box; ++r) {
     if (!image.n) {
+      const Stack& stack = copy.map.stack;
       const int64_t row = copy.row + (int64_t)r;
-      found.push_back(row >= 0 && row < (int64_t)copy.map.rows ? row : -1);
+      const bool inside = row >= 0 && row < (int64_t)copy.map.rows && (!stack.batch || (copy.head < stack.heads && copy.batch < stack.batch));
+      found.push_back(!inside ? -1 : stack.batch ? row * stack.row + copy.head * stack.head + copy.batch * stack.each : row * (int64_t)copy.map.columns);
       continue;
     }
     const int x = w + copy.dw, y = h + copy.dh;
-    found.push_back(n < image.n && x >= 0 && x < image.w && y >= 0 && y < image.h ? (n * image.h + y) * image.w + x : -1);
+    found.push_back(n < image.n && x >= 0 && x < image.w && y >= 0 && y < image.h ? ((n * image.h + y) * image.w + x) * (int64_t)copy.map.columns : -1);
     if ((w += image.stride_w) < image.w + image.upper_w) continue;
     w = image.lower_w;
     if ((h += image.stride_h) < image.h + image.upper_h) continue;
@@ -116,7 +132,7 @@ inline void arrive(const BoxCopy& copy) {
     for (int c = 0; c < 32; ++c) {
       const int64_t column = copy.column + c;
       char* const to = at(swizzled(address + r * 128 + c * 4));
-      rows[r] >= 0 && column >= 0 && column < (int64_t)copy.map.columns ? memcpy(to, copy.map.data + (rows[r] * copy.map.columns + column) * 4, 4) : memset(to, 0, 4);
+      rows[r] >= 0 && column >= 0 && column < (int64_t)copy.map.columns ? memcpy(to, copy.map.data + (rows[r] + column) * 4, 4) : memset(to, 0, 4);
     }
   Barrier& barrier = barrier_at(copy.barrier);
   barrier.bytes -= copy.map.box * 128;
@@ -132,6 +148,9 @@ inline void request(const BoxCopy& copy) {
 }  // namespace simt
 
 TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) { simt::request({static_cast<char*>(to), map, barrier, column, row}); }
+TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int row, int head, int batch, uint64_t* barrier) {
+  simt::request({static_cast<char*>(to), map, barrier, column, row, 0, 0, 0, 0, 0, head, batch});
+}
 TC_DEVICE void copy_window(void* to, const TensorMap& map, int channel, int w, int h, int n, int dw, int dh, uint64_t* barrier) {
   simt::request({static_cast<char*>(to), map, barrier, channel, 0, w, h, n, dw, dh});
 }
@@ -150,6 +169,28 @@ TC_DEVICE void barrier_wait(uint64_t* p, uint32_t parity) {
   }
 }
 
+TC_DEVICE bool turn_come(int number) {
+  simt::Turn& turn = simt::turns[number];
+  bool& came = turn.came[simt::machine.current];
+  if (came) simt::wrong("a turn that is given twice");
+  came = true;
+  if (++turn.arrived < 256) return false;
+  turn.arrived = 0;
+  memset(turn.came, 0, sizeof turn.came);
+  ++turn.generation;
+  return true;
+}
+TC_DEVICE void turn_give(int number) { turn_come(number); }
+TC_DEVICE void turn_wait(int number) {
+  const unsigned generation = simt::turns[number].generation;
+  if (turn_come(number)) return;
+  for (int rounds = 0; simt::turns[number].generation == generation; ++rounds) {
+    if (rounds > 100000) simt::wrong("a turn that nobody gives");
+    simt::yield();
+  }
+}
+TC_DEVICE float power_of_two(float x) { return exp2f(x); }
+
 template <int COUNT> void give_registers() { static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes"); }
 template <int COUNT> void take_registers() { give_registers<COUNT>(); }
 
@@ -158,13 +199,22 @@ TC_DEVICE void products_commit() { simt::mine().groups.emplace_back(); }
 template <int PENDING> void products_wait() {
   simt::Products& mine = simt::mine();
   while ((int)mine.groups.size() - 1 > PENDING) {
-    for (const simt::Product& product : mine.groups.front()) product.run(mine.sums[product.c].data(), product.a, product.b);
+    for (const simt::Product& product : mine.groups.front()) {
+      if (product.given && memcmp(product.given, product.rows[simt::machine.current % 4], 16)) simt::wrong("registers that changed under a product");
+      product.run(mine.sums[product.c].data(), product);
+    }
     mine.groups.erase(mine.groups.begin());
   }
-  if (mine.groups.size() > 1 || !mine.groups[0].empty()) return;
-  for (auto& [c, sums] : mine.sums) memcpy(c, sums.data(), sums.size() * 4);
-  mine.sums.clear();
-  mine.begun = false;
+  for (auto each = mine.sums.begin(); each != mine.sums.end();) {
+    const auto pending = [&](const std::vector<simt::Product>& group) { return std::any_of(group.begin(), group.end(), [&](const simt::Product& product) { return product.c == each->first; }); };
+    if (std::any_of(mine.groups.begin(), mine.groups.end(), pending)) {
+      ++each;
+      continue;
+    }
+    memcpy(each->first, each->second.data(), each->second.size() * 4);
+    each = mine.sums.erase(each);
+    mine.begun = false;  // registers are the thread's again
+  }
 }
 template <class Sum, int COUNT> void products_end(Sum (&)[COUNT]) {}
 
@@ -182,38 +232,75 @@ template <> struct Numbers<U8S8> {
   static void b(const char* from, int (&to)[K]) { std::copy_n(reinterpret_cast<const int8_t*>(from), K, to); }
 };
 
+namespace simt {
+template <class Sum, int COUNT> void ask(Sum (&c)[COUNT], Product product, bool add) {
+  Products& mine = simt::mine();
+  if (!mine.begun) wrong("a product that no fence precedes");
+  auto& sums = mine.sums[c];
+  if (sums.empty()) {
+    sums.resize(COUNT);
+    memcpy(sums.data(), c, sizeof c);
+    memset(c, 0xff, sizeof c);
+  }
+  if (!add) std::fill(sums.begin(), sums.end(), 0);
+  product.c = c;
+  mine.groups.back().push_back(product);
+}
+}  // namespace simt
+
 template <class P, int N> struct Wgmma {
   using Sum = typename P::Sum;
-  static void multiply(Sum (&c)[N / 2], uint64_t a, uint64_t b) {
-    simt::Products& mine = simt::mine();
-    if (!mine.begun) simt::wrong("a product that no fence precedes");
-    auto& sums = mine.sums[c];
-    if (sums.empty()) {
-      sums.resize(N / 2);
-      memcpy(sums.data(), c, sizeof c);
-      memset(c, 0xff, sizeof c);
-    }
-    mine.groups.back().push_back({c, a, b, &run});
-  }
+  static void multiply(Sum (&c)[N / 2], uint64_t a, uint64_t b, bool add = true) { simt::ask(c, {nullptr, a, b, &run, nullptr, {}}, add); }
   // the part of this thread
-  static void run(uint32_t* c, uint64_t da, uint64_t db) {
+  static void run(uint32_t* c, const simt::Product& product) {
     constexpr int K = Numbers<P>::K;
     const int warp = simt::machine.current / 32 % 4, g = simt::machine.current % 32 / 4, t = simt::machine.current % 4;
     Sum a[2][2][K];
     for (int r = 0; r < 2; ++r)
-      for (int half = 0; half < 2; ++half) Numbers<P>::a(simt::half_row(da, 16 * warp + g + 8 * r, half), a[r][half]);
+      for (int half = 0; half < 2; ++half) Numbers<P>::a(simt::byte_of(product.a, 16 * warp + g + 8 * r, 16 * half), a[r][half]);
     for (int j = 0; j < N / 8; ++j)
       for (int e = 0; e < 2; ++e) {
         Sum sums[2];
         for (int r = 0; r < 2; ++r) memcpy(&sums[r], c + 4 * j + 2 * r + e, 4);
         for (int half = 0; half < 2; ++half) {
           Sum b[K];
-          Numbers<P>::b(simt::half_row(db, 8 * j + 2 * t + e, half), b);
+          Numbers<P>::b(simt::byte_of(product.b, 8 * j + 2 * t + e, 16 * half), b);
           for (int k = 0; k < K; ++k)
             for (int r = 0; r < 2; ++r) sums[r] += a[r][half][k] * b[k];
         }
         for (int r = 0; r < 2; ++r) memcpy(c + 4 * j + 2 * r + e, &sums[r], 4);
       }
+  }
+};
+
+template <class P, int N> struct WgmmaRows;
+template <bool BF16, int N> struct WgmmaRows<Words<MmaHalf<BF16>>, N> {
+  static void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+    simt::Product product{nullptr, 0, b, &run, a, {}};
+    memcpy(product.rows, simt::meet(a, 4, [](simt::Warp& w) {
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 16; ++i) w.out[lane][i] = w.in[lane / 4 * 4 + i / 4][i % 4];
+    }), 64);
+    simt::ask(c, product, true);
+  }
+  static void run(uint32_t* c, const simt::Product& product) {
+    const int t = simt::machine.current % 4;
+    float a[2][16];
+    for (int lane = 0; lane < 4; ++lane)
+      for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half) a[i % 2][i / 2 * 8 + 2 * lane + half] = widen_half<BF16>(product.rows[lane][i] >> 16 * half);
+    for (int j = 0; j < N / 8; ++j)
+      for (int e = 0; e < 2; ++e)
+        for (int r = 0; r < 2; ++r) {
+          float sum;
+          memcpy(&sum, c + 4 * j + 2 * r + e, 4);
+          for (int k = 0; k < 16; ++k) {
+            uint16_t b;
+            memcpy(&b, simt::byte_of(product.b, k, 2 * (8 * j + 2 * t + e)), 2);
+            sum += a[r][k] * widen_half<BF16>(b);
+          }
+          memcpy(c + 4 * j + 2 * r + e, &sum, 4);
+        }
   }
 };
 

@@ -1,0 +1,118 @@
+"""Attention of sm_90a: numbers of 16 bits whose products go through TMA, wgmma and warp groups with a part each (include/attention_hopper.cuh).
+
+The limit: 4 queries x keys x width operations a head (half of them when causal) at 4096 a cycle and SM, and an exponential per score at 16 a cycle. With heads of 128 products take twice as
+long as exponentials; with heads of 64 both take the same, so that neither may wait for the other.
+
+    block, for 128 (or 192) queries of a head after another:   # tc::attention_hopper; as many blocks as SMs
+        warp group 0: queries by TMA; for 128 keys, from the last on: stage <- keys, stage <- values by TMA, as stages become empty
+        the others, 64 rows each, in turns: for 128 keys:
+            scores of these keys and results of the former ones by wgmma, asked for together; softmax of the scores meanwhile; results = results * old
+        results / sums
+
+Why these tiles: a thread has 64 scores, 32 words of probabilities and width / 2 results, 160 registers for heads of 128 of the 232 that it may have (two groups), 128 for heads of 64 of 160
+(three groups). 128 queries read 64 KB of keys and values a step of 2048 cycles from L2, 32 bytes a cycle. Scores are read by nobody but the thread that has them: probabilities are
+the A operand of the next product as they lie in registers, and rows of values are its k (the transposed B operand).
+
+What this template refuses goes to attention.py: other GPUs, fp32, heads that are no multiple of 8, few queries, and what is predicted to be faster there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..base import Target
+from . import attention
+from .attention import Attention, place
+from .gemm_hopper import TARGETS
+from .kernel import Plan, Signature, Unsupported, ctype
+from .printer import literal
+from .schedule import attention_cycles
+from .schedule_hopper import AttentionSchedule, attention_space
+
+#: numbers whose rows begin at multiples of 16 bytes, where TMA can
+_ALIGNED = 8
+#: so many queries or fewer leave all warp groups but one without any
+_FEW = 64
+
+
+def kernel(call: Any, target: Target, policy: str) -> Plan:
+    """As `attention.kernel`; raises Unsupported for what is left to that one."""
+    if target.name not in TARGETS:
+        raise Unsupported(f"no wgmma on {target.name}")
+    this = Attention.of(call, policy)
+    if this.group == 1:
+        raise Unsupported("operands in fp32")
+    if this.depth % _ALIGNED or this.width % _ALIGNED:
+        raise Unsupported(f"heads of {this.depth} and {this.width}, no multiple of {_ALIGNED}")
+    return _plan(this, best(this, target), target)
+
+
+def best(this: Attention, target: Target) -> AttentionSchedule:
+    """The schedule of least predicted time; raises Unsupported for few queries, and when attention.py's takes less."""
+    if this.queries <= _FEW:
+        raise Unsupported(f"{this.queries} queries")
+    heads = this.heads * this.batch
+
+    def cycles(schedule: AttentionSchedule) -> float:
+        return schedule.cycles(this.queries, this.keys, heads, this.causal, target)
+
+    found = min(attention_space(this.depth, this.width, target), key=cycles)
+    sizes = (this.queries, this.keys, this.depth, this.width, heads)
+    if attention_cycles(*sizes, attention.keys_at_once(this), this.causal, target) <= cycles(found):
+        raise Unsupported("the tiles of mma.sync are faster")
+    return found
+
+
+def _plan(this: Attention, schedule: AttentionSchedule, target: Target) -> Plan:
+    attrs, signature = this.attrs, Signature((this.out,))
+    out, share = signature.name(this.out), this.heads // this.own
+    sizes = ((this.queries, this.depth, this.heads), (this.keys, this.depth, this.own), (this.keys, this.width, this.own))
+    boxes = (schedule.queries, schedule.keys, schedule.keys)
+    maps = [
+        signature.map(buffer, "encode_heads", *_encoding(layout, *size, this.batch, box))
+        for buffer, layout, size, box in zip(this.operands[:3], attrs.layouts, sizes, boxes, strict=False)
+    ]
+    # products are compared as they are, and their factor is part of the exponent's, where nothing else is done to them
+    plain = len(this.operands) == 3 and attrs.scale > 0 and attrs.causal == this.causal
+    score = (["if (t > s) return -INFINITY;"] if this.causal else []) + ["return x;"] if plain else this.score(signature)
+    unit = literal((attrs.scale if plain else 1.0) / math.log(2), "float32")
+    tiles = math.ceil(this.queries / schedule.queries)
+    base, stride = place(attrs.layouts[3], this.heads, this.queries, this.width)
+    blocks = f"{schedule.queries}, {this.queries}, {this.heads}, {this.batch}, {_at_once(this, target)}, {str(this.causal).lower()}"
+    flags = ", ".join(str(flag).lower() for flag in (this.causal, attrs.safe, plain))
+    numbers = f"{share}, {this.queries}, {this.keys}, {this.width}, {stride}, {flags}"
+    lines = [
+        f"using T = {schedule.source};",
+        f"using B = tc::Blocks<{blocks}>;",
+        f"const auto to = [&](int batch, int head) {{ return tc::To<{ctype(this.out.ty.dtype)}>{{{out} + {base}}}; }};",
+        f"tc::attention_hopper<tc::{this.policy}, T, B, {numbers}>({', '.join(maps)}, {unit}, to, [&](int batch, int head, int s, int t, float x) {{",
+        *(f"  {line}" for line in score),
+        "});",
+    ]
+    made = signature.kernel(
+        lines,
+        grid=(min(tiles * this.heads * this.batch, target.cores), 1, 1),
+        threads=schedule.threads,
+        resident=1,
+        shared_bytes=schedule.shared_bytes,
+        kind="attention hopper",
+        workload=this.workload,
+        schedule=str(schedule),
+    )
+    return Plan(this.params, (made,))
+
+
+def _encoding(layout: str, rows: int, columns: int, heads: int, batch: int, box: int) -> tuple[int, ...]:
+    """Arguments of `encode_heads`, in words of two numbers."""
+    words = columns // 2
+    row, head = (words, rows * words) if layout == "BHSD" else (heads * words, words)
+    return rows, words, box, heads, batch, row, head, rows * heads * words
+
+
+def _at_once(this: Attention, target: Target) -> int:
+    """Heads whose keys and values fill half of L2 at most; a divisor of all."""
+    heads, share = this.heads * this.batch, this.heads // this.own
+    bytes_of_one = 2 * this.keys * (this.depth + this.width)
+    fitting = [count for count in range(1, heads + 1) if heads % count == 0 and math.ceil(count / share) * bytes_of_one <= target.l2_bytes / 2]
+    return max(fitting, default=1)

@@ -1,0 +1,189 @@
+// Attention for sm_90a: one warp group of a block brings queries, keys and values by TMA, the others keep 64 rows each of scores, probabilities and results in registers, all by wgmma.
+// The pipeline is that of Shah et al., FlashAttention-3 (2024): scores of the next keys are on their way while a softmax runs, and warp groups take turns to ask for products.
+#pragma once
+#include "attention.cuh"
+#include "hopper.cuh"
+
+namespace tc {
+
+// D, E: elements of a key and of a value, BT keys a step. Rows lie in shared memory in boxes of 64 elements, 128 bytes a row; keys and values take turns in the stages of one ring.
+template <int D, int E, int BT_, int GROUPS_, int STAGES_> struct HopperHeads : WarpGroups<GROUPS_, 1> {
+  static constexpr int BT = BT_, GROUPS = GROUPS_, BQ = 64 * GROUPS, STAGES = STAGES_;
+  static constexpr int D16 = (D + 15) / 16 * 16, E16 = (E + 15) / 16 * 16, D_BOXES = (D + 63) / 64, E_BOXES = (E + 63) / 64;
+  static_assert(GROUPS > 1, "warp groups that take turns");
+  static constexpr int BOX = 128 * BT, Q_BOX = 128 * BQ, Q_BYTES = D_BOXES * Q_BOX, STAGE_BYTES = (D_BOXES > E_BOXES ? D_BOXES : E_BOXES) * BOX;
+};
+
+// Blocks of BQ queries, each of a head, in the order in which they are taken: AT_ONCE heads side by side, whose keys and values stay in L2; with CAUSAL the last queries, which see most,
+// first. Blocks of the grid take them in turns, there and back, so that all have about the same to do.
+template <int BQ, int QUERIES, int HEADS, int BATCH, int AT_ONCE, bool CAUSAL> struct Blocks {
+  static constexpr int TILES = (QUERIES + BQ - 1) / BQ, COUNT = TILES * HEADS * BATCH;
+  int q0, head, batch;
+  // Of this block's turn; false behind the last.
+  TC_DEVICE bool at(int turn) {
+    const int place = turn * (int)gridDim.x + (turn % 2 ? (int)gridDim.x - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    if (place >= COUNT) return false;
+    const int inside = place % (AT_ONCE * TILES), tile = inside / AT_ONCE, each = place / (AT_ONCE * TILES) * AT_ONCE + inside % AT_ONCE;
+    q0 = (CAUSAL ? TILES - 1 - tile : tile) * BQ;
+    head = each % HEADS, batch = each / HEADS;
+    return true;
+  }
+};
+
+// Attention of all blocks to out(batch, head), a row of E elements for every query, STRIDE elements apart. SHARE heads of q have the same keys and values. unit: of the scores,
+// in powers of two. score(batch, head, s, t, x): the masked score of query s and key t whose product is x; PLAIN: it is x, but for what CAUSAL hides. SAFE: as in attention.cuh.
+template <class P, class T, class B, int SHARE, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, bool PLAIN, class Out, class Score>
+TC_DEVICE void attention_hopper(const TensorMap& q, const TensorMap& k, const TensorMap& v, float unit, const Out& out, const Score& score) {
+  TC_SHARED(char, shared);
+  char* const queries = shared + (-shared_address(shared) & 1023);
+  Ring<T::STAGES, T::STAGE_BYTES> ring(queries + T::Q_BYTES);
+  uint64_t* const given = ring.empty + T::STAGES;  // the queries have arrived
+  uint64_t* const taken = given + 1;               // every warp has read them
+  const int group = threadIdx.x / 128, lane = threadIdx.x % 32, t = lane % 4;
+  if (threadIdx.x == 0) {
+    ring.open(4 * T::GROUPS);
+    barrier_init(given, 1);
+    barrier_init(taken, 4 * T::GROUPS);
+    barriers_visible();
+  }
+  __syncthreads();
+  const auto steps = [](int q0) { return ((CAUSAL ? tc::min(KEYS, q0 + T::BQ) : KEYS) + T::BT - 1) / T::BT; };  // which are taken from the last to the first
+  B block;
+  if (group == 0) {
+    give_registers<T::COPYING>();
+    if (threadIdx.x == 0) {
+      const auto bring = [&](const TensorMap& map, int boxes, int step) {
+        char* const stage = ring.fill(boxes * T::BOX);
+        for (int box = 0; box < boxes; ++box) copy_head(stage + box * T::BOX, map, 32 * box, step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
+        ring.next();
+      };
+#pragma unroll 1
+      for (int turn = 0; block.at(turn); ++turn) {
+        barrier_wait(taken, ~turn & 1);
+        barrier_expect(given, T::Q_BYTES);
+        for (int box = 0; box < T::D_BOXES; ++box) copy_head(queries + box * T::Q_BOX, q, 32 * box, block.q0, block.head, block.batch, given);
+        int step = steps(block.q0) - 1;
+        bring(k, T::D_BOXES, step);
+#pragma unroll 1
+        for (; step > 0; --step) {
+          bring(k, T::D_BOXES, step - 1);
+          bring(v, T::E_BOXES, step);
+        }
+        bring(v, T::E_BOXES, 0);
+      }
+    }
+  } else {
+    take_registers<T::MULTIPLYING>();
+    const int own = (group - 1) * 64;
+    const uint64_t rows = descriptor(shared_address(queries) + own * 128);
+    bool first = true;  // no turns yet
+#pragma unroll 1
+    for (int turn = 0; block.at(turn); ++turn) {
+      const int query = block.q0 + own + threadIdx.x / 32 % 4 * 16 + lane / 4;  // and the eighth from it on
+      float s[T::BT / 2], o[T::E16 / 2] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, old[2];
+      uint32_t p[T::BT / 16][4];
+      const auto scores = [&](uint32_t keys) {  // s = q k^T
+        const uint64_t columns = descriptor(keys);
+        products_begin();
+#pragma unroll
+        for (int d = 0; d < T::D16; d += 16)
+          Wgmma<P, T::BT>::multiply(s, rows + ((d / 64 * T::Q_BOX + d % 64 * 2) >> 4), columns + ((d / 64 * T::BOX + d % 64 * 2) >> 4), d > 0);
+        products_commit();
+      };
+      const auto results = [&](uint32_t values) {  // o += p v
+        const uint64_t columns = descriptor(values, T::BOX);
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < T::BT / 16; ++i) WgmmaRows<P, T::E16>::multiply(o, p[i], columns + (i * 16 * 128 >> 4));
+        products_commit();
+      };
+      const auto softmax = [&](int step) {  // s = 2^(s - top); old: what sums with the former top are multiplied by
+        const bool tail = KEYS % T::BT != 0 && step == KEYS / T::BT, diagonal = CAUSAL && (step + 1) * T::BT > query - lane / 4;
+        if (!PLAIN || tail || diagonal) {
+#pragma unroll
+          for (int i = 0; i < T::BT / 2; ++i) {
+            const int row = query + i / 2 % 2 * 8, key = step * T::BT + i / 4 * 8 + 2 * t + i % 2;
+            s[i] = (PLAIN || row < QUERIES) && key < KEYS ? score(block.batch, block.head, row, key, s[i]) : -INFINITY;
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float high = top[r], sum = 0.0f;
+#pragma unroll
+          for (int j = 0; j < T::BT / 8; ++j) high = fmaxf(high, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+          high = row_max(high, [](float a, float b) { return fmaxf(a, b); });
+          const float base = high == -INFINITY ? 0.0f : high, less = -base * unit;
+          old[r] = power_of_two((top[r] - base) * unit);
+          top[r] = high;
+#pragma unroll
+          for (int j = 0; j < T::BT / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& x = s[4 * j + 2 * r + e];
+              x = power_of_two(PLAIN ? fmaf(x, unit, less) : (x - base) * unit);  // what a mask hides may be as large as numbers are
+              sum += x;
+            }
+          total[r] = total[r] * old[r] + sum;
+        }
+      };
+      const auto probabilities = [&] {  // p = s: columns of scores are k of the next product
+#pragma unroll
+        for (int i = 0; i < T::BT / 4; ++i) p[i / 4][i % 4] = Values<P>::Policy::pack({s[2 * i], s[2 * i + 1]});
+      };
+      int step = steps(block.q0) - 1, keys, values;
+      barrier_wait(given, turn & 1);
+      const uint32_t last = ring.read();
+      scores(last);
+      products_wait<0>();
+      products_end(s);
+      ring.release(ring.slot);
+      ring.next();
+      softmax(step);
+      probabilities();
+      uint32_t next = ring.read();
+#pragma unroll 1
+      while (--step >= 0) {
+        keys = ring.slot;
+        ring.next();
+        if (group > 1 || !first) turn_wait(group);
+        first = false;
+        scores(next);
+        const uint32_t now = ring.read();
+        values = ring.slot;
+        ring.next();
+        results(now);
+        turn_give(group % T::GROUPS + 1);
+        products_wait<1>();
+        products_end(s);
+        ring.release(keys);
+        softmax(step);
+        products_end(s);
+        next = ring.read();
+        products_wait<0>();
+        products_end(o);
+        ring.release(values);
+#pragma unroll
+        for (int i = 0; i < T::E16 / 2; ++i) o[i] *= old[i / 2 % 2];
+        probabilities();
+      }
+      if (lane == 0) barrier_arrive(taken);
+      results(next);
+      products_wait<0>();
+      products_end(o);
+      ring.release(ring.slot);
+      ring.next();
+      const auto to = out(block.batch, block.head);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = query + r * 8;
+        const float scale = normalizer<SAFE>(row_sum(total[r]));
+        if (row >= QUERIES) continue;
+#pragma unroll
+        for (int j = 0; j < T::E16 / 8; ++j) put<E>(to, (size_t)row * STRIDE, j * 8 + 2 * t, [&](int e) { return o[4 * j + 2 * r + e] * scale; });
+      }
+    }
+    if (group == 1 && !first) turn_wait(group);  // the turn that the last group gave
+  }
+}
+
+}  // namespace tc
