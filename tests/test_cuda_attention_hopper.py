@@ -130,7 +130,8 @@ static uint16_t q[HEADS][S][D], k[HEADS][K][D], v[HEADS][K][E];
 static float out[HEADS][S][E];
 TC_KERNEL(T::THREADS, 1) attention(TC_MAP first, TC_MAP second, TC_MAP third) {
   const auto to = [&](int, int head) { return tc::To<float>{&out[head][0][0]}; };
-  tc::attention_hopper<tc::Bf16x2, T, B, 1, S, K, E, E, FORWARD, true, true>(first, second, third, 0.125f, to, [&](int, int, int s, int t, float x) {
+  const tc::MappedHeads<false> queries{first}, keys{second}, values{third};
+  tc::attention_hopper<tc::Bf16x2, T, B, 1, S, K, E, E, FORWARD, true, true>(queries, keys, values, 0.125f, to, [&](int, int, int s, int t, float x) {
     return FORWARD && t > s ? -INFINITY : x;
   });
 }
@@ -140,7 +141,7 @@ static void fill(uint16_t* to, int count) {
 }
 static tc::TensorMap map(const void* data, int rows, int columns, int box) {
   tc::TensorMap made{(const char*)data, (uint64_t)rows, (uint64_t)columns / 2, (uint32_t)box};
-  made.stack = {1, HEADS, columns / 2, rows * columns / 2, 0};
+  made.stack = {1, HEADS, rows};
   return made;
 }
 int main() {
@@ -182,13 +183,13 @@ extern "C" void product(const uint32_t* a, const char* staged, int count, float*
   registers = a, image = staged, bytes = count, sums = c;
   tc::simt::launch(one, dim3(1), 128, 1024 + count);
 }
-extern "C" void staged(const char* words, int rows, int columns, int heads, int batch, const int* apart, int column, int row, int head, int each, int box, char* to) {
+extern "C" void staged(const char* words, int batch, int outer, int inner, int columns, bool along_outer, int column, int at_inner, int at_outer, int at_batch, int box, char* to) {
   tc::simt::machine.shared.assign((1024 + box * 128) / 4, 0.0f);
   uint64_t barrier = 0;
-  tc::TensorMap map{words, (uint64_t)rows, (uint64_t)columns, (uint32_t)box};
-  map.stack = {batch, heads, apart[0], apart[1], apart[2]};
+  tc::TensorMap map{words, (uint64_t)inner, (uint64_t)columns, (uint32_t)box};
+  map.stack = {batch, outer, inner, along_outer};
   char* const at = tc::simt::at(1024);
-  tc::simt::arrive({at, map, &barrier, column, row, 0, 0, 0, 0, 0, head, each});
+  tc::simt::arrive({at, map, &barrier, column, 0, 0, 0, 0, 0, 0, at_inner, at_outer, at_batch});
   memcpy(to, at, box * 128);
 }
 """
@@ -208,12 +209,11 @@ def test_addresses_of_heads_and_of_rows_that_are_k(tmp_path):
     numbers = floats(batch, heads, rows, 2 * columns).astype("float16")
     for layout in ("BHSD", "BSHD"):
         tensor = numbers if layout == "BHSD" else np.ascontiguousarray(numbers.transpose(0, 2, 1, 3))
-        apart = np.array([columns, rows * columns] if layout == "BHSD" else [heads * columns, columns], np.int32)
-        apart = np.array([*apart, heads * rows * columns], np.int32)
+        dims, at = ((batch, heads, rows), (16, 2)) if layout == "BHSD" else ((batch, rows, heads), (2, 16))
         image = np.zeros((2, box, 128), np.uint8)
         for half in range(2):
             place = np.zeros((box, 128), np.uint8)
-            library.staged(pointer(tensor), rows, columns, heads, batch, pointer(apart), 32 * half, 16, 2, 1, box, pointer(place))
+            library.staged(pointer(tensor), *dims, columns, layout == "BSHD", 32 * half, *at, 1, box, pointer(place))
             image[half] = place
         inside = np.zeros((box, 128), np.float16)  # the second box ends behind the columns, both behind the rows
         inside[: rows - 16, : 2 * columns] = numbers[1, 2, 16:]
@@ -266,8 +266,8 @@ NEEDED = {
         "if (group > 1 || !first) turn_wait(group);": "",
         "if (group == 1 && !first) turn_wait(group);": "",
         "(-shared_address(shared) & 1023)": "0",
-        "bring(v, T::E_BOXES, 0);": "",
-        "bring(v, T::E_BOXES, step);": "bring(v, T::E_BOXES, step - 1);",
+        "values(0);": "",
+        "values(step);": "values(step - 1);",
         "barrier_expect(given, T::Q_BYTES)": "barrier_expect(given, T::Q_BOX)",
     },
 }

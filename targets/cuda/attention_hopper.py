@@ -67,11 +67,10 @@ def best(this: Attention, target: Target) -> AttentionSchedule:
 def _plan(this: Attention, schedule: AttentionSchedule, target: Target) -> Plan:
     attrs, signature = this.attrs, Signature((this.out,))
     out, share = signature.name(this.out), this.heads // this.own
-    sizes = ((this.queries, this.depth, this.heads), (this.keys, this.depth, this.own), (this.keys, this.width, this.own))
     boxes = (schedule.queries, schedule.keys, schedule.keys)
     maps = [
-        signature.map(buffer, "encode_heads", *_encoding(layout, *size, this.batch, box))
-        for buffer, layout, size, box in zip(this.operands[:3], attrs.layouts, sizes, boxes, strict=False)
+        f"tc::MappedHeads<{str(layout == 'BSHD').lower()}>{{{signature.map(buffer, 'encode_heads', *_encoding(buffer, layout, box))}}}"
+        for buffer, layout, box in zip(this.operands[:3], attrs.layouts, boxes, strict=False)
     ]
     # products are compared as they are, and their factor is part of the exponent's, where nothing else is done to them
     plain = len(this.operands) == 3 and attrs.scale > 0 and attrs.causal == this.causal
@@ -103,11 +102,10 @@ def _plan(this: Attention, schedule: AttentionSchedule, target: Target) -> Plan:
     return Plan(this.params, (made,))
 
 
-def _encoding(layout: str, rows: int, columns: int, heads: int, batch: int, box: int) -> tuple[int, ...]:
-    """Arguments of `encode_heads`, in words of two numbers."""
-    words = columns // 2
-    row, head = (words, rows * words) if layout == "BHSD" else (heads * words, words)
-    return rows, words, box, heads, batch, row, head, rows * heads * words
+def _encoding(buffer: Any, layout: str, box: int) -> tuple[int, ...]:
+    """Arguments of `encode_heads`: dims, in words of two numbers, and rows of a box."""
+    *dims, columns = (int(dim) for dim in buffer.shape)
+    return (*dims, columns // 2, *((1, box) if layout == "BHSD" else (box, 1)))
 
 
 def _at_once(this: Attention, target: Target) -> int:

@@ -14,6 +14,15 @@ template <int D, int E, int BT_, int GROUPS_, int STAGES_> struct HopperHeads : 
   static constexpr int BOX = 128 * BT, Q_BOX = 128 * BQ, Q_BYTES = D_BOXES * Q_BOX, STAGE_BYTES = (D_BOXES > E_BOXES ? D_BOXES : E_BOXES) * BOX;
 };
 
+// Rows of heads of a tensor [batch][heads][rows], or with SWAPPED [batch][rows][heads].
+template <bool SWAPPED> struct MappedHeads {
+  const TensorMap& map;
+  template <int BOXES, int BYTES> TC_DEVICE void bring(char* to, int row, int head, int batch, uint64_t* barrier) const {
+#pragma unroll
+    for (int box = 0; box < BOXES; ++box) copy_head(to + box * BYTES, map, 32 * box, SWAPPED ? head : row, SWAPPED ? row : head, batch, barrier);
+  }
+};
+
 // Blocks of BQ queries, each of a head, in the order in which they are taken: AT_ONCE heads side by side, whose keys and values stay in L2; with CAUSAL the last queries, which see most,
 // first. Blocks of the grid take them in turns, there and back, so that all have about the same to do.
 template <int BQ, int QUERIES, int HEADS, int BATCH, int AT_ONCE, bool CAUSAL> struct Blocks {
@@ -32,8 +41,8 @@ template <int BQ, int QUERIES, int HEADS, int BATCH, int AT_ONCE, bool CAUSAL> s
 
 // Attention of all blocks to out(batch, head), a row of E elements for every query, STRIDE elements apart. SHARE heads of q have the same keys and values. unit: of the scores,
 // in powers of two. score(batch, head, s, t, x): the masked score of query s and key t whose product is x; PLAIN: it is x, but for what CAUSAL hides. SAFE: as in attention.cuh.
-template <class P, class T, class B, int SHARE, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, bool PLAIN, class Out, class Score>
-TC_DEVICE void attention_hopper(const TensorMap& q, const TensorMap& k, const TensorMap& v, float unit, const Out& out, const Score& score) {
+template <class P, class T, class B, int SHARE, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, bool PLAIN, class Q, class K, class V, class Out, class Score>
+TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, const Out& out, const Score& score) {
   TC_SHARED(char, shared);
   char* const queries = shared + (-shared_address(shared) & 1023);
   Ring<T::STAGES, T::STAGE_BYTES> ring(queries + T::Q_BYTES);
@@ -52,24 +61,27 @@ TC_DEVICE void attention_hopper(const TensorMap& q, const TensorMap& k, const Te
   if (group == 0) {
     give_registers<T::COPYING>();
     if (threadIdx.x == 0) {
-      const auto bring = [&](const TensorMap& map, int boxes, int step) {
-        char* const stage = ring.fill(boxes * T::BOX);
-        for (int box = 0; box < boxes; ++box) copy_head(stage + box * T::BOX, map, 32 * box, step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
+      const auto keys = [&](int step) {
+        k.template bring<T::D_BOXES, T::BOX>(ring.fill(T::D_BOXES * T::BOX), step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
+        ring.next();
+      };
+      const auto values = [&](int step) {
+        v.template bring<T::E_BOXES, T::BOX>(ring.fill(T::E_BOXES * T::BOX), step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
         ring.next();
       };
 #pragma unroll 1
       for (int turn = 0; block.at(turn); ++turn) {
         barrier_wait(taken, ~turn & 1);
         barrier_expect(given, T::Q_BYTES);
-        for (int box = 0; box < T::D_BOXES; ++box) copy_head(queries + box * T::Q_BOX, q, 32 * box, block.q0, block.head, block.batch, given);
+        q.template bring<T::D_BOXES, T::Q_BOX>(queries, block.q0, block.head, block.batch, given);
         int step = steps(block.q0) - 1;
-        bring(k, T::D_BOXES, step);
+        keys(step);
 #pragma unroll 1
         for (; step > 0; --step) {
-          bring(k, T::D_BOXES, step - 1);
-          bring(v, T::E_BOXES, step);
+          keys(step - 1);
+          values(step);
         }
-        bring(v, T::E_BOXES, 0);
+        values(0);
       }
     }
   } else {

@@ -30,10 +30,10 @@ TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, ui
                : "memory");
 }
 
-// The map's box at this column (a word) and row of a head of a batch.
-TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int row, int head, int batch, uint64_t* barrier) {
+// The map's box at this column (a word) of [batch][outer][inner].
+TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int inner, int outer, int batch, uint64_t* barrier) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)), "l"(&map), "r"(column),
-               "r"(row), "r"(head), "r"(batch), "r"(shared_address(barrier))
+               "r"(inner), "r"(outer), "r"(batch), "r"(shared_address(barrier))
                : "memory");
 }
 

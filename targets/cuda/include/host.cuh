@@ -83,10 +83,10 @@ inline int encode(TensorMap& map, const void* data, uint64_t rows, uint64_t colu
   map = {static_cast<const char*>(data), rows, columns, box};
   return 0;
 }
-inline int encode_heads(TensorMap& map, const void* data, uint64_t rows, uint64_t columns, uint32_t box, uint64_t heads, uint64_t batch, uint64_t row, uint64_t head, uint64_t each) {
-  if (encode(map, data, rows, columns, box)) return -1;
-  if (row % 4 || head % 4 || each % 4 || !heads || !batch) return fail("no tensor map has these distances");
-  map.stack = {(int64_t)batch, (int64_t)heads, (int64_t)row, (int64_t)head, (int64_t)each};
+inline int encode_heads(TensorMap& map, const void* data, uint64_t batch, uint64_t outer, uint64_t inner, uint64_t columns, uint32_t box_outer, uint32_t box_inner) {
+  if (encode(map, data, batch * outer * inner, columns, box_outer * box_inner)) return -1;
+  if (box_outer > 1 && box_inner > 1) return fail("no tensor map has these boxes");
+  map.stack = {(int64_t)batch, (int64_t)outer, (int64_t)inner, box_outer > 1};
   return 0;
 }
 inline int encode_windows(TensorMap& map, const void* data, int n, int h, int w, int c, int box, int lower_w, int lower_h, int upper_w, int upper_h, int stride_w, int stride_h) {
@@ -131,25 +131,27 @@ inline void* driver_function(std::atomic<void*>& found, const char* name) {
   found.store(function);
   return function;
 }
-// Of a tensor of words, for copies of `box` rows of 32 words.
-inline int encode_tiled(TensorMap& map, const void* data, int dims, const cuuint64_t* sizes, const cuuint64_t* strides, uint32_t box) {
+// The map of a tensor of words, the last dim first.
+inline int encode_tiled(TensorMap& map, const void* data, int dims, const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* boxes) {
   static std::atomic<void*> found{nullptr};
   const auto make = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver_function(found, "cuTensorMapEncodeTiled"));
   if (!make) return -1;
-  const cuuint32_t boxes[] = {32, box, 1, 1}, steps[] = {1, 1, 1, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
   const CUresult status = make(&map, CU_TENSOR_MAP_DATA_TYPE_INT32, dims, const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? 0 : fail("cuTensorMapEncodeTiled: error %d for %llu rows of %llu words", (int)status, (unsigned long long)sizes[1], (unsigned long long)sizes[0]);
 }
-// The map of a matrix, row-major.
+// The map of a matrix of words, row-major, for copies of `box` rows of 32 words.
 inline int encode(TensorMap& map, const void* data, uint64_t rows, uint64_t columns, uint32_t box) {
   const cuuint64_t sizes[] = {columns, rows}, strides[] = {columns * 4};
-  return encode_tiled(map, data, 2, sizes, strides, box);
+  const cuuint32_t boxes[] = {32, box};
+  return encode_tiled(map, data, 2, sizes, strides, boxes);
 }
-// The map of the matrices of batch x heads; row, head, each: words from a row, a head and a batch to the next.
-inline int encode_heads(TensorMap& map, const void* data, uint64_t rows, uint64_t columns, uint32_t box, uint64_t heads, uint64_t batch, uint64_t row, uint64_t head, uint64_t each) {
-  const cuuint64_t sizes[] = {columns, rows, heads, batch}, strides[] = {row * 4, head * 4, each * 4};
-  return encode_tiled(map, data, 4, sizes, strides, box);
+// The map of a tensor [batch][outer][inner][columns] of words, rows and heads or heads and rows, for copies of 32 words of several rows of a head.
+inline int encode_heads(TensorMap& map, const void* data, uint64_t batch, uint64_t outer, uint64_t inner, uint64_t columns, uint32_t box_outer, uint32_t box_inner) {
+  const cuuint64_t sizes[] = {columns, inner, outer, batch}, strides[] = {columns * 4, columns * inner * 4, columns * inner * outer * 4};
+  const cuuint32_t boxes[] = {32, box_inner, box_outer, 1};
+  return encode_tiled(map, data, 4, sizes, strides, boxes);
 }
 // The map of an NHWC image of c words a pixel, for copies of `box` windows' pixels of 32 words. Bases of windows lie between the corners, which count from the first and from the last pixel.
 inline int encode_windows(TensorMap& map, const void* data, int n, int h, int w, int c, int box, int lower_w, int lower_h, int upper_w, int upper_h, int stride_w, int stride_h) {

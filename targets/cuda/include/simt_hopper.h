@@ -15,8 +15,9 @@ struct Image {  // n x h x w pixels; bases of windows lie between the corners, w
   int64_t n = 0, h = 0, w = 0;
   int lower_w = 0, lower_h = 0, upper_w = 0, upper_h = 0, stride_w = 1, stride_h = 1;
 };
-struct Stack {  // batch x heads matrices, all distances in words
-  int64_t batch = 0, heads = 0, row = 0, head = 0, each = 0;
+struct Stack {  // batch x outer x inner rows; a box is of neighbours among the inner or the outer ones
+  int64_t batch = 0, outer = 0, inner = 0;
+  bool along_outer = false;
 };
 struct TensorMap {  // a matrix of words; box: rows of a copy, 32 words each. Of an image, a row is a pixel
   const char* data;
@@ -34,7 +35,7 @@ namespace simt {
 }
 
 struct Barrier { uint32_t phase : 1, count : 15, pending : 16; int32_t bytes; };
-struct BoxCopy { char* to; TensorMap map; uint64_t* barrier; int column, row, w, h, n, dw, dh, head, batch; };
+struct BoxCopy { char* to; TensorMap map; uint64_t* barrier; int column, row, w, h, n, dw, dh, inner, outer, batch; };
 struct Product {  // rows: of A in registers, those of the lanes that share them; given: where this lane's were
   void* c;
   uint64_t a, b;
@@ -109,9 +110,10 @@ inline std::vector<int64_t> rows_of(const BoxCopy& copy) {
   for (uint32_t r = 0; r < copy.map.box; ++r) {
     if (!image.n) {
       const Stack& stack = copy.map.stack;
-      const int64_t row = copy.row + (int64_t)r;
-      const bool inside = row >= 0 && row < (int64_t)copy.map.rows && (!stack.batch || (copy.head < stack.heads && copy.batch < stack.batch));
-      found.push_back(!inside ? -1 : stack.batch ? row * stack.row + copy.head * stack.head + copy.batch * stack.each : row * (int64_t)copy.map.columns);
+      const int64_t inner = copy.inner + (stack.along_outer ? 0 : r), outer = copy.outer + (stack.along_outer ? r : 0);
+      const int64_t row = stack.batch ? (copy.batch * stack.outer + outer) * stack.inner + inner : copy.row + r;
+      const bool inside = stack.batch ? inner < stack.inner && outer < stack.outer && copy.batch < stack.batch : row >= 0 && row < (int64_t)copy.map.rows;
+      found.push_back(inside ? row * (int64_t)copy.map.columns : -1);
       continue;
     }
     const int x = w + copy.dw, y = h + copy.dh;
@@ -148,8 +150,8 @@ inline void request(const BoxCopy& copy) {
 }  // namespace simt
 
 TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) { simt::request({static_cast<char*>(to), map, barrier, column, row}); }
-TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int row, int head, int batch, uint64_t* barrier) {
-  simt::request({static_cast<char*>(to), map, barrier, column, row, 0, 0, 0, 0, 0, head, batch});
+TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int inner, int outer, int batch, uint64_t* barrier) {
+  simt::request({static_cast<char*>(to), map, barrier, column, 0, 0, 0, 0, 0, 0, inner, outer, batch});
 }
 TC_DEVICE void copy_window(void* to, const TensorMap& map, int channel, int w, int h, int n, int dw, int dh, uint64_t* barrier) {
   simt::request({static_cast<char*>(to), map, barrier, channel, 0, w, h, n, dw, dh});
