@@ -329,7 +329,7 @@ def test_everything_else_runs_on_the_gpu_too():
     for out, want in zip(outputs, expected, strict=True):
         close(out, want, 3e-6)
     kinds = set(templates(lowered))
-    assert kinds - {"gemm"} == {"map", "rows by thread", "rows by warp", "rows by block", "rows side by side", "scan"}
+    assert kinds - {"gemm"} == {"map", "depthwise", "rows by thread", "rows by warp", "rows by block", "rows side by side", "scan"}
 
 
 def test_sine_and_cosine_of_any_size():

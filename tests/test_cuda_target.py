@@ -51,14 +51,15 @@ ARCHS = ["sm_80", "sm_90a"]
 
 
 def network():
-    """GEMMs with an epilogue, of computed and of constant operands, a convolution, an attention, a softmax, a gather and an integer GEMM: one kernel of each kind."""
+    """GEMMs with an epilogue, of computed and of constant operands, a convolution, an attention, a softmax, a gather, an integer GEMM, a sort, merges and both ways to scatter: one kernel of each kind."""
     codes = relax.const(RANDOM.integers(-128, 128, (96, 72), "int8"))
     weight = relax.const(RANDOM.standard_normal((96, 80)).astype("float32"))
     shapes = {"x": (64, 96), "w": (96, 128), "image": (1, 14, 14, 16), "kernel": (3, 3, 16, 32), "q": (1, 2, 64, 64)}
     inputs = {name: RANDOM.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
     inputs["bytes"] = RANDOM.integers(0, 256, (64, 96), "uint8")
+    inputs["long"] = RANDOM.integers(0, 90, 5000)
 
-    def build(emit, x, w, image, kernel, q, octets):
+    def build(emit, x, w, image, kernel, q, octets, long):
         return [
             emit(op.nn.gelu(emit(op.matmul(x, w)))),
             emit(op.nn.relu(emit(op.nn.conv2d(image, kernel, 1, 1, 1, 1, "NHWC", "HWIO", "NHWC")))),
@@ -67,6 +68,10 @@ def network():
             emit(op.sin(x)),
             emit(op.matmul(octets, codes, out_dtype="int32")),
             emit(op.nn.silu(emit(op.matmul(x, weight)))),
+            emit(op.topk(x, 5, ret_type="values")),
+            emit(op.argsort(long)),
+            emit(op.scatter_elements(emit(op.zeros((90,), "float32")), long, emit(op.astype(long, "float32")), 0, "add")),
+            emit(op.scatter_nd(x, relax.const(np.array([[3], [9]])), emit(op.strided_slice(x, [0], [0], [2])), "max")),
         ]
 
     return program_of(build, inputs), inputs
@@ -121,7 +126,7 @@ def test_products_are_on_tensor_cores_and_nothing_spills(arch, precision, tmp_pa
 def test_the_library_loads_without_a_gpu_and_refuses_other_tensors():
     lowered = built("sm_80", "fp32")
     main = load_library(lowered.library)["main"]
-    with pytest.raises(RuntimeError, match="expected 16 tensors, got 0"):
+    with pytest.raises(RuntimeError, match="expected 21 tensors, got 0"):
         main()
     sizes = [lowered.report["memory"]["workspace_bytes"], lowered.report["weights_bytes"]]
     tensors = [np.zeros(size, np.uint8) for size in sizes] + [np.zeros(1, np.int32)]
@@ -248,13 +253,11 @@ def test_bad_requests():
 
 
 def test_what_has_no_kernel_is_refused_by_name():
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3])
-    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 3])
-    nodes = [onnx.helper.make_node("ScatterElements", ["x", "at", "x"], ["y"], name="spread", axis=1)]
-    at = onnx.numpy_helper.from_array(np.array([[0, 2, 1], [1, 0, 2]]), "at")
-    graph = onnx.helper.make_graph(nodes, "scatter", [x], [y], [at])
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3, 3])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Det", ["x"], ["y"], name="volume")], "determinant", [x], [y])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    with pytest.raises(UnsupportedModel, match="no CUDA kernel"):
+    with pytest.raises(UnsupportedModel, match="tcompile.determinant has no CUDA kernel"):
         tcompile.compile(model, target="cuda", emit_only=True)
 
 

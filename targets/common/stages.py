@@ -102,6 +102,8 @@ def _read_block(realize: Any, loops: dict[Any, Any]) -> Stage:
     stage = Stage(store.buffer, tuple(store.indices), store.value, tuple(spatial), tuple(reduced))
     if is_reduction(block):
         stage = _read_reduction(stage, block)
+    if not stage.indices and all(static(extent) == 1 for _, extent in spatial):  # one number: TVM gives it a loop all the same
+        stage = replace(stage, value=substitute(stage.value, {var: tirx.const(0, "int64") for var, _ in spatial}), axes=())
     if not stage.is_identity:
         raise Unreadable(f"block {block.name_hint} stores out of order")
     if any(load.source.same_as(stage.target) for load in loads(stage.value)):

@@ -12,6 +12,8 @@ A convolution is the same product over the windows of its image, whose addresses
 
 uint8 times int8, bfloat16 and float16 are the same product of words: four or two consecutive k of an activation lie in one already, and constant weights are packed to words
 [K / 4][N] or [K / 2][N]. Copies, tiles and fragments do not care what a word holds; only `mma.sync` does.
+
+Groups of a convolution are a batch: each a product of its channels of every window by its columns of the weights.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from .product import Product, plan
 from .schedule import GemmShape, TileSchedule, best_tile
 from .words import GROUPS
 
+#: fewer columns of a group leave part of every fragment empty
+_LEAST_COLUMNS = 8
 #: types of A -> number policy of include/tcompile.cuh of what lies in words; fp32 products have the policy that was asked for
 _POLICIES = {"uint8": "U8S8", "bfloat16": "Bf16x2", "float16": "Fp16x2"}
 
@@ -70,6 +74,7 @@ class Gemm(Product):
         types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
         if types != ("float32",) * 3 and types not in GROUPS:
             raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
+        self.groups = fused.core.get("groups", 1)
         self.policy, self.group, self.sum = _POLICIES.get(types[0], policy), GROUPS.get(types, 1), ctype(types[2])
         self.packings = () if self.group == 1 else (self._packing(constants),)
         self.dims = [int(dim) for dim in fused.accumulator.shape]
@@ -78,7 +83,7 @@ class Gemm(Product):
         else:
             self.batch_dims, self.row_dims, self.k, self.a, self.b = self._matrices()
         #: words of k
-        self.m, self.n, self.batch = math.prod(self.row_dims), self.dims[-1], math.prod(self.batch_dims)
+        self.m, self.n, self.batch = math.prod(self.row_dims), self.dims[-1] // self.groups, math.prod(self.batch_dims) * self.groups
 
         self.shape = GemmShape(self.batch, self.m, self.k, self.n, self.a.vector, self.b.vector, "Windows" in self.a.source)
 
@@ -98,10 +103,12 @@ class Gemm(Product):
     def _product(self, tile: TileSchedule, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
         operands, call = self._operands(tile, signature), self._call(tile)
-        start = f" + (size_t)blockIdx.z * {self.m * self.n}" if self.batch * tile.parts > 1 else ""
+        start = f" + (size_t)blockIdx.z * {self.n if self.groups > 1 else self.m * self.n}" if self.batch * tile.parts > 1 else ""
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
         out = f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};"
-        lines = [f"using T = {tile.source};", *operands, out, f"{call}, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{"]
+        column = "column" if self.groups > 1 else "n"
+        value = [f"const int n = blockIdx.z * {self.n} + column;", *value] if self.groups > 1 else value
+        lines = [f"using T = {tile.source};", *operands, out, f"{call}, [&](int m, int {column}, {self.sum} sum) -> {kinds[0]} {{"]
         lines += [f"  {line}" for line in value] + ["});"]
         return signature.kernel(
             lines,
@@ -128,7 +135,7 @@ class Gemm(Product):
         """The device template called on them, up to its last argument."""
         k = tile.part_of(self.k)
         start = f"blockIdx.z * {k}" if tile.parts > 1 else "0"
-        sizes = f"{self.m}, {self.n}, {k}, {self.a.vector}, {self.b.vector}"
+        sizes = f"{self.m}, {self.n}, {k}, {self.a.vector}, {self.b.vector}" + (f", {self.dims[-1]}" if self.groups > 1 else "")
         return f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
 
     def _in_words(self, size: int) -> int:
@@ -176,20 +183,24 @@ class Gemm(Product):
 
     def _windows(self) -> tuple[int, _Operand, _Operand]:
         core = self.fused.core
-        if core["groups"] != 1:
-            raise Unfusable("grouped convolution")
-        batch, height, width, depth = (int(dim) for dim in self.fused.inputs[0].shape)
-        depth = self._in_words(depth)
-        taps_h, taps_w, _, features = (int(dim) for dim in self.fused.inputs[1].shape)
+        batch, height, width, _ = (int(dim) for dim in self.fused.inputs[0].shape)
+        taps_h, taps_w, depth, features = (int(dim) for dim in self.fused.inputs[1].shape)
+        depth, columns = self._in_words(depth), features // self.groups
+        if self.groups > 1 and columns < _LEAST_COLUMNS:
+            raise Unfusable(f"a grouped convolution of {columns} features a group")
         (stride_h, stride_w), (top, left, _, _), (dilate_h, dilate_w) = core["strides"], core["padding"], core["dilation"]
         k = taps_h * taps_w * depth
+        # rows of a group's channels and columns lie further apart than they are long
+        pixel, row = (f", {depth * self.groups}", f", {features}") if self.groups > 1 else ("", "")
         plain = taps_h == taps_w == stride_h == stride_w == 1 and not any(core["padding"])
         if plain:
-            source = f"tc::Matrix<{batch * height * width}, {depth}>"
+            source = f"tc::Matrix<{batch * height * width}, {depth}{pixel}>"
         else:
             numbers = (batch, height, width, depth, self.dims[1], self.dims[2], taps_h, taps_w, stride_h, stride_w, top, left, dilate_h, dilate_w)
-            source = f"tc::Windows<{', '.join(map(str, numbers))}>"
-        return k, _Operand(source, vector(depth)), _Operand(f"tc::Matrix<{k}, {features}>", vector(features))
+            source = f"tc::Windows<{', '.join(map(str, numbers))}{pixel}>"
+        offsets = (f"blockIdx.z * {depth}", f"blockIdx.z * {columns}") if self.groups > 1 else ("", "")
+        image = _Operand(source, vector(depth), offsets[0])
+        return k, image, _Operand(f"tc::Matrix<{k}, {columns}{row}>", vector(columns), offsets[1])
 
 
 def packed(codes: np.ndarray, group: int) -> np.ndarray:

@@ -57,6 +57,8 @@ class HopperGemm(Gemm):
         super().__init__(fused, target, policy, constants, rounded)
         if self.group == 1:
             raise Unfusable("operands in fp32")
+        if self.groups > 1:
+            raise Unfusable("grouped convolution")
         self.image = _Image.of(fused, self.group) if self.shape.windows else None
         depth = self.k if self.image is None else self.image.depth
         if depth % _ALIGNED:

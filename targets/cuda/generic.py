@@ -44,21 +44,25 @@ def schedule(func: tirx.PrimFunc, reason: str = "", rounded: str = "") -> Plan:
     try:
         outputs, flat = set(params), Flat()
         stages = [replace(stage, value=check_indices(stage.value)) for stage in inline(read_stages(func), outputs)]
-        nests = [merge(split_divisions(drop_units(nest))) for nest in group(stages, outputs, flat)]
+        filled = (_without_empty_loops(nest) for nest in group(stages, outputs, flat))
+        nests = [merge(split_divisions(drop_units(nest))) for nest in filled if nest is not None]
     except Unreadable as problem:
         raise Unsupported(str(problem)) from problem
     own = {planned: source for source, planned in flat.buffers.items()}
     copies = copies_of(params[-1], rounded)
-    kernels = [kernel for nest in nests for kernel in _emit(nest, own, dict(zip(params[-1:], copies, strict=False)))]
+    kernels = [_Emitter(nest, own, dict(zip(params[-1:], copies, strict=False))).kernel() for nest in nests]
     return Plan((*params, *copies), tuple(replace(kernel, reason=reason) for kernel in kernels))
 
 
-def _emit(nest: Nest, own: dict[Any, Any], copies: dict[Any, Any]) -> list[Kernel]:
-    if any(_extent(axis) == 0 for axis in nest.axes):
-        if any(step.combine for step in nest.steps):
-            raise Unsupported("a reduction over nothing")
-        return []
-    return [_Emitter(nest, own, copies).kernel()]
+def _without_empty_loops(nest: Nest) -> Nest | None:
+    """A nest whose reductions are over nothing, as the numbers that they start from; None where nothing is left to do."""
+    if any(_extent(axis) == 0 for axis in nest.axes if not axis.inner):
+        return None
+    if all(_extent(axis) for axis in nest.axes):
+        return nest
+    folds = (replace(step, value=step.init, combine="", wide=False) if step.combine else step for step in nest.steps)
+    steps = tuple(step for step in folds if not step.wide)
+    return Nest(tuple(axis for axis in nest.axes if not axis.inner), steps) if steps else None
 
 
 def _extent(axis: Axis) -> int:

@@ -15,20 +15,20 @@ from .lower import Launches, Place, Tensor
 INCLUDE = Path(__file__).parent / "include"
 #: name of the model's source among those of an artifact
 MODEL = "model.cu"
-#: headers that the model's source includes, in the artifact beside it
-HEADERS = (
+#: headers that the model's source includes, in this order, and all that are in the artifact beside it
+INCLUDED = (
     "tcompile.cuh",
-    "device.cuh",
     "attention.cuh",
     "weight_only.cuh",
     "sparse.cuh",
+    "sort.cuh",
+    "depthwise.cuh",
+    "recurrent.cuh",
     "hopper.cuh",
     "attention_hopper.cuh",
-    "device_hopper.cuh",
     "host.cuh",
-    "simt.h",
-    "simt_hopper.h",
 )
+HEADERS = (*INCLUDED, "device.cuh", "device_hopper.cuh", "simt.h", "simt_hopper.h")
 #: dynamic shared memory that a kernel gets without asking
 _FREE_SHARED = 48 * 1024
 _CODES = {"i": 0, "u": 1, "f": 2, "b": 6, "V": 4}
@@ -38,7 +38,7 @@ def sources(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[
     """File name -> text. command: how the sources are built, for the reader."""
     parts = [
         _banner(launches, command),
-        '#include "tcompile.cuh"\n#include "attention.cuh"\n#include "weight_only.cuh"\n#include "sparse.cuh"\n#include "hopper.cuh"\n#include "attention_hopper.cuh"\n#include "host.cuh"',
+        "\n".join(f'#include "{name}"' for name in INCLUDED),
     ]
     for name, kernel in launches.kernels.items():
         nodes = launches.nodes[name]

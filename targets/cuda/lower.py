@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.dialect import attention as dialect
+from ...compiler.dialect import recurrent as recurrent_dialect
 from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import Blocker, UnsupportedModel
@@ -23,15 +24,17 @@ from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, attention_hopper, gemm_hopper, generic, scan, sparse
+from . import attention, attention_hopper, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
 from .gemm import gemm
 from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
 from .weight_only import weight_only
 
 #: templates of products in the order in which they are asked; those of core operators that others do not take
-DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm)
+DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm, depthwise.conv)
 ATTENTION: tuple[Callable[..., Plan], ...] = (attention_hopper.kernel, attention.kernel)
 TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,)}
+#: Relax operators that are kernels of their own: call -> its plan
+WHOLE: dict[str, Callable[[Any], Plan]] = {name: part.kernel for part in (scan, scatter, sort) for name in part.OPERATORS}
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,10 @@ class _Walk:
             return self._call_tir(call, var)
         if name == dialect.NAME:
             return self._whole(call, "attention", lambda: _first_of(ATTENTION, call, self.target, self.policy))
-        if name in scan.OPERATORS:
-            return self._whole(call, name.removeprefix("relax."), lambda: scan.kernel(call))
+        if name == recurrent_dialect.NAME:
+            return self._whole(call, "recurrent", lambda: recurrent.kernel(call, self.target))
+        if name in WHOLE:
+            return self._whole(call, name.split(".")[-1], lambda: WHOLE[name](call))
         return self._refuse("", f"operator {name} has no CUDA kernel yet", call.ty)
 
     def _call_tir(self, call: Any, var: Any) -> Any:
@@ -171,18 +176,21 @@ class _Walk:
 
     def _whole(self, call: Any, hint: str, make: Callable[[], Plan]) -> Any:
         """An operator that has a kernel of its own and takes part in no fusion; equal ones share it."""
-        out = self._outs(call.ty)[0]
+        outs = self._outs(call.ty)
+        out = outs if isinstance(call.ty, relax.TupleType) else outs[0]
         try:
             made = make()
         except Unsupported as reason:
             self.blockers.append(Blocker("", "", f"no CUDA kernel for {hint}: {reason}"))
             return out
-        texts = [kernel.text for kernel in made.kernels]
-        same = (old for old, (other, _) in self.plans.items() if [kernel.text for kernel in other.kernels] == texts)
+        if not made.kernels:  # of no elements
+            return out
+        texts = [(kernel.text, kernel.grid) for kernel in made.kernels]
+        same = (old for old, (other, _) in self.plans.items() if [(kernel.text, kernel.grid) for kernel in other.kernels] == texts)
         name = next(same, f"{hint}{sum(other.startswith(hint) for other in self.plans)}")
         if name not in self.plans:
             self._add(name, made, ())
-        self._launch(name, [*(self._value(arg) for arg in call.args), out])
+        self._launch(name, [*(self._value(arg) for arg in call.args), *outs])
         return out
 
     def _add(self, name: str, made: Plan, nodes: tuple[str, ...]) -> None:
@@ -214,7 +222,7 @@ class _Walk:
 
     def _bytes(self, kind: Any) -> int:
         count = numpy_dtype(str(kind.dtype)).itemsize
-        for dim in kind.shape:
+        for dim in kind.shape if kind.shape is not None else ("unknown",):
             if not isinstance(dim, (int, tirx.IntImm)):
                 self.blockers.append(
                     Blocker("", "", f"an intermediate has size {dim}, which is known only at run time; the CUDA target takes fixed sizes")

@@ -14,7 +14,7 @@ from ...compiler.tvm import mutator, operator_attrs, relax
 from ...passes.fusion import FuseEpilogues
 from ...passes.products import analyze, operator
 from ..common import legalize as definitions
-from . import attention, toolchain
+from . import attention, scatter, toolchain
 from .host import sources
 from .kernel import SHORT
 from .lower import Launches, sequence
@@ -115,7 +115,7 @@ def rows(launches: Launches) -> list[dict[str, Any]]:
 def _legalize(program: Program) -> Any:
     module = relax.transform.CanonicalizeBindings()(relax.transform.DecomposeOpsForInference()(program.module))
     module = _Prepare(program.with_module(module)).apply()
-    module = definitions.legalize(module, {"relax.astype": definitions.default_legalization, BITCAST: _bits}, keep=(dialect.NAME,))
+    module = definitions.legalize(module, {"relax.astype": definitions.default_legalization, BITCAST: _bits}, keep=(dialect.NAME, *scatter.OPERATORS))
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
 
 

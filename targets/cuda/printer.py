@@ -19,7 +19,7 @@ _BINARY = {
 #: calls of C's mathematics library; the float version has an f behind its name
 _MATH = {
     "tirx.exp": "exp", "tirx.exp2": "exp2", "tirx.exp10": "exp10", "tirx.erf": "erf", "tirx.tanh": "tanh", "tirx.sqrt": "sqrt", "tirx.log": "log",
-    "tirx.log2": "log2", "tirx.log10": "log10", "tirx.log1p": "log1p", "tirx.pow": "pow", "tirx.floor": "floor", "tirx.ceil": "ceil", "tirx.trunc": "trunc",
+    "prim.log2": "log2", "tirx.log10": "log10", "tirx.log1p": "log1p", "tirx.pow": "pow", "tirx.floor": "floor", "prim.ceil": "ceil", "tirx.trunc": "trunc",
     "tirx.round": "rint", "tirx.nearbyint": "rint", "tirx.fabs": "fabs", "tirx.cos": "cos", "tirx.sin": "sin", "tirx.tan": "tan", "tirx.acos": "acos",
     "tirx.asin": "asin", "tirx.atan": "atan", "tirx.atan2": "atan2", "tirx.cosh": "cosh", "tirx.sinh": "sinh", "tirx.acosh": "acosh", "tirx.asinh": "asinh",
     "tirx.atanh": "atanh", "tirx.fmod": "fmod", "tirx.copysign": "copysign", "tirx.hypot": "hypot",
@@ -173,10 +173,7 @@ class Printer:
                 raise Unsupported(f"{name} of {dtype}")
             return f"{_MATH[name]}{'f' if single else ''}({', '.join(self(arg) for arg in args)})"
         if name == "tirx.reinterpret":
-            types = {dtype, str(args[0].ty.dtype)}
-            if types not in ({"float32", "uint32"}, {"float32", "int32"}):
-                raise Unsupported(f"bits of {args[0].ty.dtype} as {dtype}")
-            return f"tc::as_float({self(args[0])})" if dtype == "float32" else f"(({ctype(dtype)})tc::as_bits({self(args[0])}))"
+            return f"tc::bits<{ctype(dtype)}, {ctype(args[0].ty.dtype)}>({self(args[0])})"
         value = self(args[0]) if name not in ("tirx.call_pure_extern", "tirx.infinity") else ""
         if name == "tirx.call_pure_extern" and str(args[0].value) == INDEX:
             self.indexed = True

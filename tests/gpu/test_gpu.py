@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import tcompile
 import test_cuda_attention_hopper
+import test_cuda_depthwise
 import test_cuda_half
 import test_cuda_hopper
 import test_cuda_kernels
+import test_cuda_recurrent
+import test_cuda_selection
 import test_cuda_sparse
 import test_cuda_weight_only
 from tcompile.compiler import artifact
@@ -51,7 +54,7 @@ class _OnGpu:
 
 KERNEL_TESTS = [
     (module, name, [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"])
-    for module in (test_cuda_kernels, test_cuda_half)
+    for module in (test_cuda_kernels, test_cuda_half, test_cuda_selection, test_cuda_depthwise, test_cuda_recurrent)
     for name, test in sorted(vars(module).items())
     if name.startswith("test_")
 ]
@@ -236,6 +239,11 @@ SANITIZED = (
     "few_queries",
     "everything_else",
     "attention_reads_16",
+    "sorting_of",
+    "scattering_in",
+    "depthwise_tiles",
+    "grouped_convolutions",
+    "layers_of_awkward",
     "test_hopper",
     "attention_hopper[test_blocks",
     "weight_only",

@@ -58,13 +58,15 @@ inline int bind(const TVMFFIAny* arguments, int count, const Expected* expected,
       return fail("%s: expected elements of type code %d with %d bits, got code %d with %d bits", want.name, want.type.code, want.type.bits, got->dtype.code, got->dtype.bits);
     if (got->ndim != want.dims) return fail("%s: expected %d dims, got %d", want.name, want.dims, got->ndim);
     int64_t stride = 1;
+    bool empty = false;  // a tensor without elements has any strides
+    for (int d = 0; d < want.dims; ++d) empty = empty || want.shape[d] == 0;
     for (int d = want.dims - 1; d >= 0; --d) {
       if (got->shape[d] != want.shape[d]) return fail("%s: expected size %lld of dim %d, got %lld", want.name, (long long)want.shape[d], d, (long long)got->shape[d]);
-      if (got->strides && got->shape[d] > 1 && got->strides[d] != stride) return fail("%s: expected a contiguous tensor", want.name);
+      if (got->strides && !empty && got->shape[d] > 1 && got->strides[d] != stride) return fail("%s: expected a contiguous tensor", want.name);
       stride *= got->shape[d];
     }
     data[i] = static_cast<char*>(got->data) + got->byte_offset;
-    if (stride && reinterpret_cast<uintptr_t>(data[i]) % 16) return fail("%s: expected a tensor aligned to 16 bytes", want.name);
+    if (!empty && reinterpret_cast<uintptr_t>(data[i]) % 16) return fail("%s: expected a tensor aligned to 16 bytes", want.name);
   }
   return 0;
 }

@@ -183,6 +183,7 @@ namespace tc {
 
 TC_DEVICE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 TC_DEVICE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+TC_DEVICE uint64_t double_bits(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits; }
 TC_DEVICE void report(int* error, int site) { if (*error == 0) *error = site; }
 
 template <class V, class F> V shuffle_from(V value, const F& source) {

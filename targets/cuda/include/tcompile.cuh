@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #ifdef TCOMPILE_SIMT
 #include "simt.h"
 #else
@@ -30,6 +31,12 @@ template <class T> TC_DEVICE T floormod(T a, T b) {
 template <class T> TC_DEVICE bool is_nan(T x) { return x != x; }
 template <class T> TC_DEVICE bool is_infinite(T x) { return x == x && x - x != x - x; }
 template <class T> TC_DEVICE bool is_finite(T x) { return x - x == x - x; }
+template <class To, class From> TC_DEVICE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits as another type");
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
 template <class T> TC_DEVICE T absolute(T x) { return x < 0 ? T(0) - x : x; }
 
 // Numbers of 16 bits as memory holds them; arithmetic is in float.
@@ -168,19 +175,19 @@ using Bf16 = Half<true>;
 // copied as floats are.
 TC_DEVICE const float* words(const void* data) { return static_cast<const float*>(data); }
 
-template <int ROWS, int COLS> struct Matrix {  // row-major
+template <int ROWS, int COLS, int STRIDE = COLS> struct Matrix {  // row-major, rows STRIDE apart
   const float* data;
-  TC_DEVICE const float* at(int r, int c) const { return r < ROWS && c < COLS ? data + (size_t)r * COLS + c : nullptr; }
+  TC_DEVICE const float* at(int r, int c) const { return r < ROWS && c < COLS ? data + (size_t)r * STRIDE + c : nullptr; }
 };
 
-// Convolution as a product: row = output pixel (n, oh, ow), column = (kh, kw, c) of the window, over an NHWC image. Nothing is copied to get there.
-template <int N, int H, int W, int C, int OH, int OW, int KH, int KW, int SH, int SW, int TOP, int LEFT, int DH, int DW> struct Windows {
+// Convolution as a product: row = output pixel (n, oh, ow), column = (kh, kw, c) of the window, over an NHWC image of PIXEL channels, of which C count. Nothing is copied to get there.
+template <int N, int H, int W, int C, int OH, int OW, int KH, int KW, int SH, int SW, int TOP, int LEFT, int DH, int DW, int PIXEL = C> struct Windows {
   const float* data;
   TC_DEVICE const float* at(int r, int c) const {
     const int tap = c / C, channel = c % C;
     const int h = r / OW % OH * SH + tap / KW * DH - TOP, w = r % OW * SW + tap % KW * DW - LEFT, n = r / (OW * OH);
     const bool inside = n < N && tap < KH * KW && (unsigned)h < (unsigned)H && (unsigned)w < (unsigned)W;
-    return inside ? data + ((size_t)(n * H + h) * W + w) * C + channel : nullptr;
+    return inside ? data + ((size_t)(n * H + h) * W + w) * PIXEL + channel : nullptr;
   }
 };
 
@@ -221,9 +228,9 @@ template <class V> struct To<V, void> {
   TC_DEVICE void one(size_t at, V x) const { data[at] = x; }
   TC_DEVICE void two(size_t at, V x, V y) const { *reinterpret_cast<Two<V>*>(data + at) = {x, y}; }
 };
-// COLUMNS: of the whole row.
-template <int COLUMNS, class Out, class Value> TC_DEVICE void put(const Out& out, size_t row, int column, const Value& value) {
-  if (COLUMNS % 2 == 0) {
+// COLUMNS: of the row, before the next one begins DISTANCE further.
+template <int COLUMNS, int DISTANCE = COLUMNS, class Out, class Value> TC_DEVICE void put(const Out& out, size_t row, int column, const Value& value) {
+  if (COLUMNS % 2 == 0 && DISTANCE % 2 == 0) {
     if (column < COLUMNS) out.two(row + column, value(0), value(1));
   } else {
     if (column < COLUMNS) out.one(row + column, value(0));
@@ -248,8 +255,8 @@ template <int STAGES, class Fill, class Use> TC_DEVICE void in_stages(int steps,
   }
 }
 
-// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B, where A is M x K and B is K x N, both from k0 on. VA, VB: floats per copy.
-template <class P, class T, int M, int N, int K, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
+// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B, where A is M x K and B is K x N, both from k0 on. VA, VB: floats per copy. LD: from row to row of out.
+template <class P, class T, int M, int N, int K, int VA, int VB, int LD = N, class SourceA, class SourceB, class Out, class Value>
 TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, int n0, int k0, const Value& value) {
   TC_SHARED(float, shared);
   constexpr int STEPS = (K + T::BK - 1) / T::BK;
@@ -297,7 +304,7 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, 
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int m = m0 + wm + i * 16 + g + r * 8, n = n0 + wn + j * 8 + 2 * t;
-        if (m < M) put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][j][2 * r + e]); });
+        if (m < M) put<N, LD>(out, (size_t)m * LD, n, [&](int e) { return value(m, n + e, c[i][j][2 * r + e]); });
       }
 }
 
