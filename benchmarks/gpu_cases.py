@@ -45,6 +45,8 @@ def cases(small: bool) -> Iterator[Case]:
         yield gemm(33, 48, 40)
         yield int8_gemm(32, 64, 48)
         yield attention(2, 32, 37, causal=True)
+        yield depthwise(1, 9, 12, 3)
+        yield top_k(3, 70, 5)
         yield network("mobilenetv3-l", 1, "fp32")
         return
     yield gemm(4096, 4096, 4096, bar=0.9)
@@ -52,6 +54,10 @@ def cases(small: bool) -> Iterator[Case]:
     for m, k, n in ((128, 768, 3072), (128, 3072, 768), (4093, 768, 2304), (197, 384, 1536), (1, 4096, 14336), (16, 4096, 14336)):
         yield gemm(m, k, n)
     yield int8_gemm(4096, 4096, 4096)
+    for batch, size, channels, taps in ((1, 56, 144, 3), (32, 56, 144, 3), (32, 28, 120, 5)):
+        yield depthwise(batch, size, channels, taps)
+    for rows, length, count in ((32, 128256, 50), (8192, 64, 8), (64, 4096, 4096)):
+        yield top_k(rows, length, count)
     for tokens in (4096, 8192, 16384):
         yield attention(16, 128, tokens, causal=True, bar=1.0)
         yield attention(16, 128, tokens, causal=False, bar=1.0)
@@ -195,6 +201,58 @@ def attention(heads: int, width: int, tokens: int, *, causal: bool, bar: float |
         flops=4.0 * heads * tokens * tokens * width * (0.5 if causal else 1.0),
         moved=2.0 * 4 * heads * tokens * width,
         bar=bar,
+    )
+
+
+def depthwise(batch: int, size: int, channels: int, taps: int) -> Case:
+    """x [batch, size, size, channels] by one filter of taps x taps per channel, fp32; the peers get the same memory as a channels-last image."""
+    weight, shape = _normal(1, channels, 1, taps, taps), (batch, size, size, channels)
+
+    def conv(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), kernel, padding=taps // 2, groups=channels).permute(0, 2, 3, 1)
+
+    def peers(inputs: Tensors) -> dict[str, Call]:
+        (x,) = inputs
+        own = weight.to(x.device)
+        return {"torch": lambda: conv(x, own), "torch.compile": _tuned(conv, x, own)}
+
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["image"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["image", "w"], ["sums"], group=channels, pads=[taps // 2] * 4),
+        helper.make_node("Transpose", ["sums"], ["y"], perm=[0, 2, 3, 1]),
+    ]
+    kind = TensorProto.FLOAT
+    return Case(
+        f"depthwise fp32 {batch}x{size}x{size}x{channels}, {taps}x{taps}",
+        lambda: _graph(nodes, {"x": (kind, shape)}, (kind, shape), [numpy_helper.from_array(weight.numpy(), "w")]),
+        lambda device: [_normal(2, *shape).to(device)],
+        peers,
+        lambda inputs: conv(inputs[0].double(), weight.to(inputs[0].device).double()),
+        flops=2.0 * batch * size * size * channels * taps * taps,
+        moved=8.0 * batch * size * size * channels,
+        tolerance=1e-4,
+    )
+
+
+def top_k(rows: int, length: int, count: int) -> Case:
+    """The `count` greatest numbers of every row of x [rows, length] in fp32 and their places, sorted; all of them are a sort."""
+
+    def peers(inputs: Tensors) -> dict[str, Call]:
+        (x,) = inputs
+        own = {"torch": lambda: torch.topk(x, count)}
+        return own | ({"torch sort": lambda: torch.sort(x, stable=True, descending=True)} if count == length else {})
+
+    node = helper.make_node("TopK", ["x", "k"], ["y", "places"])
+    return Case(
+        f"top-{count} fp32 {rows}x{length}",
+        lambda: _graph(
+            [node], {"x": (TensorProto.FLOAT, (rows, length))}, (TensorProto.FLOAT, (rows, count)), [numpy_helper.from_array(np.array([count]), "k")]
+        ),
+        lambda device: [_normal(2, rows, length).to(device)],
+        peers,
+        lambda inputs: torch.topk(inputs[0], count).values,
+        moved=4.0 * rows * (length + count),
+        tolerance=0.0,
     )
 
 

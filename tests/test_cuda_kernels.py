@@ -280,7 +280,7 @@ def test_attention_that_the_kernel_refuses_is_decomposed():
 
 
 def test_everything_else_runs_on_the_gpu_too():
-    """Element-wise code, movement, reductions along and across rows, softmax, normalisation, pooling, depthwise convolution, scans, gathers."""
+    """Element-wise code, movement, reductions along and across rows, softmax, normalisation, pooling, depthwise convolution, scans, gathers, single numbers, sums of nothing, truth values."""
     x, image = floats(3, 70, 33), floats(1, 8, 9, 20)
     depthwise, gamma, beta = floats(3, 3, 1, 20), floats(33), floats(33)
     long, index = floats(2, 3000), np.array([2, -1, 0, 69], "int64")
@@ -304,6 +304,9 @@ def test_everything_else_runs_on_the_gpu_too():
             emit(op.argmax(x, axis=-1)),
             emit(op.sum(emit(op.multiply(x, x)))),
             emit(op.nn.relu(emit(op.mean(pixels, axis=[1, 2], keepdims=True)))),
+            emit(op.sqrt(emit(op.add(emit(op.sum(x, axis=None)), relax.const(np.float32(1e4)))))),
+            emit(op.sum(emit(op.strided_slice(x, [1], [0], [0])), axis=[1])),
+            emit(op.where(emit(op.bitwise_not(emit(op.less(x, relax.const(np.float32(0)))))), x, relax.const(np.float32(2)))),
         ]
 
     outputs, lowered = run(build, inputs)
@@ -326,6 +329,7 @@ def test_everything_else_runs_on_the_gpu_too():
     ]
     expected += [pooled, deep, x.astype("float64").cumsum(1), x[:, index], x.argmax(-1), (x.astype("float64") ** 2).sum()]
     expected += [np.maximum(pixels.astype("float64").mean((1, 2), keepdims=True), 0)]
+    expected += [np.sqrt(x.astype("float64").sum() + 1e4), np.zeros((3, 33)), np.where(x < 0, 2, x)]
     for out, want in zip(outputs, expected, strict=True):
         close(out, want, 3e-6)
     kinds = set(templates(lowered))

@@ -15,6 +15,7 @@ from tcompile.compiler.options import CompileOptions
 from tcompile.compiler.pipeline import lower
 from tcompile.models import text
 from tcompile.models.zoo import ZOO
+from tcompile.passes.token_pruning.prune import TokenPruning
 from tcompile.targets.base import Target
 from test_cuda_target import dump, needs_cuobjdump, needs_nvcc
 from test_cuda_weight_only import check_code
@@ -93,6 +94,19 @@ def test_networks_in_bf16_agree_with_the_cpu_target(name, seq, target):
     )
     assert np.linalg.norm(ours - same) < np.linalg.norm(same - exact)
     assert np.linalg.norm(ours - exact) < 0.03 * np.linalg.norm(exact)
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("method", ["drop", "merge"])
+def test_fewer_tokens_are_those_of_the_cpu_target(method):
+    """ViT-S with 70 % of its tokens in each of three layers: one token chosen otherwise would show."""
+    entry = ZOO["vit-s16"]
+    feeds = entry.example_inputs()
+    options = {"shapes": {name: value.shape for name, value in feeds.items()}, "token_keep": TokenPruning(0.7, method)}
+    code = tcompile.compile(str(entry.onnx_path()), target="cuda:sm_80", emit_only=True, **options)
+    same, full = (np.asarray(tcompile.compile(str(entry.onnx_path()), **(options | more))(**feeds)) for more in ({}, {"token_keep": None}))
+    assert agree(emulation(code.artifact)(*feeds.values())[0], same).ok
+    assert np.abs(same - full).max() > 1e-3 * np.abs(full).max()
 
 
 @functools.cache

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from cuda_models import compiled, emulation, program_of, run, templates
+from tcompile.compiler.dialect.tokens import match_reference, match_tokens, select_reference, select_tokens, take_tokens
 from tcompile.compiler.tvm import relax
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation of a GPU needs g++")
@@ -90,6 +92,26 @@ def test_top_k_of_awkward_sizes():
         np.testing.assert_array_equal(values, np.take_along_axis(inputs[name], want, axis), err_msg=name)
     np.testing.assert_array_equal(outputs[-1], outputs[4])
     assert templates(lowered).count("sort") == 1 + 1 + 1 + 2 + 4 + 1 + 1
+
+
+def test_tokens_are_chosen_matched_and_taken():
+    """Token pruning's operators on scores with ties, and on tokens of which some are alike."""
+    scores = np.round(RANDOM.random((2, 37), dtype=np.float32) * 9)
+    metric = RANDOM.standard_normal((2, 37, 12)).astype("float32")
+    metric[:, 6::4] = metric[:, 5::4]
+    inputs = {"scores": scores, "metric": metric, "x": RANDOM.standard_normal((2, 37, 5)).astype("float32")}
+    keep = Fraction(7, 10)
+
+    def build(emit, scores, metric, x):
+        kept = emit(select_tokens(scores, keep))
+        both = emit(match_tokens(metric, keep))
+        return [kept, emit(take_tokens(x, kept, 1)), emit(relax.TupleGetItem(both, 0)), emit(relax.TupleGetItem(both, 1))]
+
+    (kept, taken, indices, destination), _ = run(build, inputs)
+    np.testing.assert_array_equal(kept, select_reference(scores, keep))
+    np.testing.assert_array_equal(taken, np.take_along_axis(inputs["x"], kept[..., None], 1))
+    for found, want in zip((indices, destination), match_reference(metric, keep), strict=True):
+        np.testing.assert_array_equal(found, want)
 
 
 def scattered(data, indices, updates, axis, combine):

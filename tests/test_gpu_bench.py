@@ -24,10 +24,12 @@ def _without_a_search(monkeypatch):
 def test_a_rehearsal_writes_a_table_of_all_kinds(tmp_path, monkeypatch, capsys):
     page, result = tmp_path / "page.md", tmp_path / "gpu.json"
     page.write_text("before\n<!-- gpu: written by benchmarks/gpu.py -->\n<!-- end of gpu -->\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "gemm", "attention", "--rehearse", "--rounds", "2", "--output", str(result), "--docs", str(page)])
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "gemm", "attention", "depthwise", "top", "--rehearse", "--rounds", "2", "--output", str(result), "--docs", str(page)]
+    )
     gpu.main()
     rows = json.loads(result.read_text())["cases"]
-    assert [row["case"].split()[0] for row in rows] == ["gemm", "gemm", "attention"]
+    assert [row["case"].split()[0] for row in rows] == ["gemm", "gemm", "attention", "depthwise", "top-5"]
     for row in rows:
         assert set(row["refused"]) <= {"torch cudnn", "torch efficient"} and len(row["ms"]) >= 2  # not on CPUs
         assert max(row["errors"].values()) < 0.01 and row["kernels"]

@@ -106,7 +106,7 @@ class Printer:
         )
 
     def _bitwisenot(self, expr: Any) -> str:
-        return f"(~{self(expr.a)})"
+        return f"{'!' if str(expr.ty.dtype) == 'bool' else '~'}({self(expr.a)})"
 
     def _not(self, expr: Any) -> str:
         return f"!{self(expr.a)}"

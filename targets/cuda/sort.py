@@ -6,8 +6,7 @@ block: a tile of up to 4096 elements of a row, or as many rows as fill it, as (k
 Longer rows are sorted by tiles to the workspace. Where few elements of each tile are wanted, those of all tiles are sorted by tiles again, until one is left; otherwise sorted runs
 are merged two by two, where every entry finds its place by a binary search in the other run. Equal elements stay in their order, so equal inputs give equal bits.
 
-A tile moves log2(P)^2 / 2 times through shared memory, a merge once through global memory; both are far above the 2 n bytes that have to be read and written, as every sort by
-comparisons is: rows of a few thousand elements take some 10 us, and a top-k of a long row one pass over it.
+The limit is shared memory: a tile of P moves log2(P)^2 / 6 times through it, of 4096 elements 30 times. A merge moves its entries once through memory, a top-k of a long row reads it once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .kernel import Kernel, Plan, Signature, Unsupported, ctype, elements
 
 OPERATORS = ("relax.sort", "relax.argsort", "relax.topk")
 #: entries of a tile, and the least of them that one block takes, in several rows where those are short
-TILE, LEAST = 4096, 512
+TILE, LEAST = 4096, 1024
 _WIDE = ("int64", "uint64", "float64")
 #: (row, place in it, entry) in C -> statements that store it
 Store = Callable[[Signature, str, str, str], list[str]]
@@ -128,7 +127,7 @@ def _tiles(keys: Keys, read: Callable[[Signature, str, str], str], total: int, k
     """Sorts every tile of rows of `total` entries, and stores the first `keep` of each behind those of the tile before."""
     size = min(TILE, max(2, 1 << (total - 1).bit_length()))
     rows = min(max(1, LEAST // size), 1 << (keys.rows - 1).bit_length())
-    threads, tiles = max(32, min(512, rows * size // 2)), -(-total // size)
+    threads, tiles = max(32, min(512, rows * size // 8)), -(-total // size)
     signature = Signature(written)
     if tiles == 1:
         place, row, inside = "k", f"blockIdx.x * {rows} + r", f"row < {keys.rows}" if keys.rows % rows else "true"
@@ -151,7 +150,7 @@ def _tiles(keys: Keys, read: Callable[[Signature, str, str], str], total: int, k
         lines,
         grid=(-(-keys.rows // rows) * tiles, 1, 1),
         threads=threads,
-        shared_bytes=rows * size * (16 if keys.dtype in _WIDE else 8),
+        shared_bytes=rows * size * 17 // 16 * (16 if keys.dtype in _WIDE else 8) + 16,
         kind="sort",
         workload=f"sort {keys.rows} x {total}, {keep} of {size}",
         schedule=f"{rows} x {size} a block",

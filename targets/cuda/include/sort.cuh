@@ -40,23 +40,48 @@ struct alignas(16) Entry64 {
   TC_DEVICE bool operator<(const Entry64& other) const { return number < other.number || (number == other.number && from < other.from); }
 };
 
-// A block sorts ROWS times P entries (a power of two) in shared memory: Batcher's bitonic network, log2(P) (log2(P) + 1) / 2 steps with a barrier each.
+// Where an entry lies in shared memory: one in 17 is left out, so that threads that take eight neighbours each meet in few banks.
+TC_DEVICE int slot(int i) { return i + (i >> 4); }
+
+// LEVELS steps of a bitonic network in registers, of the 2^LEVELS entries `low` apart from `first` on.
+template <int LEVELS, class E> TC_DEVICE void exchange(E* entries, int first, int low, bool rising) {
+  E e[1 << LEVELS];
+#pragma unroll
+  for (int i = 0; i < 1 << LEVELS; ++i) e[i] = entries[slot(first + i * low)];
+#pragma unroll
+  for (int bit = 1 << LEVELS >> 1; bit > 0; bit /= 2)
+#pragma unroll
+    for (int i = 0; i < 1 << LEVELS; ++i) {
+      if (i & bit) continue;
+      const E a = e[i], b = e[i | bit];
+      const bool change = (b < a) == rising;
+      e[i] = change ? b : a;
+      e[i | bit] = change ? a : b;
+    }
+#pragma unroll
+  for (int i = 0; i < 1 << LEVELS; ++i) entries[slot(first + i * low)] = e[i];
+}
+
+// A block sorts ROWS times P entries (a power of two) in shared memory: Batcher's bitonic network, log2(P) (log2(P) + 1) / 2 steps, three of them with one barrier.
 // load(row, place) -> entry; store(row, place, entry) for the first `keep` ones of each row.
 template <class E, int P, int ROWS, int THREADS, class Load, class Store> TC_DEVICE void sort_tile(int keep, const Load& load, const Store& store) {
   TC_SHARED(E, entries);
-  for (int i = threadIdx.x; i < ROWS * P; i += THREADS) entries[i] = load(i / P, i % P);
-  for (int size = 2; size <= P; size *= 2)
-    for (int stride = size / 2; stride > 0; stride /= 2) {
+  for (int i = threadIdx.x; i < ROWS * P; i += THREADS) entries[slot(i)] = load(i / P, i % P);
+  for (int stage = 1; 1 << stage <= P; ++stage)
+    for (int left = stage; left > 0;) {  // entries that the next step exchanges are 2^(left - 1) apart
+      const int levels = left < 3 ? left : 3, low = left - levels;
       __syncthreads();
-      for (int i = threadIdx.x; i < ROWS * P / 2; i += THREADS) {
-        const int low = 2 * i - (i & (stride - 1)), high = low + stride;
-        const E a = entries[low], b = entries[high];
-        const bool rising = (low % P & size) == 0;
-        if ((b < a) == rising) entries[low] = b, entries[high] = a;
+      for (int i = threadIdx.x; i < ROWS * P >> levels; i += THREADS) {
+        const int first = (i >> low << left) + (i & ((1 << low) - 1));
+        const bool rising = (first % P >> stage & 1) == 0;
+        if (levels == 3) exchange<3>(entries, first, 1 << low, rising);
+        if (levels == 2) exchange<2>(entries, first, 1 << low, rising);
+        if (levels == 1) exchange<1>(entries, first, 1 << low, rising);
       }
+      left = low;
     }
   __syncthreads();
-  for (int i = threadIdx.x; i < ROWS * keep; i += THREADS) store(i / keep, i % keep, entries[i / keep * P + i % keep]);
+  for (int i = threadIdx.x; i < ROWS * keep; i += THREADS) store(i / keep, i % keep, entries[slot(i / keep * P + i % keep)]);
 }
 
 // How many of `count` sorted entries are less than e, or (equal) not greater.
