@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import tcompile
+from cuda_models import program_of
 from onnx import TensorProto, helper, numpy_helper
+from tcompile.compiler.api import compile_program
+from tcompile.compiler.options import CompileOptions
+from tcompile.compiler.pipeline import lower
+from tcompile.compiler.tvm import relax
+from tcompile.targets.base import Target
 
 RNG = np.random.default_rng(0)
 
@@ -31,6 +37,25 @@ def test_a_gate_does_not_pull_its_convolution_into_the_gated_loops():
     hidden = np.maximum(data.mean((2, 3)) @ w1[:, :, 0, 0].T, 0)
     gate = 1 / (1 + np.exp(-(hidden @ w2[:, :, 0, 0].T)))
     np.testing.assert_allclose(model(data), data * gate[:, :, None, None], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_added_to_a_product_may_be_computed_in_its_epilogue():
+    """A gated branch that comes before the convolution whose result it is added to (the shortcut of a squeeze-and-excite network): the convolution keeps its template."""
+    weight = RNG.standard_normal((1, 1, 16, 8)).astype("float32")
+    data = {"x": RNG.standard_normal((2, 9, 7, 16)), "branch": RNG.standard_normal((2, 9, 7, 8)), "gate": RNG.standard_normal((2, 1, 1, 8))}
+    data = {name: value.astype("float32") for name, value in data.items()}
+
+    def build(emit, x, branch, gate):
+        gated = emit(relax.op.multiply(branch, gate))
+        shortcut = emit(relax.op.nn.conv2d(x, relax.const(weight), 1, 0, 1, 1, "NHWC", "HWIO", "NHWC"))
+        return [emit(relax.op.nn.relu(emit(relax.op.add(gated, shortcut))))]
+
+    program = program_of(build, data)
+    for target, template in (("cpu:haswell", "conv_pointwise"), ("cuda:sm_80", "conv2d")):
+        (row,) = lower(program, Target.parse(target), CompileOptions(emit_only=target.startswith("cuda"))).report["kernels"]
+        assert row["template"] == template
+    exact = np.einsum("nhwc,co->nhwo", data["x"], weight[0, 0]) + data["branch"] * data["gate"]
+    np.testing.assert_allclose(compile_program(program, Target.parse("cpu"))(**data), np.maximum(exact, 0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_comparison_behind_a_product_keeps_the_template():

@@ -174,8 +174,12 @@ def analyze(func: tirx.PrimFunc) -> Fused:
     if len(cores) != 1:
         raise Unfusable(f"{len(cores)} core blocks")
     core = cores[0]
-    if not blocks[0].same_as(core):
-        raise Unfusable(f"block {blocks[0].name_hint} runs before the core")
+    operands = [region.source for region in core.reads]
+    for block in blocks:
+        if not block.same_as(core) and any(region.source.same_as(buffer) for region in block.writes for buffer in operands):
+            raise Unfusable(f"block {block.name_hint} runs before the core")
+    # what the core does not read (another operand of a sum with its result) is computed behind it
+    blocks = [core, *(block for block in blocks if not block.same_as(core))]
     accumulator = core.writes[0].source
     produced = [accumulator]
     for block in blocks[1:]:
