@@ -1,7 +1,7 @@
 """`python -m tcompile.autotune.corpus`: make the corpus of measured kernels and train the cost model on it.
 
-    build --work DIR      compile a sample of every workload's schedules (an hour), resuming where it stopped
-    measure --work DIR    time what was built, on an idle machine (minutes), and write the corpus file
+    build --work DIR      compile a sample of every workload's schedules for this machine (an hour), resuming where it stopped
+    measure --work DIR    time what was built, on the same machine, idle (minutes), and put it into the corpus file beside what other machines measured
     train                 train on the corpus file, evaluate by held-out workload, write the model, its schema and docs/cost-model.md's table
     train --target cuda   the same of the model of what kernels take (or fpga), on its points (benchmarks/cuda_points.py, targets/fpga/measure.py)
 
@@ -37,7 +37,7 @@ from .training import publish, read_corpus
 CORPUS = PRETRAINED / "cpu-corpus.jsonl.gz"
 THREADS = (1, 2)
 #: kernels whose best schedule takes less or more, in microseconds, teach nothing about schedules or take too long to measure
-SHORTEST, LONGEST = 1.0, 6000.0
+SHORTEST, LONGEST = 1.0, 12000.0
 _ANALYTIC = AnalyticModel()
 
 
@@ -64,28 +64,31 @@ def sample(candidates: Sequence[Candidate], target: Target, count: int, seed: st
     return [candidates[index] for index in sorted(chosen)]
 
 
-def build(work: Path, count: int, networks: Sequence[str]) -> None:
-    """Compile the samples of all workloads into `work`, one library each; every sixth for AVX2 as well."""
-    from .corpus_workloads import workloads
-
-    host = Target.parse("cpu")
+def machines(host: Target, count: int) -> list[tuple[str, Target, int, int]]:
+    """(name, target, schedules of a workload, of every how many workloads) of what this machine measures: its own code and, where that has 512 bits, some for AVX2."""
+    if host.vector_bits != 512:
+        return [(f"{host.mcpu}-avx2", host, count, 1)]
     narrow = Target.parse("cpu:haswell")
     avx2 = replace(host, name="host-avx2", mcpu=narrow.mcpu, features=host.features & narrow.features, vector_bits=256, vector_registers=16)
-    avx2 = replace(avx2, fma_per_cycle=2.0, disabled=())
+    return [(host.mcpu, host, count, 1), (f"{host.mcpu}-avx2", replace(avx2, fma_per_cycle=2.0, disabled=()), count * 3 // 5, 6)]
+
+
+def build(work: Path, count: int, networks: Sequence[str]) -> None:
+    """Compile the samples of all workloads into `work`, one library each."""
+    from .corpus_workloads import workloads
+
     work.mkdir(parents=True, exist_ok=True)
-    wide, slim = workloads(host, networks), workloads(avx2, networks)
-    for number, ((network, task), (_, other)) in enumerate(zip(wide, slim, strict=True)):
-        for name, current, size in (("host", task, count), ("host-avx2", other, count * 3 // 5 if number % 6 == 0 else 0)):
+    for name, target, size, every in machines(Target.parse("cpu"), count):
+        for number, (network, task) in enumerate(workloads(target, networks)):
             path = work / f"{number:03d}-{name}"
-            chosen = (
-                [] if not size or path.with_suffix(".json").exists() else sample(current.candidates, current.target, size, current.workload + name)
-            )
+            if number % every or path.with_suffix(".json").exists():
+                continue
+            chosen = sample(task.candidates, task.target, size, task.workload + name)
             if chosen:
-                compile_kernels({f"k{index}": candidate.kernel for index, candidate in enumerate(chosen)}, current.target).export_library(
-                    f"{path}.so"
-                )
-                path.with_suffix(".json").write_text(json.dumps(_record(network, current, name, chosen)))
-                print(f"{number} {network} {current.candidates[0].workload} {name}: {len(chosen)}", flush=True)
+                kernels = {f"k{index}": candidate.kernel for index, candidate in enumerate(chosen)}
+                compile_kernels(kernels, task.target).export_library(f"{path}.so")
+                path.with_suffix(".json").write_text(json.dumps(_record(network, task, name, chosen)))
+                print(f"{number} {network} {task.candidates[0].workload} {name}: {len(chosen)}", flush=True)
 
 
 def _record(network: str, task: Task, name: str, chosen: Sequence[Candidate]) -> dict[str, Any]:
@@ -134,14 +137,21 @@ def _contestants(library: Path, record: dict[str, Any], memory: Memory) -> list[
 
 
 def _write(work: Path, output: Path) -> None:
-    """The corpus: a header with the schema, then one line per workload and machine."""
+    """The corpus: a header with the schema, then one line per workload and machine. Records of other machines stay."""
     lines = [json.dumps({"version": features.VERSION, "names": features.NAMES}, separators=(",", ":"))]
-    for timed in sorted(work.glob("*.times")):
+    found = sorted(work.glob("*.times"))
+    measured = {json.loads(timed.with_suffix(".json").read_text())["machine"] for timed in found}
+    if output.exists():
+        header, *others = gzip.decompress(output.read_bytes()).decode().splitlines()
+        if header != lines[0]:
+            raise SystemExit(f"{output} has other features than this version of the package")
+        lines += [line for line in others if json.loads(line)["machine"] not in measured]
+    for timed in found:
         record, times = json.loads(timed.with_suffix(".json").read_text()), json.loads(timed.read_text())
-        record["reference_us"] = {threads: _digits(found[-1][0]) for threads, found in times.items()}
+        record["reference_us"] = {threads: _digits(entries[-1][0]) for threads, entries in times.items()}
         for index, kernel in enumerate(record["kernels"]):
             del kernel["operands"]
-            kernel["us"] = {threads: [_digits(value) for value in found[index]] for threads, found in times.items()}
+            kernel["us"] = {threads: [_digits(value) for value in entries[index]] for threads, entries in times.items()}
         lines.append(json.dumps(record, separators=(",", ":")))
     with output.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file:
         file.write("\n".join(lines).encode() + b"\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ _SERVER = Path(__file__).with_name("deepsparse_server.py")
 
 
 def contestant(name: str, entry: Entry, feeds: Mapping[str, np.ndarray], threads: int, deepsparse: Path | None = None) -> Peer | None:
-    """The network made ready by an engine; None where the engine cannot take part (no torch module, no DeepSparse)."""
+    """The network made ready by an engine; None where the engine cannot take part (no torch module, no DeepSparse, a model that DeepSparse ends on)."""
     if name in PEERS:
         return prepare(name, entry.onnx_path(), feeds, threads)
     if name == "deepsparse":
@@ -48,7 +49,7 @@ def _torch(entry: Entry, feeds: Mapping[str, np.ndarray], threads: int, bf16: bo
     return run
 
 
-def _deepsparse(python: Path, model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Callable[[], list[np.ndarray]]:
+def _deepsparse(python: Path, model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Callable[[], list[np.ndarray]] | None:
     """DeepSparse 1.8.0 in its own process: it wants older packages than the other engines. Every call costs a message there and back (about 0.05 ms)."""
     folder = Path(tempfile.mkdtemp(prefix="deepsparse"))
     np.savez(folder / "feeds.npz", **feeds)  # pyright: ignore[reportArgumentType]
@@ -61,7 +62,11 @@ def _deepsparse(python: Path, model: Path, feeds: Mapping[str, np.ndarray], thre
         if process.stdout.readline().strip() != "done":
             raise RuntimeError(f"DeepSparse ended with {process.wait()}")
 
-    ask("save")
+    try:
+        ask("save")
+    except RuntimeError as problem:
+        print(f"{model.name}: {problem}", file=sys.stderr)
+        return None
     with np.load(folder / "outputs.npz") as saved:
         outputs = [saved[f"arr_{index}"] for index in range(len(saved.files))]
 
