@@ -38,6 +38,8 @@ CORPUS = PRETRAINED / "cpu-corpus.jsonl.gz"
 THREADS = (1, 2)
 #: kernels whose best schedule takes less or more, in microseconds, teach nothing about schedules or take too long to measure
 SHORTEST, LONGEST = 1.0, 12000.0
+#: templates whose schedules the analytic model picks no worse: 0.966 of the best, trained 0.960 (24 samples held out)
+LEFT_OUT = ("attention",)
 _ANALYTIC = AnalyticModel()
 
 
@@ -81,7 +83,7 @@ def build(work: Path, count: int, networks: Sequence[str]) -> None:
     for name, target, size, every in machines(Target.parse("cpu"), count):
         for number, (network, task) in enumerate(workloads(target, networks)):
             path = work / f"{number:03d}-{name}"
-            if number % every or path.with_suffix(".json").exists():
+            if number % every or path.with_suffix(".json").exists() or task.candidates[0].template in LEFT_OUT:
                 continue
             chosen = sample(task.candidates, task.target, size, task.workload + name)
             if chosen:
@@ -117,14 +119,12 @@ def _digits(value: float) -> float | None:
 def measure_all(work: Path, seconds: float, output: Path) -> None:
     """Time every library in `work` that was not timed yet, as long as there are seconds left, and write the corpus of all that was."""
     start = time.monotonic()
-    memory, libraries = Memory(), sorted(work.glob("*.so"))
-    reference_record = json.loads(libraries[0].with_suffix(".json").read_text())
-    reference = _contestants(libraries[0], reference_record, memory)[0]
-    for library in libraries:
-        timed = library.with_suffix(".times")
+    memory = Memory()
+    for record in sorted(work.glob("*.json")):
+        timed = record.with_suffix(".times")
         if timed.exists() or time.monotonic() - start > seconds:
             continue
-        entries = [*_contestants(library, json.loads(library.with_suffix(".json").read_text()), memory), reference]
+        entries = _contestants(record.with_suffix(".so"), json.loads(record.read_text()), memory)
         times = {threads: measure(entries, threads=threads) for threads in reversed(THREADS)}
         timed.write_text(json.dumps({threads: [(m.median_us, m.min_us) for m in found] for threads, found in times.items()}))
     _write(work, output)
@@ -148,7 +148,6 @@ def _write(work: Path, output: Path) -> None:
         lines += [line for line in others if json.loads(line)["machine"] not in measured]
     for timed in found:
         record, times = json.loads(timed.with_suffix(".json").read_text()), json.loads(timed.read_text())
-        record["reference_us"] = {threads: _digits(entries[-1][0]) for threads, entries in times.items()}
         for index, kernel in enumerate(record["kernels"]):
             del kernel["operands"]
             kernel["us"] = {threads: [_digits(value) for value in entries[index]] for threads, entries in times.items()}
