@@ -77,7 +77,13 @@ def test_minilm_in_int8_has_every_product_on_integer_tensor_cores():
 @pytest.mark.networks
 @pytest.mark.parametrize(
     ("name", "seq", "target"),
-    [("minilm", 16, "cuda:sm_80"), ("mobilenetv3-l", None, "cuda:sm_80"), ("minilm", 256, "cuda:sm_90a"), ("resnet50", None, "cuda:sm_90a")],
+    [
+        ("minilm", 16, "cuda:sm_80"),
+        ("mobilenetv3-l", None, "cuda:sm_80"),
+        ("minilm", 256, "cuda:sm_90a"),
+        ("vit-s16", None, "cuda:sm_90a"),
+        ("resnet50", None, "cuda:sm_90a"),
+    ],
 )
 def test_networks_in_bf16_agree_with_the_cpu_target(name, seq, target):
     """The same pass rounds for both, so what differs is the order of sums, and what that rounds the other way."""
