@@ -146,7 +146,7 @@ static tc::TensorMap map(const void* data, int rows, int columns, int box) {
 }
 int main() {
   fill(&q[0][0][0], HEADS * S * D), fill(&k[0][0][0], HEADS * K * D), fill(&v[0][0][0], HEADS * K * E);
-  constexpr int SHARED = T::Q_BYTES + tc::Ring<T::STAGES, T::STAGE_BYTES>::WHOLE + 16 + 1024;
+  constexpr int SHARED = 2 * (T::Q_BYTES + 16) + T::STAGES * (T::STAGE_BYTES + 16) + 1024;
   tc::simt::launch(attention, dim3(2), T::THREADS, SHARED, map(q, S, D, T::BQ), map(k, K, D, T::BT), map(v, K, E, T::BT));
   for (int h = 0; h < HEADS; ++h)
     for (int s = 0; s < S; ++s) {
@@ -239,36 +239,40 @@ def test_addresses_of_heads_and_of_rows_that_are_k(tmp_path):
 #: what the template cannot do without -> what is there in its place; by file
 NEEDED = {
     "hopper.cuh": {
-        "barrier_wait(full + slot, round);": "",
+        "barrier_wait(full + slot, round ^ (uint32_t)never);": "",
         "barrier_wait(empty + slot, round ^ 1);": "",
     },
     "attention_hopper.cuh": {
-        "barrier_wait(taken, ~turn & 1);": "",
-        "barrier_wait(given, turn & 1);": "",
-        "if (lane == 0) barrier_arrive(taken);": "",
-        "barrier_init(taken, 4 * T::GROUPS)": "barrier_init(taken, 4)",
+        "heads.open(4 * T::GROUPS)": "heads.open(4)",
         "ring.open(4 * T::GROUPS)": "ring.open(4)",
-        "        ring.release(keys);": "",
+        "heads.release(heads.slot);": "",
+        "if (step > 0) return;": "",
+        "heads.release(heads.slot);\n      heads.next();": "heads.release(heads.slot);",
+        "      ring.release(keys);": "",
         "ring.release(keys);": "ring.release(values);",
-        "        ring.release(values);": "",
-        "descriptor(keys);\n        products_begin();": "descriptor(keys);",
-        "descriptor(values, T::BOX);\n        products_begin();": "descriptor(values, T::BOX);",
-        "        products_wait<1>();": "",
-        "        products_wait<0>();": "",
-        "      products_wait<0>();\n      products_end(s);": "",
-        "      products_wait<0>();\n      products_end(o);\n      ring": "ring",
-        "        next = ring.read();\n        products_wait<0>();": "probabilities(); next = ring.read(); products_wait<0>();",
-        ", d > 0);\n        products_commit();": ", d > 0);",
-        "(i * 16 * 128 >> 4));\n        products_commit();": "(i * 16 * 128 >> 4));",
+        "      ring.release(values);": "",
+        "descriptor(keys);\n      products_begin();": "descriptor(keys);",
+        "descriptor(values, T::BOX);\n      products_begin();": "descriptor(values, T::BOX);",
+        "      products_wait<1>();": "",
+        "      products_wait<0>();\n      products_end(o);": "",
+        "    scores(ring.read());\n    products_wait<0>();": "scores(ring.read());",
+        "    results(next);\n    products_wait<0>();": "results(next);",
+        "  // exponentials before the wait for the results\n": "probabilities();\n",
+        ", d > 0);\n      products_commit();": ", d > 0);",
+        "(i * 16 * 128 >> 4));\n      products_commit();": "(i * 16 * 128 >> 4));",
         ", d > 0);": ");",
         "descriptor(values, T::BOX)": "descriptor(values)",
         "turn_give(group % T::GROUPS + 1);": "",
         "if (group > 1 || !first) turn_wait(group);": "",
         "if (group == 1 && !first) turn_wait(group);": "",
         "(-shared_address(shared) & 1023)": "0",
-        "values(0);": "",
-        "values(step);": "values(step - 1);",
-        "barrier_expect(given, T::Q_BYTES)": "barrier_expect(given, T::Q_BOX)",
+        "        rows = heads.read() +": "rows = shared_address(heads.data) +",
+        "if (last) top[0] = top[1] = -INFINITY;": "",
+        "store(before, sums);": "store(before, total);",
+        "last ? 0.0f : ": "",
+        "            values(before, last);": "",
+        "        keys(step);\n        values(before, last);": "keys(step); values(block, last);",
+        "          queries();": "",
     },
 }
 

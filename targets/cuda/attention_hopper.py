@@ -7,7 +7,7 @@ long as exponentials; with heads of 64 both take the same, so that neither may w
         warp group 0: queries by TMA; for 128 keys, from the last on: stage <- keys, stage <- values by TMA, as stages become empty
         the others, 64 rows each, in turns: for 128 keys:
             scores of these keys and results of the former ones by wgmma, asked for together; softmax of the scores meanwhile; results = results * old
-        results / sums
+            behind the last keys: results / sums, stored while the next queries' first scores, which were asked for with the last results, are made
 
 Why these tiles: a thread has 64 scores, 32 words of probabilities and width / 2 results, 160 registers for heads of 128 of the 232 that it may have (two groups), 128 for heads of 64 of 160
 (three groups). 128 queries read 64 KB of keys and values a step of 2048 cycles from L2, 32 bytes a cycle. Scores are read by nobody but the thread that has them: probabilities are
@@ -95,6 +95,7 @@ def _plan(this: Attention, schedule: AttentionSchedule, target: Target) -> Plan:
         threads=schedule.threads,
         resident=1,
         shared_bytes=schedule.shared_bytes,
+        turns=True,
         kind="attention hopper",
         workload=this.workload,
         schedule=str(schedule),

@@ -110,7 +110,7 @@ def _main(launches: Launches, inputs: Sequence[TensorSpec], outputs: Sequence[Te
         values += ["error", str(names.index(launch.kernel) + 1)] if kernel.indexed else []
         maps = [f"maps[{position}]" for position in range(len(kernel.maps))]
         values += maps
-        grid = ", ".join(map(str, kernel.grid))
+        grid = f"tc::in_turns({kernel.grid[0]}, id)" if kernel.turns else ", ".join(map(str, kernel.grid))
         if maps:
             made = zip(maps, at[len(kernel.buffers) :], kernel.maps, strict=True)
             calls = (f"tc::{each.function}({', '.join(map(str, (name, address, *each.arguments)))})" for name, address, each in made)

@@ -63,7 +63,7 @@ class Kernel:
 
     text: its source, with the name `{name}` left open; buffers: its tensor parameters in order, the written ones in `written`; maps: its last parameters. grid: blocks along x, y, z; threads per block;
     shared_bytes of dynamic shared memory. indexed: it takes an error word and a site number behind its tensors, because data decides what it reads.
-    kind: the template, or the rule of the generic scheduler.
+    kind: the template, or the rule of the generic scheduler. turns: blocks, along x alone, take pieces of work in turns, so that there need be no more than multiprocessors.
     """
 
     text: str
@@ -78,6 +78,7 @@ class Kernel:
     indexed: bool = False
     reason: str = ""
     maps: tuple[TensorMap, ...] = ()
+    turns: bool = False
 
     @property
     def tensors(self) -> tuple[Any, ...]:

@@ -97,7 +97,7 @@ class AttentionSchedule:
     @property
     def shared_bytes(self) -> int:
         boxes = math.ceil(self.depth / 64), math.ceil(self.width / 64)
-        return _ROW * boxes[0] * self.queries + self.stages * (_ROW * max(boxes) * self.keys + _BARRIERS) + _BARRIERS + _ALIGNMENT
+        return 2 * (_ROW * boxes[0] * self.queries + _BARRIERS) + self.stages * (_ROW * max(boxes) * self.keys + _BARRIERS) + _ALIGNMENT
 
     @property
     def source(self) -> str:
@@ -117,7 +117,7 @@ class AttentionSchedule:
 
 
 def attention_space(depth: int, width: int, target: Target) -> list[AttentionSchedule]:
-    """Two warp groups that multiply, or three where heads are narrow enough for their registers (160 a thread), with as many stages as fit, up to three steps'."""
+    """Two warp groups that multiply, or three where heads are narrow enough for their registers (160 a thread), with as many stages as fit, up to three steps'; five fit with the widest heads."""
     groups = (2, 3) if max(depth, width) <= 64 else (2,)
-    found = ([AttentionSchedule(count, stages, depth, width) for stages in (6, 4)] for count in groups)
+    found = ([AttentionSchedule(count, stages, depth, width) for stages in (6, 5)] for count in groups)
     return [next(each for each in schedules if each.shared_bytes <= target.shared_bytes) for schedules in found]

@@ -41,159 +41,181 @@ template <int BQ, int QUERIES, int HEADS, int BATCH, int AT_ONCE, bool CAUSAL> s
 
 // Attention of all blocks to out(batch, head), a row of E elements for every query, STRIDE elements apart. SHARE heads of q have the same keys and values. unit: of the scores,
 // in powers of two. score(batch, head, s, t, x): the masked score of query s and key t whose product is x; PLAIN: it is x, but for what CAUSAL hides. SAFE: as in attention.cuh.
+// All pieces of work of a block are one sequence of steps: the first scores of one are on their way while the last results of the one before are made and stored.
 template <class P, class T, class B, int SHARE, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, bool PLAIN, class Q, class K, class V, class Out, class Score>
 TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, const Out& out, const Score& score) {
   TC_SHARED(char, shared);
-  char* const queries = shared + (-shared_address(shared) & 1023);
-  Ring<T::STAGES, T::STAGE_BYTES> ring(queries + T::Q_BYTES);
-  uint64_t* const given = ring.empty + T::STAGES;  // the queries have arrived
-  uint64_t* const taken = given + 1;               // every warp has read them
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32, t = lane % 4;
+  using Heads = Ring<2, T::Q_BYTES>;
+  using Keys = Ring<T::STAGES, T::STAGE_BYTES>;
+  char* const first_head = shared + (-shared_address(shared) & 1023);
+  char* const barriers = first_head + Heads::DATA + Keys::DATA;
+  Heads heads(first_head, barriers);                                     // queries of this piece of work and of the next
+  Keys ring(first_head + Heads::DATA, barriers + Heads::BARRIERS);  // keys and values
+  const int group = shuffle((int)threadIdx.x / 128, 0), lane = threadIdx.x % 32, t = lane % 4;
   if (threadIdx.x == 0) {
+    heads.open(4 * T::GROUPS);
     ring.open(4 * T::GROUPS);
-    barrier_init(given, 1);
-    barrier_init(taken, 4 * T::GROUPS);
     barriers_visible();
   }
   __syncthreads();
   const auto steps = [](int q0) { return ((CAUSAL ? tc::min(KEYS, q0 + T::BQ) : KEYS) + T::BT - 1) / T::BT; };  // which are taken from the last to the first
   B block;
+  int turn = 0;
+  block.at(turn);
+  int step = steps(block.q0) - 1;
   if (group == 0) {
     give_registers<T::COPYING>();
     if (threadIdx.x == 0) {
+      const auto queries = [&] {
+        q.template bring<T::D_BOXES, T::Q_BOX>(heads.fill(T::Q_BYTES), block.q0, block.head, block.batch, heads.full + heads.slot);
+        heads.next();
+      };
       const auto keys = [&](int step) {
         k.template bring<T::D_BOXES, T::BOX>(ring.fill(T::D_BOXES * T::BOX), step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
         ring.next();
       };
-      const auto values = [&](int step) {
+      const auto values = [&](const B& block, int step) {
         v.template bring<T::E_BOXES, T::BOX>(ring.fill(T::E_BOXES * T::BOX), step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
         ring.next();
       };
+      queries();
+      keys(step);
 #pragma unroll 1
-      for (int turn = 0; block.at(turn); ++turn) {
-        barrier_wait(taken, ~turn & 1);
-        barrier_expect(given, T::Q_BYTES);
-        q.template bring<T::D_BOXES, T::Q_BOX>(queries, block.q0, block.head, block.batch, given);
-        int step = steps(block.q0) - 1;
-        keys(step);
-#pragma unroll 1
-        for (; step > 0; --step) {
-          keys(step - 1);
-          values(step);
+      while (true) {
+        const B before = block;
+        const int last = step;
+        if (step-- == 0) {
+          if (!block.at(++turn)) {
+            values(before, last);
+            break;
+          }
+          queries();
+          step = steps(block.q0) - 1;
         }
-        values(0);
+        keys(step);
+        values(before, last);
       }
     }
   } else {
     take_registers<T::MULTIPLYING>();
-    const int own = (group - 1) * 64;
-    const uint64_t rows = descriptor(shared_address(queries) + own * 128);
-    bool first = true;  // no turns yet
-#pragma unroll 1
-    for (int turn = 0; block.at(turn); ++turn) {
-      const int query = block.q0 + own + threadIdx.x / 32 % 4 * 16 + lane / 4;  // and the eighth from it on
-      float s[T::BT / 2], o[T::E16 / 2] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, old[2];
-      uint32_t p[T::BT / 16][4];
-      const auto scores = [&](uint32_t keys) {  // s = q k^T
-        const uint64_t columns = descriptor(keys);
-        products_begin();
+    const int own = (group - 1) * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;  // this row of the queries, and the eighth from it on
+    uint32_t rows = heads.read() + (group - 1) * 64 * 128;
+    float s[T::BT / 2], o[T::E16 / 2] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, old[2];
+    uint32_t p[T::BT / 16][4];
+    const auto scores = [&](uint32_t keys) {  // s = q k^T
+      const uint64_t queries = descriptor(rows), columns = descriptor(keys);
+      products_begin();
 #pragma unroll
-        for (int d = 0; d < T::D16; d += 16)
-          Wgmma<P, T::BT>::multiply(s, rows + ((d / 64 * T::Q_BOX + d % 64 * 2) >> 4), columns + ((d / 64 * T::BOX + d % 64 * 2) >> 4), d > 0);
-        products_commit();
-      };
-      const auto results = [&](uint32_t values) {  // o += p v
-        const uint64_t columns = descriptor(values, T::BOX);
-        products_begin();
+      for (int d = 0; d < T::D16; d += 16)
+        Wgmma<P, T::BT>::multiply(s, queries + ((d / 64 * T::Q_BOX + d % 64 * 2) >> 4), columns + ((d / 64 * T::BOX + d % 64 * 2) >> 4), d > 0);
+      products_commit();
+    };
+    const auto results = [&](uint32_t values) {  // o += p v
+      const uint64_t columns = descriptor(values, T::BOX);
+      products_begin();
 #pragma unroll
-        for (int i = 0; i < T::BT / 16; ++i) WgmmaRows<P, T::E16>::multiply(o, p[i], columns + (i * 16 * 128 >> 4));
-        products_commit();
-      };
-      const auto softmax = [&](int step) {  // s = 2^(s - top); old: what sums with the former top are multiplied by
-        const bool tail = KEYS % T::BT != 0 && step == KEYS / T::BT, diagonal = CAUSAL && (step + 1) * T::BT > query - lane / 4;
-        if (!PLAIN || tail || diagonal) {
+      for (int i = 0; i < T::BT / 16; ++i) WgmmaRows<P, T::E16>::multiply(o, p[i], columns + (i * 16 * 128 >> 4));
+      products_commit();
+    };
+    const auto softmax = [&] {  // s = 2^(s - top); old: what sums with the former top are multiplied by
+      const int query = block.q0 + own;
+      const bool tail = KEYS % T::BT != 0 && step == KEYS / T::BT, diagonal = CAUSAL && (step + 1) * T::BT > query - lane / 4;
+      if (!PLAIN || tail || diagonal) {
 #pragma unroll
-          for (int i = 0; i < T::BT / 2; ++i) {
-            const int row = query + i / 2 % 2 * 8, key = step * T::BT + i / 4 * 8 + 2 * t + i % 2;
-            s[i] = (PLAIN || row < QUERIES) && key < KEYS ? score(block.batch, block.head, row, key, s[i]) : -INFINITY;
-          }
+        for (int i = 0; i < T::BT / 2; ++i) {
+          const int row = query + i / 2 % 2 * 8, key = step * T::BT + i / 4 * 8 + 2 * t + i % 2;
+          s[i] = (PLAIN || row < QUERIES) && key < KEYS ? score(block.batch, block.head, row, key, s[i]) : -INFINITY;
         }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float high = top[r], sum = 0.0f;
-#pragma unroll
-          for (int j = 0; j < T::BT / 8; ++j) high = fmaxf(high, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-          high = row_max(high, [](float a, float b) { return fmaxf(a, b); });
-          const float base = high == -INFINITY ? 0.0f : high, less = -base * unit;
-          old[r] = power_of_two((top[r] - base) * unit);
-          top[r] = high;
-#pragma unroll
-          for (int j = 0; j < T::BT / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& x = s[4 * j + 2 * r + e];
-              x = power_of_two(PLAIN ? fmaf(x, unit, less) : (x - base) * unit);  // what a mask hides may be as large as numbers are
-              sum += x;
-            }
-          total[r] = total[r] * old[r] + sum;
-        }
-      };
-      const auto probabilities = [&] {  // p = s: columns of scores are k of the next product
-#pragma unroll
-        for (int i = 0; i < T::BT / 4; ++i) p[i / 4][i % 4] = Values<P>::Policy::pack({s[2 * i], s[2 * i + 1]});
-      };
-      int step = steps(block.q0) - 1, keys, values;
-      barrier_wait(given, turn & 1);
-      const uint32_t last = ring.read();
-      scores(last);
-      products_wait<0>();
-      products_end(s);
-      ring.release(ring.slot);
-      ring.next();
-      softmax(step);
-      probabilities();
-      uint32_t next = ring.read();
-#pragma unroll 1
-      while (--step >= 0) {
-        keys = ring.slot;
-        ring.next();
-        if (group > 1 || !first) turn_wait(group);
-        first = false;
-        scores(next);
-        const uint32_t now = ring.read();
-        values = ring.slot;
-        ring.next();
-        results(now);
-        turn_give(group % T::GROUPS + 1);
-        products_wait<1>();
-        products_end(s);
-        ring.release(keys);
-        softmax(step);
-        products_end(s);
-        next = ring.read();
-        products_wait<0>();
-        products_end(o);
-        ring.release(values);
-#pragma unroll
-        for (int i = 0; i < T::E16 / 2; ++i) o[i] *= old[i / 2 % 2];
-        probabilities();
       }
-      if (lane == 0) barrier_arrive(taken);
-      results(next);
-      products_wait<0>();
-      products_end(o);
-      ring.release(ring.slot);
-      ring.next();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float high = top[r], sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < T::BT / 8; ++j) high = fmaxf(high, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+        high = row_max(high, [](float a, float b) { return fmaxf(a, b); });
+        const float base = high == -INFINITY ? 0.0f : high, less = -base * unit;
+        old[r] = power_of_two((top[r] - base) * unit);
+        top[r] = high;
+#pragma unroll
+        for (int j = 0; j < T::BT / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = s[4 * j + 2 * r + e];
+            x = power_of_two(PLAIN ? fmaf(x, unit, less) : (x - base) * unit);  // what a mask hides may be as large as numbers are
+            sum += x;
+          }
+        total[r] = total[r] * old[r] + sum;
+      }
+    };
+    const auto probabilities = [&] {  // p = s: columns of scores are k of the next product
+#pragma unroll
+      for (int i = 0; i < T::BT / 4; ++i) p[i / 4][i % 4] = Values<P>::Policy::pack({s[2 * i], s[2 * i + 1]});
+    };
+    const auto store = [&](const B& block, const float(&total)[2]) {
       const auto to = out(block.batch, block.head);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = query + r * 8;
+        const int row = block.q0 + own + r * 8;
         const float scale = normalizer<SAFE>(row_sum(total[r]));
         if (row >= QUERIES) continue;
 #pragma unroll
         for (int j = 0; j < T::E16 / 8; ++j) put<E>(to, (size_t)row * STRIDE, j * 8 + 2 * t, [&](int e) { return o[4 * j + 2 * r + e] * scale; });
       }
+    };
+    const auto read_all = [&] {  // of these queries
+      if (step > 0) return;
+      heads.release(heads.slot);
+      heads.next();
+    };
+    scores(ring.read());
+    products_wait<0>();
+    products_end(s);
+    ring.release(ring.slot);
+    ring.next();
+    read_all();
+    softmax();
+    probabilities();
+    uint32_t next = ring.read();
+    bool first = true;
+#pragma unroll 1
+    while (true) {
+      const B before = block;
+      const bool last = step-- == 0;
+      if (last) {
+        if (!block.at(++turn)) break;
+        rows = heads.read() + (group - 1) * 64 * 128;
+        step = steps(block.q0) - 1;
+      }
+      const int keys = ring.slot;
+      ring.next();
+      if (group > 1 || !first) turn_wait(group);
+      first = false;
+      scores(next);
+      const uint32_t now = ring.read();
+      const int values = ring.slot;
+      ring.next();
+      results(now);
+      turn_give(group % T::GROUPS + 1);
+      products_wait<1>();
+      products_end(s);
+      ring.release(keys);
+      read_all();
+      const float sums[2] = {total[0], total[1]};
+      if (last) top[0] = top[1] = -INFINITY;
+      softmax();
+      next = ring.read(total[0] < 0.0f || total[1] < 0.0f);  // exponentials before the wait for the results
+      products_wait<0>();
+      products_end(o);
+      ring.release(values);
+      if (last) store(before, sums);
+#pragma unroll
+      for (int i = 0; i < T::E16 / 2; ++i) o[i] = last ? 0.0f : o[i] * old[i / 2 % 2];
+      probabilities();
     }
+    results(next);
+    products_wait<0>();
+    products_end(o);
+    store(block, total);
     if (group == 1 && !first) turn_wait(group);  // the turn that the last group gave
   }
 }

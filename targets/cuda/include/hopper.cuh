@@ -22,12 +22,12 @@ template <int GROUPS, int RESIDENT> struct WarpGroups {
 
 // STAGES stages of shared memory that one thread fills and that warps read, all in the same order.
 template <int STAGES, int BYTES> struct Ring {
-  static constexpr int WHOLE = STAGES * (BYTES + 16);
+  static constexpr int DATA = STAGES * BYTES, BARRIERS = STAGES * 16;
   char* const data;
   uint64_t *const full, *const empty;  // a stage has arrived; every warp has read it
   int slot = 0;
   uint32_t round = 0;  // modulo 2
-  TC_DEVICE explicit Ring(char* data) : data(data), full(reinterpret_cast<uint64_t*>(data + STAGES * BYTES)), empty(full + STAGES) {}
+  TC_DEVICE Ring(char* data, char* barriers) : data(data), full(reinterpret_cast<uint64_t*>(barriers)), empty(full + STAGES) {}
   TC_DEVICE void open(int warps) const {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + stage, 1);
@@ -40,9 +40,9 @@ template <int STAGES, int BYTES> struct Ring {
     barrier_expect(full + slot, bytes);
     return data + slot * BYTES;
   }
-  // The address of the stage, when it has arrived.
-  TC_DEVICE uint32_t read() const {
-    barrier_wait(full + slot, round);
+  // The address of the stage, when it has arrived. never: false, in a way that the compiler does not see: what it is computed from is computed before the wait.
+  TC_DEVICE uint32_t read(bool never = false) const {
+    barrier_wait(full + slot, round ^ (uint32_t)never);
     return shared_address(data) + slot * BYTES;
   }
   // This warp has read that stage.
@@ -91,7 +91,8 @@ template <int C, int OH, int OW, int KW, int SH, int SW, int TOP, int LEFT, int 
 template <class P, class T, int M, int N, int STEPS, class Source, class Out, class Value>
 TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int m0, int n0, int first, const Value& value) {
   TC_SHARED(char, shared);
-  Ring<T::STAGES, T::STAGE_BYTES> ring(shared + (-shared_address(shared) & 1023));
+  char* const stages = shared + (-shared_address(shared) & 1023);
+  Ring<T::STAGES, T::STAGE_BYTES> ring(stages, stages + T::STAGES * T::STAGE_BYTES);
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     ring.open(4 * T::GROUPS);

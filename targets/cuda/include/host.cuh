@@ -80,6 +80,7 @@ struct Device {
 };
 inline int copy(void* to, const void* from, size_t bytes, cudaStream_t) { return memcpy(to, from, bytes), 0; }
 inline int allow_shared(const void*, int) { return 0; }
+inline int in_turns(int blocks, int) { return blocks; }
 inline int encode(TensorMap& map, const void* data, uint64_t rows, uint64_t columns, uint32_t box) {
   if (reinterpret_cast<uintptr_t>(data) % 16 || columns % 4 || !rows || !columns || rows > UINT32_MAX || columns > UINT32_MAX || !box || box > 256) return fail("no tensor map has these sizes");
   map = {static_cast<const char*>(data), rows, columns, box};
@@ -117,6 +118,12 @@ inline int copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
 }
 inline int allow_shared(const void* kernel, int bytes) {
   return check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+}
+// So many blocks, but no more than the device has multiprocessors: what the others would do later, these do in turns.
+inline int in_turns(int blocks, int device) {
+  int count = blocks;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count < blocks ? count : blocks;
 }
 // A function of the driver that makes tensor maps, looked up once; nothing is asked of the device.
 inline void* driver_function(std::atomic<void*>& found, const char* name) {
