@@ -201,7 +201,7 @@ TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, 
       ring.release(keys);
       read_all();
       const float sums[2] = {total[0], total[1]};
-      if (last) top[0] = top[1] = -INFINITY;
+      if (last) top[0] = top[1] = -INFINITY, total[0] = total[1] = 0.0f;
       softmax();
       next = ring.read(total[0] < 0.0f || total[1] < 0.0f);  // exponentials before the wait for the results
       products_wait<0>();
