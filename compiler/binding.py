@@ -58,11 +58,12 @@ class Binder:
             if not matches:
                 raise UsageError(f"input '{spec.name}': expected dtype {spec.dtype}, got {_dtype_name(value)}; convert it first")
             if value.shape != static:
-                self._check_shape(spec, tuple(value.shape), bound)
+                self.check_shape(spec, tuple(value.shape), bound)
             tensors.append(_tensor(value if spec.carrier is None else _carried(value, spec)))
         return tensors
 
-    def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...], bound: dict[str, int]) -> None:
+    def check_shape(self, spec: TensorSpec, shape: tuple[int, ...], bound: dict[str, int]) -> None:
+        """Raise UsageError unless the shape fits the spec; bound: sizes of symbolic dims that this call has already, and gets here."""
         if len(shape) != len(spec.shape):
             raise UsageError(
                 f"input '{spec.name}': expected shape [{_text(spec)}], got {list(shape)} ({len(shape)} dims instead of {len(spec.shape)})"

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .artifact import Artifact
+from .binding import Binder
 from .element_types import numpy_dtype
 from .errors import TcompileError, ToolchainError, UsageError
 from .program import TensorSpec
-from .tvm_runtime import load_library
+from .tvm_runtime import from_dlpack, load_library
 from .weights import device_offsets
 
 #: what launched kernels may assume of an address
 _ALIGNMENT = 16
+#: most combinations of open sizes whose plan is kept
+_PLANS = 1024
+
+
+class OpenSizes:
+    """What the library of a model with open sizes says of a call: it looks at the inputs' shapes alone."""
+
+    def __init__(self, library: Any, outputs: Sequence[TensorSpec]) -> None:
+        self._ask, self._ranks = library["sizes"], [len(spec.shape) for spec in outputs]
+
+    def __call__(self, tensors: Sequence[Any]) -> tuple[int, list[tuple[int, ...]]]:
+        """(bytes of workspace, shapes of the outputs). Raises RuntimeError where sizes do not fit together."""
+        numbers = np.zeros(1 + sum(self._ranks), np.int64)
+        self._ask(from_dlpack(numbers), *tensors)
+        rest = iter(numbers[1:].tolist())
+        return int(numbers[0]), [tuple(itertools.islice(rest, rank)) for rank in self._ranks]
 
 
 class GpuModel:
@@ -37,11 +55,17 @@ class GpuModel:
                 f"the artifact is for {name}, and torch {torch.__version__} finds no CUDA device here; run it on a machine that has one"
             )
         self._torch, self._artifact = torch, artifact
-        self._main = load_library(artifact.library)["main"]
+        library = load_library(artifact.library)
+        self._main, self._binder = library["main"], Binder(artifact.inputs, artifact.dims)
         self._weights: dict[int, Any] = {}
         self._errors: dict[int, Any] = {}
         self._workspace_bytes = int(artifact.report["memory"]["workspace_bytes"])
-        self._outputs = [(spec.shape, getattr(torch, spec.dtype)) for spec in artifact.outputs]
+        self._shapes: list[Any] = [spec.shape for spec in artifact.outputs]
+        self._dtypes = [getattr(torch, spec.dtype) for spec in artifact.outputs]
+        is_open = any(isinstance(dim, str) for spec in (*artifact.inputs, *artifact.outputs) for dim in spec.shape)
+        self._sizes = OpenSizes(library, artifact.outputs) if is_open else None
+        #: shapes of inputs -> what the library said of them
+        self._planned: dict[tuple[tuple[int, ...], ...], tuple[int, list[tuple[int, ...]]]] = {}
 
     def __call__(self, values: Sequence[Any], inputs: Sequence[TensorSpec]) -> Any:
         """Run on torch's current stream and return without waiting. CUDA tensors give CUDA tensors; numpy arrays and CPU tensors are copied there and back, which waits."""
@@ -49,10 +73,12 @@ class GpuModel:
         there = [value for value in values if isinstance(value, torch.Tensor) and value.is_cuda]
         device = there[0].device if there else torch.device("cuda", torch.cuda.current_device())
         self._prepare(device)
-        tensors = [self._tensor(value, spec, device) for value, spec in zip(values, inputs, strict=True)]
-        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._outputs]
-        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
+        bound: dict[str, int] = {}
+        tensors = [self._tensor(value, spec, device, bound) for value, spec in zip(values, inputs, strict=True)]
         try:
+            size, shapes = self._plan(tensors)
+            outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, self._dtypes, strict=True)]
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
             # the stream of these tensors' device that is torch's current one becomes tvm-ffi's: the exchange of tensors says it
             self._main(workspace, self._weights[device.index], self._errors[device.index], *tensors, *outputs)
         except RuntimeError as error:
@@ -63,6 +89,17 @@ class GpuModel:
             if not isinstance(values[0], torch.Tensor):
                 outputs = [self._array(output) for output in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _plan(self, tensors: Sequence[Any]) -> tuple[int, list[Any]]:
+        """(bytes of workspace, shapes of the outputs) of a call; the library is asked once for every combination of shapes."""
+        if self._sizes is None:
+            return self._workspace_bytes, self._shapes
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if shapes not in self._planned:
+            if len(self._planned) == _PLANS:
+                self._planned.clear()
+            self._planned[shapes] = self._sizes(tensors)
+        return self._planned[shapes]
 
     def check(self) -> None:
         """Wait for the devices and raise TcompileError when an index was out of range or an integer divided by zero in any call since the last check.
@@ -94,8 +131,8 @@ class GpuModel:
             return tensor.view(self._torch.int16).numpy().view(numpy_dtype("bfloat16"))
         return tensor.numpy()
 
-    def _tensor(self, value: Any, spec: TensorSpec, device: Any) -> Any:
-        """`value` on the device, checked against its spec (UsageError); copied only where it lies elsewhere, has gaps or is not aligned."""
+    def _tensor(self, value: Any, spec: TensorSpec, device: Any, bound: dict[str, int] | None = None) -> Any:
+        """`value` on the device, checked against its spec (UsageError); copied only where it lies elsewhere, has gaps or is not aligned. bound: see `Binder.check_shape`."""
         torch = self._torch
         if isinstance(value, (np.ndarray, np.generic)):
             array = np.array(value, copy=True)
@@ -105,7 +142,7 @@ class GpuModel:
         if str(value.dtype).removeprefix("torch.") != spec.dtype:
             raise UsageError(f"input '{spec.name}': expected dtype {spec.dtype}, got {value.dtype}; convert it first")
         if tuple(value.shape) != spec.shape:
-            raise UsageError(f"input '{spec.name}': expected shape {list(spec.shape)}, got {list(value.shape)}")
+            self._binder.check_shape(spec, tuple(value.shape), {} if bound is None else bound)
         if value.is_cuda and value.device != device:
             raise UsageError(f"input '{spec.name}': expected a tensor on {device} like the first, got one on {value.device}")
         value = value.detach().to(device).contiguous()

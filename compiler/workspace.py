@@ -58,6 +58,29 @@ def plan(lifetimes: Mapping[int, Lifetime], alignment: int) -> Workspace:
     return Workspace(size, int(sizes.sum()), int(alive.max(initial=0)), {key: int(offset) for key, offset in zip(keys, offsets, strict=True)})
 
 
+def stacked(lifetimes: Mapping[int, Lifetime], planned: Workspace) -> dict[int, list[int]]:
+    """Key of each tensor -> keys of those below it, for sizes that are known only while running: planned for sizes that are to be expected, tensors keep their order.
+
+    A tensor begins where the last of those below it ends, 0 without any; so no two that are alive together meet, whatever their sizes are. Those that lie below one of the list are
+    left out; keys come with those below them first.
+    """
+    keys = sorted(lifetimes, key=lambda key: (planned.offsets[key], lifetimes[key].size_bytes, key))
+    first, last = (np.array([getattr(lifetimes[key], name) for key in keys], np.int64) for name in ("first", "last"))
+    found: dict[int, list[int]] = {}
+    reached: list[set[int]] = []  # of each tensor, all that lie below it
+    for own, key in enumerate(keys):
+        alive = np.flatnonzero((first[:own] <= last[own]) & (last[:own] >= first[own]))
+        direct: list[int] = []
+        below: set[int] = set()
+        for other in reversed(alive.tolist()):
+            if other not in below:
+                direct.append(other)
+                below |= reached[other] | {other}
+        reached.append(below)
+        found[key] = [keys[other] for other in direct]
+    return found
+
+
 def _placed(order: Sequence[int], sizes: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[int, np.ndarray]:
     """(size of the workspace, offset of each tensor)."""
     offsets, placed = np.zeros_like(sizes), np.array(order, np.int64)

@@ -78,9 +78,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def memory_line(memory: dict[str, int]) -> str:
+def memory_line(memory: dict[str, Any]) -> str:
     """A report's "memory" in one line."""
     more = f", {memory['dynamic_tensors']} more whose size is known while running" if memory.get("dynamic_tensors") else ""
+    more += "".join(f", {name} = {size}" for name, size in memory.get("sizes", {}).items()).replace(",", " for", 1)
     return f"{memory['workspace_bytes']} bytes for intermediate tensors ({memory['lower_bound_bytes']} alive at once, {memory['unshared_bytes']} unshared){more}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ...compiler.program import LARGEST_BYTES, LARGEST_DIM
 from ...compiler.tvm import IRBuilder, T, relax, relax_functions, tirx, tvm
 from ...passes.fusion import NODES
+from ..common.node_names import node_of, printable
 from ..common.stages import substitute
 
 #: calls that TVM puts before a `match_cast`, for the value that is cast; their last argument is the text of the error
@@ -126,7 +127,7 @@ def _makers(module: Any, function: Any, origins: Mapping[str, str]) -> dict[Any,
         for binding in block.bindings:
             value = getattr(binding, "value", None)
             if isinstance(value, relax.Var):
-                node = _node(binding.var.name, origins)
+                node = node_of(binding.var.name, origins)
                 node = node if node != binding.var.name else found.get(value, "")
                 for tensor in (value, binding.var) if node else ():
                     name(tensor, node)
@@ -146,7 +147,7 @@ def _not_negative(dims: list[Any], symbols: list[Any], node: str) -> Any:
         T.func_attr({"tirx.noalias": True, "tcompile.scheduled": True})
         fresh = {symbol: T.arg(f"n{at}", T.int64()) for at, symbol in enumerate(symbols)}
         least = functools.reduce(tirx.min, [substitute(dim, fresh) for dim in dims])
-        with T.Assert(least >= T.int64(0), f"node '{_printable(node)}': its result would have a negative size"):
+        with T.Assert(least >= T.int64(0), f"node '{printable(node)}': its result would have a negative size"):
             pass
     return builder.get()
 
@@ -160,7 +161,7 @@ def _bounded(dims: list[Any], symbols: list[Any], node: str) -> Any:
         for dim in dims:
             total = total * _float(substitute(dim, fresh))
         with T.Assert(
-            total <= tirx.FloatImm("float64", float(LARGEST_BYTES)), f"node '{_printable(node)}': a tensor would have more than {LARGEST_BYTES} bytes"
+            total <= tirx.FloatImm("float64", float(LARGEST_BYTES)), f"node '{printable(node)}': a tensor would have more than {LARGEST_BYTES} bytes"
         ):
             pass
     return builder.get()
@@ -169,7 +170,7 @@ def _bounded(dims: list[Any], symbols: list[Any], node: str) -> Any:
 def _made_by(symbols: list[Any], origins: Mapping[str, str]) -> str:
     """The node that computed one of the symbols; symbols of inputs are named themselves."""
     names = [symbol.name.rsplit("_s", 1)[0] for symbol in symbols]
-    return next((_node(name, origins) for name in names if _node(name, origins) != name), symbols[0].name)
+    return next((node_of(name, origins) for name in names if node_of(name, origins) != name), symbols[0].name)
 
 
 def name_checks(module: Any, origins: Mapping[str, str]) -> Any:
@@ -184,7 +185,7 @@ def _named(function: Any, origins: Mapping[str, str]) -> Any:
         bindings = list(block.bindings)
         for place, cast in enumerate(bindings):
             if isinstance(cast, relax.MatchCast):
-                _name_before(bindings, place, _node(cast.var.name, origins))
+                _name_before(bindings, place, node_of(cast.var.name, origins))
         blocks.append(relax.BindingBlock(bindings))
     body = relax.SeqExpr(blocks, function.body.body)
     return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
@@ -198,17 +199,5 @@ def _name_before(bindings: list[Any], place: int, node: str) -> None:
             return
         call = binding.value
         if isinstance(call, relax.Call) and str(getattr(call.op, "global_symbol", "")) in _CHECKS and call.args[0].same_as(value):
-            text = tvm.ir.StringImm(f"node '{_printable(node)}':")
+            text = tvm.ir.StringImm(f"node '{printable(node)}':")
             bindings[before] = relax.VarBinding(binding.var, relax.Call(call.op, [*call.args[:-1], text], call.attrs, call.ty_args))
-
-
-def _printable(node: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in node)
-
-
-def _node(name: str, origins: Mapping[str, str]) -> str:
-    """The node behind a variable; passes put numbers behind the name of the one that they replace."""
-    short = name
-    while short not in origins and short[-1:].isdigit():
-        short = short[:-1]
-    return origins.get(short, name)

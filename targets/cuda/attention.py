@@ -11,7 +11,8 @@ Where that leaves most of the GPU idle (one query behind a long cache), blocks t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...compiler.dialect.attention import AttentionAttrs, attrs_of, dims_of
@@ -20,7 +21,8 @@ from ..base import Target
 from .gemm import vector
 from .kernel import Kernel, Plan, Signature, Unsupported, ctype
 from .printer import literal
-from .schedule import part_of_keys
+from .schedule import open_part_of_keys, part_of_keys
+from .sizes import FIXED, Known, blocks, shown, simplified, times
 
 QUERIES, THREADS = 64, 128
 #: number policies of operands that lie in memory as tensor cores take them, two in a word; others have the policy that was asked for
@@ -35,34 +37,35 @@ def refusal(call: Any) -> str:
     shapes = [list(arg.ty.shape) for arg in call.args]
     if attrs.received:
         return "the attention that keys receive is asked for"
-    if any(not isinstance(dim, tirx.IntImm) for shape in shapes for dim in shape):
-        return "sizes known only at run time"
     types = {str(arg.ty.dtype) for arg in call.args[:3]}
     if len(types) > 1 or not types <= {*POLICIES, "float32"} or any(str(arg.ty.dtype) not in ("float32", "bool") for arg in call.args[3:]):
         return f"operands of {', '.join(str(arg.ty.dtype) for arg in call.args)}"
     dims = dims_of(*shapes[:3], attrs.layouts)
+    if any(not isinstance(dim, tirx.IntImm) for dim in (dims.heads, dims.kv_heads, dims.depth, dims.width)):
+        return "heads whose number or size is known only at run time"
     if types <= {*POLICIES} and (int(dims.depth) % 2 or int(dims.width) % 2):
         return "heads that fill no whole words"
     if max(int(dims.depth), int(dims.width)) > MAX_WIDTH:
         return f"heads wider than {MAX_WIDTH}"
-    if min(int(dim) for shape in shapes for dim in shape) == 0:
+    if any(isinstance(dim, tirx.IntImm) and int(dim) == 0 for shape in shapes for dim in shape):
         return "an operand without elements"
     return ""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention that `refusal` has nothing against: q, k, v and the mask where there is one, the output, and sizes; heads of k and v: own. policy: of numbers, group: how many are in a word."""
+    """An attention that `refusal` has nothing against: q, k, v and the mask where there is one, the output, and sizes, of which `batch`, `queries` and `keys` may be open; heads of k and
+    v: own. policy: of numbers, group: how many are in a word."""
 
     operands: tuple[Any, ...]
     out: Any
     attrs: AttentionAttrs
     policy: str
-    batch: int
+    batch: Any
     heads: int
     own: int
-    queries: int
-    keys: int
+    queries: Any
+    keys: Any
     depth: int
     width: int
 
@@ -71,11 +74,11 @@ class Attention:
         """Raises Unsupported as `refusal` says."""
         if reason := refusal(call):
             raise Unsupported(reason)
-        shapes, attrs = [[int(dim) for dim in arg.ty.shape] for arg in call.args], attrs_of(call)
+        shapes, attrs = [[simplified(dim) for dim in arg.ty.shape] for arg in call.args], attrs_of(call)
         operands = [
             tirx.decl_buffer(shape, str(arg.ty.dtype), f"arg{position}") for position, (arg, shape) in enumerate(zip(call.args, shapes, strict=True))
         ]
-        out = tirx.decl_buffer([int(dim) for dim in call.ty.shape], str(call.ty.dtype), "out")
+        out = tirx.decl_buffer([simplified(dim) for dim in call.ty.shape], str(call.ty.dtype), "out")
         dims = dims_of(*shapes[:3], attrs.layouts)
         sizes = (dims.batch, dims.heads, dims.kv_heads, dims.queries, dims.keys, dims.depth, dims.width)
         return Attention(tuple(operands), out, attrs, POLICIES.get(str(call.args[0].ty.dtype), policy), *sizes)
@@ -95,7 +98,7 @@ class Attention:
 
     @property
     def workload(self) -> str:
-        sizes = f"{self.batch}x{self.heads}({self.own})x{self.queries}x{self.keys}x{self.depth}"
+        sizes = f"{shown(self.batch)}x{self.heads}({self.own})x{shown(self.queries)}x{shown(self.keys)}x{self.depth}"
         return f"attention {sizes} {self.policy}" + (" causal" if self.attrs.causal else "")
 
     def score(self, signature: Signature) -> list[str]:
@@ -110,23 +113,23 @@ class Attention:
             )
         if len(operands) == 3:
             return [*lines, "return score;"]
-        shape, domain = [int(dim) for dim in operands[3].shape], (self.batch, self.heads, self.queries, self.keys)
-        terms, stride = [], 1
-        for dim, index, _ in reversed(list(zip([1] * (4 - len(shape)) + shape, ("batch", "head", "s", "t"), domain, strict=True))):
+        shape = [1] * (4 - len(operands[3].shape)) + [simplified(dim) for dim in operands[3].shape]
+        terms = []
+        for axis, (dim, index) in enumerate(zip(shape, ("batch", "head", "s", "t"), strict=True)):
             if dim != 1:
-                terms.append(f"{index} * {stride}" if stride > 1 else index)
-            stride *= dim
-        mask = f"{signature.name(operands[3])}[{' + '.join(reversed(terms)) or '0'}]"
+                stride = times(shape[axis + 1 :])
+                terms.append(index if stride == 1 else f"{index} * {signature.size(stride)}")
+        mask = f"{signature.name(operands[3])}[{' + '.join(terms) or '0'}]"
         if str(operands[3].ty.dtype) == "bool":
             return [*lines, f"return {mask} ? score : {fill};"]
         return [*lines, f"return {'seen' if attrs.causal else 'score'} + {mask};"]
 
 
-def place(layout: str, heads: int, rows: int, columns: int, head: str = "head") -> tuple[str, int]:
-    """(start of a head in C, distance of its rows), in elements."""
+def place(layout: str, heads: int, rows: Any, columns: int, head: str = "head", size: Callable[[Any], str] = str) -> tuple[str, int]:
+    """(start of a head in C, distance of its rows), in elements. size: C of a size."""
     if layout == "BHSD":
-        return f"(size_t)(batch * {heads} + {head}) * {rows * columns}", columns
-    return f"(size_t)batch * {rows * heads * columns} + {head} * {columns}", heads * columns
+        return f"(size_t)(batch * {heads} + {head}) * {size(times([rows, columns]))}", columns
+    return f"(size_t)batch * {size(times([rows, heads * columns]))} + {head} * {columns}", heads * columns
 
 
 def keys_at_once(this: Attention) -> int:
@@ -134,67 +137,104 @@ def keys_at_once(this: Attention) -> int:
     return 64 if max(this.depth, this.width) <= 64 else 32
 
 
-def kernel(call: Any, target: Target, policy: str) -> Plan:
-    """The kernel; its parameters are q, k, v, the mask where there is one, and the output. Raises Unsupported as `refusal` says."""
+def kernel(call: Any, target: Target, policy: str, known: Known = FIXED) -> Plan:
+    """The kernel; its parameters are q, k, v, the mask where there is one, and the output. known: of the symbols in the call's shapes. Raises Unsupported as `refusal` says."""
     this = Attention.of(call, policy)
-    batch, heads, own, queries, keys, depth, width = this.batch, this.heads, this.own, this.queries, this.keys, this.depth, this.width
-    block, group = keys_at_once(this), this.group
-    padded, wide = -(-depth // (16 * group)) * 16, -(-width // 16) * 16 // group
+    block = keys_at_once(this)
+    tiles, steps = blocks(this.queries, QUERIES), blocks(this.keys, block)
+
+    def whole() -> tuple[Kernel, ...]:
+        return (_product(this, this.out, 0, 1, target),)
+
+    def in_parts(part: Any, count: Any) -> tuple[Kernel, ...]:
+        """Blocks take `part` steps of keys each, which makes `count` parts; then those are joined."""
+        rows = times([this.batch, this.heads, this.queries])
+        parts = tirx.decl_buffer((count, rows, this.width + 2), "float32", "parts")
+        return _product(this, parts, part, count, target), _joined(this, parts, count, rows)
+
+    if this.causal:
+        return Plan(this.params, whole())
+    if all(isinstance(size, int) for size in (tiles, steps, this.batch)):
+        part = part_of_keys(tiles * this.heads * this.batch, steps, target)
+        return Plan(this.params, whole() if part == steps else in_parts(part, -(-steps // part)))
+    part = open_part_of_keys(times([tiles, this.heads, this.batch]), steps, target)
+    count = simplified(tirx.floordiv(steps + part - 1, part))
+    if all(sample <= 1 for sample in known.samples(count)):
+        return Plan(this.params, whole())
+    made = [(whole(), (count, 0, 1)), (in_parts(part, count), (count, 2, None))]
+    return Plan(this.params, tuple(replace(each, when=when) for kernels, when in made for each in kernels))
+
+
+def _product(this: Attention, written: Any, part: Any, count: Any, target: Target) -> Kernel:
+    """All keys, or `count` parts of `part` steps of them."""
+    attrs, policy, signature, block = this.attrs, this.policy, Signature((written,)), keys_at_once(this)
+    size, group = signature.size, this.group
+    padded, wide = -(-this.depth // (16 * group)) * 16, -(-this.width // 16) * 16 // group
     shared = 4 * (QUERIES * (padded + 8) + 2 * block * (padded + 8 + wide + 4))
     if shared > target.shared_bytes:
         raise Unsupported(f"{shared} bytes of shared memory, {target.name} has {target.shared_bytes}")
-    tiles, steps = -(-queries // QUERIES), -(-keys // block)
-    part = steps if this.causal else part_of_keys(tiles * heads * batch, steps, target)
-    count, rows = -(-steps // part), batch * heads * queries
-    written = this.out if count == 1 else tirx.decl_buffer((count, rows, width + 2), "float32", "parts")
-    signature = Signature((written,))
     names = [signature.name(buffer) for buffer in this.operands[:3]]
     lines = [
-        f"using T = tc::Heads<tc::{this.policy}, {depth}, {width}, {block}>;",
-        f"const int head = blockIdx.y, shared_head = head / {heads // own}, batch = blockIdx.z;",
+        f"using T = tc::Heads<tc::{policy}, {this.depth}, {this.width}, {block}>;",
+        f"const int head = blockIdx.y, shared_head = head / {this.heads // this.own}, batch = blockIdx.z;",
     ]
-    sizes = ((queries, depth, heads, "head"), (keys, depth, own, "shared_head"), (keys, width, own, "shared_head"))
-    for side, name, layout, (length, columns, number, head) in zip("qkv", names, this.attrs.layouts, sizes, strict=False):
-        base, stride = place(layout, number, length, columns, head)
+    own = (
+        (this.queries, this.depth, this.heads, "head"),
+        (this.keys, this.depth, this.own, "shared_head"),
+        (this.keys, this.width, this.own, "shared_head"),
+    )
+    for side, name, layout, (length, columns, number, head) in zip("qkv", names, attrs.layouts, own, strict=False):
+        base, stride = place(layout, number, length, columns, head, size)
         start = f"{name} + {base}" if group == 1 else f"tc::words({name} + {base})"
-        lines.append(f"const tc::Rows<{length}, {columns // group}, {stride // group}> {side}{{{start}}};")
-    base, stride = place(this.attrs.layouts[3], heads, queries, width)
-    if count > 1:
-        base, stride = f"(blockIdx.x / {tiles} * {rows} + (size_t)(batch * {heads} + head) * {queries}) * {width + 2}", width + 2
+        if isinstance(length, int):
+            lines.append(f"const tc::Rows<{length}, {columns // group}, {stride // group}> {side}{{{start}}};")
+        else:
+            lines.append(f"const tc::OpenRows {side}{{{start}, {size(length)}, {columns // group}, {stride // group}}};")
+    base, stride = place(attrs.layouts[3], this.heads, this.queries, this.width, "head", size)
+    tiles, several = blocks(this.queries, QUERIES), not (isinstance(count, int) and count == 1)
+    if several:
+        rows, stride = times([this.batch, this.heads, this.queries]), this.width + 2
+        base = f"(blockIdx.x / {size(tiles)} * {size(rows)} + (size_t)(batch * {this.heads} + head) * {size(this.queries)}) * {stride}"
     lines.append(f"const tc::To<{ctype(written.ty.dtype)}> to{{{signature.name(written)} + {base}}};")
-    flags = f"{str(this.causal).lower()}, {str(this.attrs.safe).lower()}, {part if count > 1 else 0}"
-    numbers = f"{queries}, {keys}, {width}, {stride}, {flags}, {vector(depth // group)}, {vector(width // group)}"
-    places = "blockIdx.x * T::BQ, 0" if count == 1 else f"blockIdx.x % {tiles} * T::BQ, blockIdx.x / {tiles} * {part}"
-    lines.append(f"tc::attention<tc::{this.policy}, T, {numbers}>(q, k, v, to, {places}, [&](int s, int t, float x) {{")
+    flags = f"{str(this.causal).lower()}, {str(attrs.safe).lower()}"
+    vectors = f"{vector(this.depth // group)}, {vector(this.width // group)}"
+    places = f"blockIdx.x % {size(tiles)} * T::BQ, blockIdx.x / {size(tiles)} * {size(part)}" if several else "blockIdx.x * T::BQ, 0"
+    if all(isinstance(number, int) for number in (this.queries, this.keys, part)):
+        numbers = f"{this.queries}, {this.keys}, {this.width}, {stride}, {flags}, {part}, {vectors}"
+        call = f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, to, {places}"
+    else:
+        numbers = ", ".join(map(size, (this.queries, this.keys, stride, part)))
+        call = f"tc::attention<tc::{policy}, T, {this.width}, {flags}, {str(several).lower()}, {vectors}>(q, k, v, to, {numbers}, {places}"
+    lines.append(f"{call}, [&](int s, int t, float x) {{")
     lines += [f"  {line}" for line in this.score(signature)] + ["});"]
-    product = signature.kernel(
+    return signature.kernel(
         lines,
-        grid=(tiles * count, heads, batch),
+        grid=(times([tiles, count]), this.heads, this.batch),
         threads=THREADS,
         resident=2,
         shared_bytes=shared,
         kind="attention",
         workload=this.workload,
-        schedule=f"{QUERIES} queries x {block} keys, 4 warps" + (f", keys in {count} parts" if count > 1 else ""),
+        schedule=f"{QUERIES} queries x {block} keys, 4 warps" + (f", keys in {shown(count)} parts" if several else ""),
     )
-    return Plan(this.params, (product,) if count == 1 else (product, _joined(written, this)))
 
 
-def _joined(parts: Any, this: Attention) -> Kernel:
+def _joined(this: Attention, parts: Any, count: Any, rows: Any) -> Kernel:
     """The result from parts of the keys: a thread per element."""
-    batch, heads, queries, width, out = this.batch, this.heads, this.queries, this.width, this.out
-    count, rows, total = int(parts.shape[0]), int(parts.shape[1]), batch * heads * queries * width
-    signature = Signature((out,))
+    signature = Signature((this.out,))
+    size, width, total = signature.size, this.width, times([rows, this.width])
     address = "place"
     if this.attrs.layouts[3] == "BSHD":
-        address = f"((size_t)(row / {heads * queries}) * {queries} + row % {queries}) * {heads * width} + row / {queries} % {heads} * {width} + e"
+        outer, queries = size(times([this.heads, this.queries])), size(this.queries)
+        address = f"((size_t)(row / {outer}) * {queries} + row % {queries}) * {this.heads * width} + row / {queries} % {this.heads} * {width} + e"
+    safe = str(this.attrs.safe).lower()
+    call = f"tc::joined<{count}, {width}, {safe}>(" if isinstance(count, int) else f"tc::joined<{width}, {safe}>("
+    given = f"{signature.name(parts)} + (size_t)row * {width + 2}, " + ("" if isinstance(count, int) else f"{size(count)}, ")
     lines = [
         f"const int place = blockIdx.x * {THREADS} + threadIdx.x;",
-        f"if (place >= {total}) return;",
+        f"if (place >= {size(total)}) return;",
         f"const int row = place / {width}, e = place % {width};",
-        f"{signature.name(out)}[{address}] = tc::joined<{count}, {width}, {str(this.attrs.safe).lower()}>"
-        f"({signature.name(parts)} + (size_t)row * {width + 2}, {rows}, e);",
+        f"{signature.name(this.out)}[{address}] = {call}{given}{size(rows)}, e);",
     ]
-    return signature.kernel(
-        lines, grid=(-(-total // THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=f"sums {count} x {total} of attention"
-    )
+    workload = f"sums {shown(count)} x {shown(total)} of attention"
+    return signature.kernel(lines, grid=(blocks(total, THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=workload)

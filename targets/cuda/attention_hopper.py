@@ -29,6 +29,7 @@ from .kernel import Plan, Signature, Unsupported, ctype
 from .printer import literal
 from .schedule import attention_cycles
 from .schedule_hopper import AttentionSchedule, attention_space
+from .sizes import FIXED, Known
 
 #: numbers whose rows begin at multiples of 16 bytes, where TMA can
 _ALIGNED = 8
@@ -36,13 +37,15 @@ _ALIGNED = 8
 _FEW = 64
 
 
-def kernel(call: Any, target: Target, policy: str) -> Plan:
+def kernel(call: Any, target: Target, policy: str, known: Known = FIXED) -> Plan:
     """As `attention.kernel`; raises Unsupported for what is left to that one."""
     if target.name not in TARGETS:
         raise Unsupported(f"no wgmma on {target.name}")
     this = Attention.of(call, policy)
     if this.group == 1:
         raise Unsupported("operands in fp32")
+    if not all(isinstance(size, int) for size in (this.batch, this.queries, this.keys)):
+        raise Unsupported("sizes known only at run time")
     if this.depth % _ALIGNED or this.width % _ALIGNED:
         raise Unsupported(f"heads of {this.depth} and {this.width}, no multiple of {_ALIGNED}")
     return _plan(this, best(this, target), target)

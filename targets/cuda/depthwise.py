@@ -23,6 +23,7 @@ from ..common.fused import Fused, Unfusable
 from .kernel import Kernel, Plan, Signature, ctype
 from .product import Product, plan
 from .schedule import FILE_REGISTERS, SHARED_BYTES_PER_CYCLE
+from .sizes import FIXED, Known
 
 #: types of image, weights and sums
 _TYPES = frozenset(
@@ -55,10 +56,16 @@ class DepthwiseSchedule:
 
 
 def conv(
-    fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: DepthwiseSchedule | None = None, rounded: str = ""
+    fused: Fused,
+    target: Target,
+    policy: str,
+    constants: frozenset[int] = frozenset(),
+    tile: DepthwiseSchedule | None = None,
+    rounded: str = "",
+    known: Known = FIXED,
 ) -> Plan:
     """The kernel of this tile or the best; raises Unfusable when the function is no depthwise convolution. rounded: as in `gemm.gemm`."""
-    return plan(Depthwise, fused, target, policy, constants, tile, rounded)
+    return plan(Depthwise, fused, target, policy, constants, tile, rounded, known)
 
 
 class Depthwise(Product):
@@ -66,8 +73,8 @@ class Depthwise(Product):
 
     cores = ("conv2d",)
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
-        super().__init__(fused, target, policy, constants, rounded)
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
+        super().__init__(fused, target, policy, constants, rounded, known)
         image, weights = ([int(dim) for dim in buffer.shape] for buffer in fused.inputs[:2])
         dims = [int(dim) for dim in fused.accumulator.shape]
         self.batch, self.channels, self.taps = image[0], image[3], weights[:2]

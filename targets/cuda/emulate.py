@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.cuda_runtime import OpenSizes
 from ...compiler.element_types import CARRIERS, encode, numpy_dtype
 from ...compiler.errors import ToolchainError
 from ...compiler.program import TensorSpec
@@ -27,7 +28,7 @@ from .toolchain import ffi_headers
 class Emulation:
     """An emulated model: call it with numpy arrays in the order of its inputs. Memory that no kernel has written holds NaN.
 
-    Made of what an artifact holds: sources, weights, inputs, outputs, and workspace_bytes of its report. error: after a call, 0 or the number of the kernel (from 1)
+    Made of what an artifact holds: sources, weights, inputs, outputs, and workspace_bytes of its report (of a model with open sizes the library says it for each call). error: after a call, 0 or the number of the kernel (from 1)
     that met an index out of range.
     """
 
@@ -39,7 +40,9 @@ class Emulation:
         outputs: Sequence[TensorSpec],
         workspace_bytes: int,
     ) -> None:
-        self._main = load_library(build(sources))["main"]
+        library = load_library(build(sources))
+        self._main = library["main"]
+        self._sizes = OpenSizes(library, outputs) if any(isinstance(dim, str) for spec in (*inputs, *outputs) for dim in spec.shape) else None
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         offsets, size = device_offsets(weights)
         self._weights = aligned(np.zeros(size, np.uint8))
@@ -49,9 +52,15 @@ class Emulation:
         self.error = 0
 
     def __call__(self, *values: Any) -> tuple[np.ndarray, ...]:
-        workspace, error = aligned(np.full(self._workspace_bytes, 0xFF, np.uint8)), aligned(np.zeros(1, np.int32))
         given = [aligned(np.array(value, numpy_dtype(spec.dtype))) for value, spec in zip(values, self._inputs, strict=True)]
-        results = [aligned(np.full([int(dim) for dim in spec.shape], -1).astype(numpy_dtype(spec.dtype))) for spec in self._outputs]
+        size, shapes = self._workspace_bytes, [spec.shape for spec in self._outputs]
+        if self._sizes is not None:
+            size, shapes = self._sizes([from_dlpack(encode(array) if array.dtype.name in CARRIERS else array) for array in given])
+        workspace, error = aligned(np.full(size, 0xFF, np.uint8)), aligned(np.zeros(1, np.int32))
+        results = [
+            aligned(np.full([int(dim) for dim in shape], -1).astype(numpy_dtype(spec.dtype)))
+            for spec, shape in zip(self._outputs, shapes, strict=True)
+        ]
         tensors = [encode(array) if array.dtype.name in CARRIERS else array for array in (*given, *results)]
         self._main(*map(from_dlpack, (workspace, self._weights, error, *tensors)))
         self.error = int(error[0])

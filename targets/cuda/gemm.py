@@ -19,8 +19,8 @@ Groups of a convolution are a batch: each a product of its channels of every win
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ from ..common.fused import Fused, Unfusable
 from ..common.words import packed_words
 from .kernel import Kernel, Packing, Plan, Signature, ctype
 from .product import Product, plan
-from .schedule import GemmShape, TileSchedule, best_tile
+from .schedule import GemmShape, TileSchedule, best_tile, predicted_cycles
+from .sizes import FIXED, Known, blocks, divides, same, shown, simplified, times
 from .words import GROUPS
 
 #: fewer columns of a group leave part of every fragment empty
@@ -40,23 +41,40 @@ _LEAST_COLUMNS = 8
 _POLICIES = {"uint8": "U8S8", "bfloat16": "Bf16x2", "float16": "Fp16x2"}
 
 
+#: prints where a batch begins, by a function that gives the C of a size
+Offset = Callable[[Callable[[Any], str]], str]
+
+
 @dataclass(frozen=True)
 class _Operand:
-    """A source of include/tcompile.cuh: its type, rows, columns, and the offset of a batch in C."""
+    """A source of include/tcompile.cuh: its type, words per copy, the offset of a batch, and the open sizes that it holds."""
 
     source: str
     vector: int
-    offset: str = ""
+    offset: Offset = field(default=lambda size: "")
+    sizes: tuple[Any, ...] = ()
+
+    def declared(self, name: str, data: str, signature: Signature) -> str:
+        offset = self.offset(signature.size)
+        fields = "".join(f", {signature.size(size)}" for size in self.sizes)
+        return f"const {self.source} {name}{{{data}{f' + {offset}' if offset else ''}{fields}}};"
 
 
 def gemm(
-    fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: TileSchedule | None = None, rounded: str = ""
+    fused: Fused,
+    target: Target,
+    policy: str,
+    constants: frozenset[int] = frozenset(),
+    tile: TileSchedule | None = None,
+    rounded: str = "",
+    known: Known = FIXED,
 ) -> Plan:
     """One kernel of this tile or the best, or one for parts of K and one for their sums; raises Unfusable when the function is not for this template.
 
-    constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
+    constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter. known: what is known of open sizes; where rows
+    are open, the host chooses among tiles for few and for many.
     """
-    return plan(Gemm, fused, target, policy, constants, tile, rounded)
+    return plan(Gemm, fused, target, policy, constants, tile, rounded, known)
 
 
 def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
@@ -68,24 +86,31 @@ class Gemm(Product):
     """A fused function as a product of matrices of words, and its kernels by mma.sync; other templates override how operands reach the tensor cores."""
 
     cores = ("matmul", "conv2d")
+    open_sizes = True
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
-        super().__init__(fused, target, policy, constants, rounded)
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
+        super().__init__(fused, target, policy, constants, rounded, known)
         types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
         if types != ("float32",) * 3 and types not in GROUPS:
             raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
         self.groups = fused.core.get("groups", 1)
         self.policy, self.group, self.sum = _POLICIES.get(types[0], policy), GROUPS.get(types, 1), ctype(types[2])
         self.packings = () if self.group == 1 else (self._packing(constants),)
-        self.dims = [int(dim) for dim in fused.accumulator.shape]
+        self.dims = [simplified(dim) for dim in fused.accumulator.shape]
         if fused.core["op"] == "conv2d":
             self.batch_dims, self.row_dims, self.k, self.a, self.b = [], self.dims[:-1], *self._windows()
         else:
             self.batch_dims, self.row_dims, self.k, self.a, self.b = self._matrices()
         #: words of k
-        self.m, self.n, self.batch = math.prod(self.row_dims), self.dims[-1] // self.groups, math.prod(self.batch_dims) * self.groups
+        self.m, self.n, self.batch = times(self.row_dims), simplified(self.dims[-1] // self.groups), times([*self.batch_dims, self.groups])
+        #: the sizes of a product of matrices are known
+        self.fixed = all(isinstance(size, int) for size in (self.m, self.k, self.n, *self.a.sizes))
+        self.shape = self._shape(known.typical(self.m))
 
-        self.shape = GemmShape(self.batch, self.m, self.k, self.n, self.a.vector, self.b.vector, "Windows" in self.a.source)
+    def _shape(self, rows: int) -> GemmShape:
+        """The product of so many rows, its other sizes as they are expected."""
+        batch, k, n = (max(1, self.known.typical(size)) for size in (self.batch, self.k, self.n))
+        return GemmShape(batch, max(1, rows), k, n, self.a.vector, self.b.vector, "Windows" in self.a.source)
 
     @property
     def kind(self) -> str:
@@ -94,7 +119,17 @@ class Gemm(Product):
 
     def best(self) -> TileSchedule:
         """The tile of least predicted time."""
-        return best_tile(self.shape, self.target, self.policy)
+        return self._best(self.shape)
+
+    def _best(self, shape: GemmShape) -> TileSchedule:
+        tile = best_tile(shape, self.target, self.policy)
+        return tile if isinstance(self.k, int) else replace(tile, parts=1)
+
+    def best_for(self, rows: int) -> TileSchedule:
+        return self._best(self._shape(rows))
+
+    def cycles(self, tile: TileSchedule, rows: int) -> float:
+        return predicted_cycles(self._shape(rows), tile, self.target, self.policy)
 
     def resident(self, tile: TileSchedule) -> int | None:
         """Blocks that are to fit a multiprocessor, where that is not left to nvcc: it makes room for more of those of words than there is shared memory for, and spills."""
@@ -102,8 +137,9 @@ class Gemm(Product):
 
     def _product(self, tile: TileSchedule, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
-        operands, call = self._operands(tile, signature), self._call(tile)
-        start = f" + (size_t)blockIdx.z * {self.n if self.groups > 1 else self.m * self.n}" if self.batch * tile.parts > 1 else ""
+        operands, call = self._operands(tile, signature), self._call(tile, signature)
+        whole = self.n if self.groups > 1 else times([self.m, self.n])
+        start = f" + (size_t)blockIdx.z * {signature.size(whole)}" if tile.parts > 1 or self.batch != 1 else ""
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
         out = f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};"
         column = "column" if self.groups > 1 else "n"
@@ -112,12 +148,12 @@ class Gemm(Product):
         lines += [f"  {line}" for line in value] + ["});"]
         return signature.kernel(
             lines,
-            grid=(-(-self.n // tile.bn), -(-self.m // tile.bm), self.batch * tile.parts),
+            grid=(blocks(self.n, tile.bn), blocks(self.m, tile.bm), times([self.batch, tile.parts])),
             threads=tile.threads,
             resident=self.resident(tile),
             shared_bytes=tile.shared_bytes,
             kind=self.kind,
-            workload=f"{self.kind.split()[0]} {self.batch}x{self.m}x{self.k * self.group}x{self.n} {self.policy}",
+            workload=f"{self.kind.split()[0]} {shown(self.batch)}x{shown(self.m)}x{shown(times([self.k, self.group]))}x{shown(self.n)} {self.policy}",
             schedule=str(tile),
         )
 
@@ -125,82 +161,101 @@ class Gemm(Product):
         """Declarations of what the call reads."""
         operands = [self.fused.inputs[0], self.packings[0].buffer if self.packings else self.fused.inputs[1]]
         names = (signature.name(buffer) if self.group == 1 else f"tc::words({signature.name(buffer)})" for buffer in operands)
-        lines = []
-        for side, name, operand in zip("ab", names, (self.a, self.b), strict=True):
-            offset = f" + {operand.offset}" if operand.offset else ""
-            lines.append(f"const {operand.source} {side}{{{name}{offset}}};")
-        return lines
+        return [operand.declared(side, name, signature) for side, name, operand in zip("ab", names, (self.a, self.b), strict=True)]
 
-    def _call(self, tile: TileSchedule) -> str:
+    def _call(self, tile: TileSchedule, signature: Signature) -> str:
         """The device template called on them, up to its last argument."""
         k = tile.part_of(self.k)
         start = f"blockIdx.z * {k}" if tile.parts > 1 else "0"
-        sizes = f"{self.m}, {self.n}, {k}, {self.a.vector}, {self.b.vector}" + (f", {self.dims[-1]}" if self.groups > 1 else "")
-        return f"tc::gemm<tc::{self.policy}, T, {sizes}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
+        sizes, vectors = ", ".join(map(signature.size, (self.m, self.n, k))), f"{self.a.vector}, {self.b.vector}"
+        place = f"blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
+        if self.fixed:
+            distance = f", {self.dims[-1]}" if self.groups > 1 else ""
+            return f"tc::gemm<tc::{self.policy}, T, {sizes}, {vectors}{distance}>(a, b, out, {place}"
+        return f"tc::gemm<tc::{self.policy}, T, {vectors}>(a, b, out, {sizes}, {signature.size(self.dims[-1])}, {place}"
 
-    def _in_words(self, size: int) -> int:
-        if size % self.group:
+    def _in_words(self, size: Any) -> Any:
+        if not isinstance(size, int) and self.group > 1:
+            raise Unfusable("numbers of fewer bits, of which so many are known only at run time")
+        if self.group > 1 and size % self.group:
             raise Unfusable(f"{size} consecutive elements, no multiple of {self.group}")
-        return size // self.group
+        return size // self.group if self.group > 1 else size
 
     def _packing(self, constants: frozenset[int]) -> Packing:
         weight = self.fused.inputs[1]
         if list(self.fused.params).index(weight) not in constants:
             raise Unfusable("weights that are computed")
-        shape = [int(dim) for dim in weight.shape]
+        shape = [simplified(dim) for dim in weight.shape]
         if self.fused.core["op"] == "conv2d":
             shape = [math.prod(shape[:3]), shape[3]]
         buffer = tirx.decl_buffer((*shape[:-2], shape[-2] // self.group, shape[-1]), "int32", "weights")
         return Packing(weight, buffer, lambda array: packed(array.reshape(shape), self.group))
 
-    def _matrices(self) -> tuple[list[int], list[int], int, _Operand, _Operand]:
-        a, b = ([int(dim) for dim in buffer.shape] for buffer in self.fused.inputs)
+    def _matrices(self) -> tuple[list[Any], list[Any], Any, _Operand, _Operand]:
+        a, b = ([simplified(dim) for dim in buffer.shape] for buffer in self.fused.inputs)
         a[-1] = b[-2] = self._in_words(a[-1])
         k, n = b[-2:]
-        flat = math.prod(b[:-2]) == 1  # one B for all: the leading dims of A are rows
-        batch, rows = ([], self.dims[:-1]) if flat and math.prod(a[:-1]) == math.prod(self.dims[:-1]) else (self.dims[:-2], self.dims[-2:-1])
-        m = math.prod(rows)
-        sides = [
-            _Operand(f"tc::Matrix<{m}, {k}>", vector(k), self.offset(a, batch)),
-            _Operand(f"tc::Matrix<{k}, {n}>", vector(n), self.offset(b, batch)),
-        ]
-        return batch, rows, k, sides[0], sides[1]
+        flat = times(b[:-2]) == 1  # one B for all: the leading dims of A are rows
+        batch, rows = ([], self.dims[:-1]) if flat and same(times(a[:-1]), times(self.dims[:-1])) else (self.dims[:-2], self.dims[-2:-1])
+        one, other = (_matrix(height, width, self.offset(dims, batch), width) for height, width, dims in ((times(rows), k, a), (k, n, b)))
+        return batch, rows, k, one, other
 
     @staticmethod
-    def offset(shape: Sequence[int], batch: Sequence[int]) -> str:
-        """Where the matrix of batch blockIdx.z begins; dims of 1 broadcast."""
-        terms, own, whole = [], shape[-1] * shape[-2], 1
+    def offset(shape: Sequence[Any], batch: Sequence[Any]) -> Offset:
+        """Where the matrix of batch blockIdx.z begins; dims of 1 broadcast. It is printed by a function that gives the C of a size."""
         lead = [1] * (len(batch) - len(shape) + 2) + list(shape[:-2])
-        for mine, dim in zip(reversed(lead), reversed(batch), strict=False):
-            if mine != 1:
-                index = f"blockIdx.z / {whole} % {dim}" if whole > 1 else f"blockIdx.z % {dim}"
-                terms.append(f"(size_t)({index}) * {own}")
-                own *= mine
-            whole *= dim
-        if math.prod(batch) == math.prod(shape[:-2]) > 1:
-            return f"(size_t)blockIdx.z * {shape[-1] * shape[-2]}"
-        return " + ".join(terms)
+        if same(times(batch), times(shape[:-2])) and times(batch) != 1:
+            return lambda size: f"(size_t)blockIdx.z * {size(times(shape[-2:]))}"
+
+        def terms(size: Callable[[Any], str]) -> str:
+            found, own, whole = [], times(shape[-2:]), 1
+            for mine, dim in zip(reversed(lead), reversed(batch), strict=False):
+                if mine != 1:
+                    index = f"blockIdx.z / {size(whole)} % {size(dim)}" if whole != 1 else f"blockIdx.z % {size(dim)}"
+                    found.append(f"(size_t)({index}) * {size(own)}")
+                    own = times([own, mine])
+                whole = times([whole, dim])
+            return " + ".join(found)
+
+        return terms
 
     def _windows(self) -> tuple[int, _Operand, _Operand]:
         core = self.fused.core
-        batch, height, width, _ = (int(dim) for dim in self.fused.inputs[0].shape)
-        taps_h, taps_w, depth, features = (int(dim) for dim in self.fused.inputs[1].shape)
+        batch, height, width, _ = (simplified(dim) for dim in self.fused.inputs[0].shape)
+        taps_h, taps_w, depth, features = (simplified(dim) for dim in self.fused.inputs[1].shape)
+        if not all(isinstance(size, int) for size in (depth, taps_h, taps_w, features)):
+            raise Unfusable("channels or taps known only at run time")
         depth, columns = self._in_words(depth), features // self.groups
         if self.groups > 1 and columns < _LEAST_COLUMNS:
             raise Unfusable(f"a grouped convolution of {columns} features a group")
         (stride_h, stride_w), (top, left, _, _), (dilate_h, dilate_w) = core["strides"], core["padding"], core["dilation"]
         k = taps_h * taps_w * depth
+        offsets = (f"blockIdx.z * {depth}", f"blockIdx.z * {columns}") if self.groups > 1 else ("", "")
+        first, second = (_at(offset) for offset in offsets)
         # rows of a group's channels and columns lie further apart than they are long
-        pixel, row = (f", {depth * self.groups}", f", {features}") if self.groups > 1 else ("", "")
+        weights = _matrix(k, columns, second, features)
         plain = taps_h == taps_w == stride_h == stride_w == 1 and not any(core["padding"])
         if plain:
-            source = f"tc::Matrix<{batch * height * width}, {depth}{pixel}>"
-        else:
-            numbers = (batch, height, width, depth, self.dims[1], self.dims[2], taps_h, taps_w, stride_h, stride_w, top, left, dilate_h, dilate_w)
-            source = f"tc::Windows<{', '.join(map(str, numbers))}{pixel}>"
-        offsets = (f"blockIdx.z * {depth}", f"blockIdx.z * {columns}") if self.groups > 1 else ("", "")
-        image = _Operand(source, vector(depth), offsets[0])
-        return k, image, _Operand(f"tc::Matrix<{k}, {columns}{row}>", vector(columns), offsets[1])
+            return k, _matrix(times([batch, height, width]), depth, first, depth * self.groups), weights
+        numbers = (batch, height, width, depth, self.dims[1], self.dims[2], taps_h, taps_w, stride_h, stride_w, top, left, dilate_h, dilate_w)
+        pixel = f", {depth * self.groups}"
+        if all(isinstance(size, int) for size in numbers):
+            return k, _Operand(f"tc::Windows<{', '.join(map(str, numbers))}{pixel if self.groups > 1 else ''}>", vector(depth), first), weights
+        extents = (*numbers[:3], *numbers[4:6])
+        types = ", ".join("int" if isinstance(size, int) else "tc::Size" for size in extents)
+        source = f"tc::OpenWindows<{', '.join(map(str, (depth, *numbers[6:])))}{pixel}, {types}>"
+        return k, _Operand(source, vector(depth), first, extents), weights
+
+
+def _at(offset: str) -> Offset:
+    return lambda size: offset
+
+
+def _matrix(rows: Any, columns: Any, offset: Offset, distance: Any) -> _Operand:
+    """distance: from row to row."""
+    if isinstance(rows, int) and isinstance(columns, int):
+        return _Operand(f"tc::Matrix<{rows}, {columns}{'' if distance == columns else f', {distance}'}>", vector(columns), offset)
+    return _Operand("tc::OpenMatrix", vector(columns), offset, (rows, columns, distance))
 
 
 def packed(codes: np.ndarray, group: int) -> np.ndarray:
@@ -209,6 +264,6 @@ def packed(codes: np.ndarray, group: int) -> np.ndarray:
     return packed_words(codes.reshape(*lead, k // group, group, n))
 
 
-def vector(columns: int) -> int:
+def vector(columns: Any) -> int:
     """Floats, or words, per asynchronous copy along rows of this length: all rows have to be as aligned as the first."""
-    return next(width for width in (4, 2, 1) if columns % width == 0)
+    return next(width for width in (4, 2, 1) if divides(width, columns))

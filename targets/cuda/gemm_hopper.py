@@ -12,6 +12,7 @@ A convolution's windows are gathered by TMA: a box is as many windows' pixels as
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,22 +26,29 @@ from .gemm import Gemm, plan
 from .kernel import Packing, Plan, Signature
 from .schedule import GemmShape
 from .schedule_hopper import HopperSchedule, best_tile, predicted_cycles
+from .sizes import FIXED, Known, simplified, times
 
 #: GPUs that have wgmma, TMA and setmaxnreg
 TARGETS = frozenset({"sm_90a"})
 #: words of a row of 16 bytes: rows have to begin at multiples of it
 _ALIGNED = 4
-#: fewer fill less than half of the 64 of a product by wgmma
-_ROWS = 32
+#: fewer fill less than half of the 64 of a product by wgmma; open rows count from here on
+_ROWS, _MANY = 32, 256
 
 
 def gemm(
-    fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: HopperSchedule | None = None, rounded: str = ""
+    fused: Fused,
+    target: Target,
+    policy: str,
+    constants: frozenset[int] = frozenset(),
+    tile: HopperSchedule | None = None,
+    rounded: str = "",
+    known: Known = FIXED,
 ) -> Plan:
     """As `gemm.gemm`, of this tile, or of the best, when that is predicted to be faster than the best of gemm.py; raises Unfusable otherwise."""
     if target.name not in TARGETS:
         raise Unfusable(f"no wgmma on {target.name}")
-    return plan(HopperGemm, fused, target, policy, constants, tile, rounded)
+    return plan(HopperGemm, fused, target, policy, constants, tile, rounded, known)
 
 
 def least_cycles(shape: GemmShape, target: Target) -> float:
@@ -51,14 +59,16 @@ def least_cycles(shape: GemmShape, target: Target) -> float:
 
 
 class HopperGemm(Gemm):
-    """A product whose operands TMA can address: matrices, or an image whose windows it gathers (im2col mode)."""
+    """A product whose operands TMA can address: matrices, or an image whose windows it gathers (im2col mode). Rows may be open."""
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
-        super().__init__(fused, target, policy, constants, rounded)
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
+        super().__init__(fused, target, policy, constants, rounded, known)
         if self.group == 1:
             raise Unfusable("operands in fp32")
         if self.groups > 1:
             raise Unfusable("grouped convolution")
+        if not all(isinstance(size, int) for size in (self.k, self.n, *self.a.sizes[1:])):
+            raise Unfusable("open sizes other than rows")
         self.image = _Image.of(fused, self.group) if self.shape.windows else None
         depth = self.k if self.image is None else self.image.depth
         if depth % _ALIGNED:
@@ -73,10 +83,30 @@ class HopperGemm(Gemm):
 
     def best(self) -> HopperSchedule:
         """The tile of least predicted time; raises Unfusable when that of gemm.py takes less."""
-        shape = replace(self.shape, k=self.steps * schedule.BK)
-        if schedule.predicted_cycles(self.shape, super().best(), self.target, self.policy) <= least_cycles(shape, self.target):
+        if not self._faster(self.shape):
             raise Unfusable("the tiles of mma.sync are faster")
-        return best_tile(shape, self.target)
+        return self._best(self.shape)
+
+    def _best(self, shape: GemmShape) -> HopperSchedule:
+        return best_tile(self._in_steps(shape), self.target)
+
+    def cycles(self, tile: HopperSchedule, rows: int) -> float:
+        return predicted_cycles(self._in_steps(self._shape(rows)), tile, self.target)
+
+    def variants(self) -> Sequence[tuple[HopperSchedule, tuple[Any, int | None, int | None] | None]]:
+        """Where rows are open, this template takes few of them, too, if it is faster for many: weights are packed in one way."""
+        rows = [] if isinstance(self.m, int) else self.anchors()
+        if not all(self._faster(self._shape(number)) for number in rows if number >= min(_MANY, rows[-1])):
+            raise Unfusable("the tiles of mma.sync are faster")
+        return super().variants()
+
+    def _in_steps(self, shape: GemmShape) -> GemmShape:
+        return replace(shape, k=self.steps * schedule.BK)
+
+    def _faster(self, shape: GemmShape) -> bool:
+        """It is predicted to take less time than gemm.py."""
+        mma = schedule.predicted_cycles(shape, super()._best(shape), self.target, self.policy)
+        return mma > least_cycles(self._in_steps(shape), self.target)
 
     def resident(self, tile: HopperSchedule) -> int:
         return tile.resident
@@ -102,26 +132,29 @@ class HopperGemm(Gemm):
             source, described = self.image.source, signature.map(a, "encode_windows", *self.image.encoding(tile.bm))
         weights = signature.map(b, "encode", _rows(b), int(b.shape[-1]), tile.bn)
         return [
-            f"const {source} a{{{described}, (int)({self._row(a, 'blockIdx.y * T::BM')})}};",
-            f"const tc::MappedRows b{{{weights}, (int)({self._row(b, 'blockIdx.x * T::BN')})}};",
+            f"const {source} a{{{described}, (int)({self._row(a, 'blockIdx.y * T::BM', signature)})}};",
+            f"const tc::MappedRows b{{{weights}, (int)({self._row(b, 'blockIdx.x * T::BN', signature)})}};",
         ]
 
-    def _row(self, buffer: Any, tile: str) -> str:
+    def _row(self, buffer: Any, tile: str, signature: Signature) -> str:
         """The row of a map at which a block's tile begins."""
-        batch = self.offset([*(int(dim) for dim in buffer.shape[:-1]), 1], self.batch_dims)
+        batch = self.offset([*(simplified(dim) for dim in buffer.shape[:-1]), 1], self.batch_dims)(signature.size)
         return f"{tile} + {batch}" if batch else tile
 
-    def _call(self, tile: HopperSchedule) -> str:
+    def _call(self, tile: HopperSchedule, signature: Signature) -> str:
         steps = tile.part_of(self.steps * schedule.BK) // schedule.BK
         start = f"blockIdx.z * {steps}" if tile.parts > 1 else "0"
-        return f"tc::gemm_hopper<tc::{self.policy}, T, {self.m}, {self.n}, {steps}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
+        place = f"blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
+        if isinstance(self.m, int):
+            return f"tc::gemm_hopper<tc::{self.policy}, T, {self.m}, {self.n}, {steps}>(a, b, out, {place}"
+        return f"tc::gemm_hopper<tc::{self.policy}, T, {self.n}, {steps}>(a, b, out, {signature.size(self.m)}, {place}"
 
 
 @dataclass(frozen=True)
 class _Image:
     """The NHWC image of a convolution and its windows; depth: words of a pixel, pads and strides as the core has them."""
 
-    sizes: tuple[int, int, int]
+    sizes: tuple[Any, int, int]
     depth: int
     out: tuple[int, int]
     taps: tuple[int, int]
@@ -133,7 +166,7 @@ class _Image:
     def of(fused: Fused, group: int) -> _Image:
         """Raises Unfusable for windows that TMA cannot gather (limits of cuTensorMapEncodeIm2col)."""
         core = fused.core
-        batch, height, width, channels = (int(dim) for dim in fused.inputs[0].shape)
+        batch, height, width, channels = (simplified(dim) for dim in fused.inputs[0].shape)
         taps, out = (tuple(int(dim) for dim in dims) for dims in (fused.inputs[1].shape[:2], fused.accumulator.shape[1:3]))
         image = _Image(
             (batch, height, width), channels // group, out, taps, *(tuple(map(int, core[name])) for name in ("strides", "padding", "dilation"))
@@ -148,7 +181,7 @@ class _Image:
         numbers = (self.depth, *self.out, self.taps[1], *self.strides, *self.padding[:2], *self.dilation)
         return f"tc::MappedWindows<{', '.join(map(str, numbers))}>"
 
-    def encoding(self, box: int) -> tuple[int, ...]:
+    def encoding(self, box: int) -> tuple[Any, ...]:
         """Arguments of `encode_windows`: sizes, the first base of a window and the last (from the last pixel), each (w, h), and strides."""
         top, left, bottom, right = self.padding
         last = [after - (count - 1) * apart for after, count, apart in zip((bottom, right), self.taps, self.dilation, strict=True)]
@@ -160,5 +193,5 @@ def transposed(numbers: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(numbers.swapaxes(-1, -2)).view(np.int32)
 
 
-def _rows(buffer: Any) -> int:
-    return math.prod(int(dim) for dim in buffer.shape[:-1])
+def _rows(buffer: Any) -> Any:
+    return times(buffer.shape[:-1])

@@ -7,7 +7,6 @@ later walk needs of an earlier one is computed again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from ..common.refine import coefficients, drop_units, merge, split_divisions
 from ..common.stages import Unreadable, inline, read_stages
 from .kernel import MAX_ELEMENTS, Kernel, Plan, Signature, Unsupported, copies_of, ctype, summed
 from .printer import Printer, check_indices
+from .sizes import FIXED, Known, blocks, shown, simplified, times
 
 #: threads per block of kernels whose threads do not work together
 THREADS = 256
@@ -35,12 +35,13 @@ _COMBINE = {
 }  # fmt: skip
 
 
-def schedule(func: tirx.PrimFunc, reason: str = "", rounded: str = "") -> Plan:
+def schedule(func: tirx.PrimFunc, reason: str = "", rounded: str = "", known: Known = FIXED) -> Plan:
     """Kernels of any function that reads as stages; raises Unsupported with what does not.
 
     reason: why no template took it, for the report. rounded: a type in which the last parameter, the only result, is written, too, as one more parameter.
+    known: what is known of its open sizes.
     """
-    params = tuple(param for param in func.params)
+    params = tuple(param for param in func.params if hasattr(param, "shape"))
     try:
         outputs, flat = set(params), Flat()
         stages = [replace(stage, value=check_indices(stage.value)) for stage in inline(read_stages(func), outputs)]
@@ -50,43 +51,49 @@ def schedule(func: tirx.PrimFunc, reason: str = "", rounded: str = "") -> Plan:
         raise Unsupported(str(problem)) from problem
     own = {planned: source for source, planned in flat.buffers.items()}
     copies = copies_of(params[-1], rounded)
-    kernels = [_Emitter(nest, own, dict(zip(params[-1:], copies, strict=False))).kernel() for nest in nests]
+    kernels = [_Emitter(nest, own, dict(zip(params[-1:], copies, strict=False)), known).kernel() for nest in nests]
     return Plan((*params, *copies), tuple(replace(kernel, reason=reason) for kernel in kernels))
 
 
 def _without_empty_loops(nest: Nest) -> Nest | None:
     """A nest whose reductions are over nothing, as the numbers that they start from; None where nothing is left to do."""
-    if any(_extent(axis) == 0 for axis in nest.axes if not axis.inner):
+    if any(_is_empty(axis) for axis in nest.axes if not axis.inner):
         return None
-    if all(_extent(axis) for axis in nest.axes):
+    if not any(_is_empty(axis) for axis in nest.axes):
         return nest
     folds = (replace(step, value=step.init, combine="", wide=False) if step.combine else step for step in nest.steps)
     steps = tuple(step for step in folds if not step.wide)
     return Nest(tuple(axis for axis in nest.axes if not axis.inner), steps) if steps else None
 
 
-def _extent(axis: Axis) -> int:
-    if not isinstance(axis.extent, (int, tirx.IntImm)):
-        raise Unsupported(f"the run-time size {axis.extent}")
-    return int(axis.extent)
+def _is_empty(axis: Axis) -> bool:
+    extent = _extent(axis)
+    return isinstance(extent, int) and extent == 0
+
+
+def _extent(axis: Axis) -> Any:
+    return simplified(axis.extent)
 
 
 class _Emitter:
     """Prints one nest. copies: tensor -> another one that takes the same numbers."""
 
-    def __init__(self, nest: Nest, own: dict[Any, Any], copies: dict[Any, Any]):
+    def __init__(self, nest: Nest, own: dict[Any, Any], copies: dict[Any, Any], known: Known):
         self.nest, self.copies = nest, copies
         self.rows = [axis for axis in nest.axes if not axis.inner]
         self.inner = [axis for axis in nest.axes if axis.inner]
-        self.points, self.length = (math.prod(_extent(axis) for axis in axes) for axes in (self.rows, self.inner))
-        if max(self.points, self.length) > MAX_ELEMENTS:
+        self.points, self.length = (times([_extent(axis) for axis in axes]) for axes in (self.rows, self.inner))
+        #: how many rows there are, and how long they are, for the choice of a schedule
+        self.many, self.long = known.typical(self.points), known.typical(self.length)
+        if any(isinstance(size, int) and size > MAX_ELEMENTS for size in (self.points, self.length)):
             raise Unsupported(f"{self.points} rows of {self.length} elements")
         written = tuple(own[step.target] for step in nest.steps if step.address is not None)
         self.signature = Signature((*written, *(copies[buffer] for buffer in written if buffer in copies)))
+        self.size = self.signature.size
         self.own = own
         ranges = {axis.var: _extent(axis) for axis in nest.axes}
         self.names = {axis.var: f"{'k' if axis.inner else 'i'}{position}" for position, axis in enumerate(nest.axes)}
-        self.print = Printer(lambda buffer, indices: f"{self.signature.name(own[buffer])}[{indices[0]}]", self.names, ranges)
+        self.print = Printer(lambda buffer, indices: f"{self.signature.name(own[buffer])}[{indices[0]}]", self.names, ranges, self.size)
         self.lines: list[str] = []
 
     def kernel(self) -> Kernel:
@@ -104,8 +111,8 @@ class _Emitter:
         self.signature.indexed = self.print.indexed
         kind = "map" if not reduces else "rows side by side" if self.side else {1: "rows by thread", 32: "rows by warp"}.get(width, "rows by block")
         shared = 8 * threads if self.side else 8 * (width // 32) if width > 32 else 0
-        size = f"{self.points}" if not reduces else f"{self.points} x {self.length}"
-        grid = (-(-self.points // per_block), 1, 1)
+        size = shown(self.points) if not reduces else f"{shown(self.points)} x {shown(self.length)}"
+        grid = (blocks(self.points, per_block), 1, 1)
         return self.signature.kernel(
             self.lines, grid=grid, threads=threads, shared_bytes=shared, kind=kind, workload=f"{kind} {size}", schedule=f"{width} threads a row"
         )
@@ -113,11 +120,11 @@ class _Emitter:
     def _width(self) -> tuple[int, bool]:
         """Threads per row, and whether they are of several warps, with rows side by side in a warp."""
         along = self._read_along(self.inner)
-        if self.length < 16 or (self.points >= MANY_ROWS and not along):
+        if self.long < 16 or (self.many >= MANY_ROWS and not along):
             return 1, False
-        if not along and self.points >= 32 and self._read_along(self.rows[-1:]):
+        if not along and self.many >= 32 and self._read_along(self.rows[-1:]):
             return SIDE_WARPS, True
-        return (32 if self.length <= WARP_ROW else 256), False
+        return (32 if self.long <= WARP_ROW else 256), False
 
     def _read_along(self, axes: Sequence[Axis]) -> bool:
         """Some operand of a reduction is read with stride 1 along one of the axes."""
@@ -132,24 +139,24 @@ class _Emitter:
         """Find the row, or the point, of this thread."""
         if width == 1:
             self.lines.append(f"const int row = blockIdx.x * {per_block} + threadIdx.x;")
-            if self.points % per_block:
-                self.lines.append(f"if (row >= {self.points}) return;")
-            self._decode("row", self.rows, self.points)
+            if not isinstance(self.points, int) or self.points % per_block:
+                self.lines.append(f"if (row >= {self.size(self.points)}) return;")
+            self._decode("row", self.rows)
             return
         place, lane = (f"% {per_block}", f"/ {per_block}") if self.side else (f"/ {width}", f"% {width}")
         self.lines.append(f"const int place = blockIdx.x * {per_block} + threadIdx.x {place}, lane = threadIdx.x {lane};")
-        self.lines.append(f"const bool live = place < {self.points};")
+        self.lines.append(f"const bool live = place < {self.size(self.points)};")
         self.lines.append("const int row = live ? place : 0;  // all threads take part in the folds")
-        self._decode("row", self.rows, self.points)
+        self._decode("row", self.rows)
 
-    def _decode(self, position: str, axes: Sequence[Axis], total: int, indent: str = "") -> None:
+    def _decode(self, position: str, axes: Sequence[Axis], indent: str = "") -> None:
         """Split a linear position into the axes, the last one fastest."""
-        stride = total
-        for axis in axes:
-            extent = _extent(axis)
-            above, stride = stride, stride // extent
-            value = position if stride == 1 else f"{position} / {stride}"
-            value = value if above == total else f"{value} % {extent}"
+        first = True
+        for number, axis in enumerate(axes):
+            extent, stride = _extent(axis), times([_extent(other) for other in axes[number + 1 :]])
+            value = position if stride == 1 else f"{position} / {self.size(stride)}"
+            value = value if first else f"{value} % {self.size(extent)}"
+            first = first and extent == 1
             self.lines.append(f"{indent}const int {self.names[axis.var]} = {value};")
 
     def _define(self, step: Step, indent: str = "") -> None:
@@ -188,10 +195,12 @@ class _Emitter:
 
     def _walk(self, width: int) -> None:
         start, stride = ("lane", width) if width > 1 else ("0", 1)
-        if width == 1 and self.length <= UNROLLED:  # taps of a window: their places are computed at compile time, and their loads wait together
+        if (
+            width == 1 and isinstance(self.length, int) and self.length <= UNROLLED
+        ):  # taps of a window: their places are computed at compile time, and their loads wait together
             self.lines.append("#pragma unroll")
-        self.lines.append(f"for (int k = {start}; k < {self.length}; k += {stride}) {{")
-        self._decode("k", self.inner, self.length, "  ")
+        self.lines.append(f"for (int k = {start}; k < {self.size(self.length)}; k += {stride}) {{")
+        self._decode("k", self.inner, "  ")
 
     def _fold(self, step: Step, points: list[Step], width: int) -> None:
         kind, name = summed(step.dtype), f"v{len(self.names)}"

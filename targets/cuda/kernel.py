@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.tvm import tirx
+from .sizes import Unsupported, simplified, times
 
 #: C types by TVM's names
 CTYPES = {
@@ -32,10 +34,6 @@ SHORT = ("float16", "bfloat16")
 MAX_ELEMENTS = 2**31 - 1
 
 
-class Unsupported(Exception):
-    """Something that no kernel of this target computes; says what."""
-
-
 def ctype(dtype: Any) -> str:
     """The C type of a dtype; raises Unsupported for those without one."""
     if str(dtype) not in CTYPES:
@@ -54,22 +52,23 @@ class TensorMap:
 
     buffer: Any
     function: str
-    arguments: tuple[int, ...]
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One `__global__` function.
 
-    text: its source, with the name `{name}` left open; buffers: its tensor parameters in order, the written ones in `written`; maps: its last parameters. grid: blocks along x, y, z; threads per block;
-    shared_bytes of dynamic shared memory. indexed: it takes an error word and a site number behind its tensors, because data decides what it reads.
-    kind: the template, or the rule of the generic scheduler. turns: blocks, along x alone, take pieces of work in turns, so that there need be no more than multiprocessors.
+    text: its source, with the name `{name}` left open; buffers: its tensor parameters in order, the written ones in `written`; sizes: parameters behind those, which the host computes
+    while running; maps: its last parameters. grid: blocks along x, y, z; threads per block; shared_bytes of dynamic shared memory. indexed: it takes an error word and a site number
+    behind its sizes, because data decides what it reads. kind: the template, or the rule of the generic scheduler. when: (size, least, most): it is launched only while that size is
+    in this range, both included; None is no bound. turns: blocks, along x alone, take pieces of work in turns, so that there need be no more than multiprocessors.
     """
 
     text: str
     buffers: tuple[Any, ...]
     written: tuple[Any, ...]
-    grid: tuple[int, int, int]
+    grid: tuple[Any, Any, Any]
     threads: int
     shared_bytes: int
     kind: str
@@ -79,6 +78,8 @@ class Kernel:
     reason: str = ""
     maps: tuple[TensorMap, ...] = ()
     turns: bool = False
+    sizes: tuple[Any, ...] = ()
+    when: tuple[Any, int | None, int | None] | None = None
 
     @property
     def tensors(self) -> tuple[Any, ...]:
@@ -112,8 +113,21 @@ class Signature:
     names: dict[Any, str] = field(default_factory=dict)
     indexed: bool = False
     maps: list[TensorMap] = field(default_factory=list)
+    sizes: dict[str, tuple[str, Any]] = field(default_factory=dict)
 
-    def map(self, buffer: Any, function: str, *arguments: int) -> str:
+    def size(self, size: Any) -> str:
+        """A size in C: a number, or the name of a parameter that holds it."""
+        size = simplified(size)
+        if isinstance(size, int):
+            return str(size)
+        text = str(size)
+        if text not in self.sizes:
+            name = "n_" + re.sub(r"\W+", "_", text.replace("T.int64", "")).strip("_")
+            taken = {other for other, _ in self.sizes.values()}
+            self.sizes[text] = (name if len(name) < 32 and name not in taken else f"n{len(self.sizes)}"), size
+        return self.sizes[text][0]
+
+    def map(self, buffer: Any, function: str, *arguments: Any) -> str:
         """The name of a parameter that describes a tensor for TMA."""
         self.maps.append(TensorMap(buffer, function, arguments))
         return f"map{len(self.maps) - 1}"
@@ -121,8 +135,9 @@ class Signature:
     def name(self, buffer: Any) -> str:
         """The parameter's name in the kernel."""
         if buffer not in self.names:
-            if elements(buffer) > MAX_ELEMENTS:
-                raise Unsupported(f"a tensor of {elements(buffer)} elements")
+            count = elements(buffer)
+            if isinstance(count, int) and count > MAX_ELEMENTS:
+                raise Unsupported(f"a tensor of {count} elements")
             self.names[buffer] = f"{'out' if buffer in self.written else 'in'}{len(self.names)}"
         return self.names[buffer]
 
@@ -132,18 +147,23 @@ class Signature:
         for buffer, name in self.names.items():
             const = "" if buffer in self.written else "const "
             params.append(f"{const}{ctype(buffer.ty.dtype)}* __restrict__ {name}")
+        params += [f"const tc::Size {name}" for name, _ in self.sizes.values()]
         if self.indexed:
             params += ["int* error", "int site"]
         params += [f"TC_MAP map{position}" for position in range(len(self.maps))]
         bounds = f"{threads}" if resident is None else f"{threads}, {resident}"
         return f"TC_KERNEL({bounds}) {{name}}({', '.join(params)}) {{{{"
 
-    def kernel(self, body: list[str], *, grid: tuple[int, int, int], threads: int, resident: int | None = None, **rest: Any) -> Kernel:
+    def kernel(self, body: list[str], *, grid: tuple[Any, Any, Any], threads: int, resident: int | None = None, **rest: Any) -> Kernel:
         """The finished kernel; `body` is its lines."""
         lines = [self.head(threads, resident), *(f"  {line}".replace("{", "{{").replace("}", "}}") for line in body), "}}"]
-        if grid[0] > MAX_ELEMENTS or max(grid[1:]) > 65535:
+        limits = (MAX_ELEMENTS, 65535, 65535)
+        if any(isinstance(count, int) and count > limit for count, limit in zip(grid, limits, strict=True)):
             raise Unsupported(f"a grid of {grid} blocks")
-        return Kernel("\n".join(lines), tuple(self.names), self.written, grid, threads, indexed=self.indexed, maps=tuple(self.maps), **rest)
+        sizes = tuple(size for _, size in self.sizes.values())
+        return Kernel(
+            "\n".join(lines), tuple(self.names), self.written, grid, threads, indexed=self.indexed, maps=tuple(self.maps), sizes=sizes, **rest
+        )
 
 
 def copies_of(buffer: Any, dtype: str) -> tuple[Any, ...]:
@@ -151,9 +171,6 @@ def copies_of(buffer: Any, dtype: str) -> tuple[Any, ...]:
     return (tirx.decl_buffer(buffer.shape, dtype, "rounded"),) if dtype else ()
 
 
-def elements(buffer: Any) -> int:
-    """Elements of a tensor of static shape."""
-    count = 1
-    for dim in buffer.shape:
-        count *= int(dim)
-    return count
+def elements(buffer: Any) -> Any:
+    """Elements of a tensor: a size."""
+    return times(buffer.shape)

@@ -1,40 +1,32 @@
-"""From a legalized Relax module of static shapes to a sequence of kernel launches over planned memory."""
+"""From a legalized Relax module to a sequence of kernel launches over planned memory."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ...compiler.dialect import attention as dialect
-from ...compiler.dialect import recurrent as recurrent_dialect
 from ...compiler.dialect.bitcast import NAME as BITCAST
+from ...compiler.dialect.opaque import NAME as HIDE_SHAPE
 from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import Blocker, UnsupportedModel
-from ...compiler.tvm import Constant, TensorLoad, relax, tirx
+from ...compiler.program import Program
+from ...compiler.tvm import Constant, relax, tirx
 from ...compiler.weights import DEVICE_ALIGNMENT
-from ...compiler.workspace import Lifetime, Workspace, aligned, plan
+from ...compiler.workspace import Lifetime, Workspace, aligned, plan, stacked
 from ...passes.fusion import NODES
-from ...passes.products import operator
 from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
-from ..common.fused import Unfusable, analyze
-from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, attention_hopper, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
-from .gemm import gemm
-from .kernel import SHORT, Kernel, Packing, Plan, Unsupported, elements
-from .weight_only import weight_only
-
-#: templates of products in the order in which they are asked; those of core operators that others do not take
-DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm, depthwise.conv)
-ATTENTION: tuple[Callable[..., Plan], ...] = (attention_hopper.kernel, attention.kernel)
-TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,)}
-#: Relax operators that are kernels of their own: call -> its plan
-WHOLE: dict[str, Callable[[Any], Plan]] = {name: part.kernel for part in (scan, scatter, sort) for name in part.OPERATORS}
+from ..common.node_names import node_of
+from . import sparse
+from .kernel import Kernel, Packing, Plan, Unsupported, elements
+from .sizes import bind, simplified
+from .symbols import Symbols, dims_of
+from .templates import plan_of, rounded_copies, whole
 
 
 @dataclass(frozen=True)
@@ -47,26 +39,32 @@ class Place:
 
 @dataclass
 class Tensor:
-    """A tensor of the graph; reshapes, and its bits as another type, are the same tensor."""
+    """A tensor of the graph; reshapes, and its bits as another type, are the same tensor. size_bytes: a size of sizes.py."""
 
-    size_bytes: int
+    size_bytes: Any
     place: Place | None = None
     key: int = -1
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel on its tensors; without a kernel, a copy of the second tensor to the first."""
+    """A kernel on its tensors; without a kernel, a copy of the second tensor to the first. grid, sizes, when, and the arguments of maps:
+    those of the kernel, in the model's symbols."""
 
     kernel: str
     tensors: tuple[Tensor, ...]
+    grid: tuple[Any, Any, Any] = (1, 1, 1)
+    sizes: tuple[Any, ...] = ()
+    when: tuple[Any, int | None, int | None] | None = None
+    maps: tuple[tuple[Any, ...], ...] = ()
 
 
 @dataclass
 class Launches:
     """What one call of the model does.
 
-    kernels: name -> kernel, in the order of first use; nodes: kernel -> source nodes. workspace: of the intermediate tensors.
+    kernels: name -> kernel, in the order of first use; nodes: kernel -> source nodes. workspace: of the intermediate tensors, of the sizes that are to be expected where some are open.
+    symbols: of open sizes; inputs, outputs: their shapes; temporaries: by their keys; below: see `workspace.stacked`, where sizes of temporaries are open.
     """
 
     kernels: dict[str, Kernel] = field(default_factory=dict)
@@ -74,21 +72,34 @@ class Launches:
     launches: list[Launch] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     workspace: Workspace = Workspace(0, 0, 0, {})
+    symbols: Symbols = field(default_factory=Symbols)
+    inputs: list[Sequence[Any]] = field(default_factory=list)
+    outputs: list[Sequence[Any]] = field(default_factory=list)
+    temporaries: dict[int, Tensor] = field(default_factory=dict)
+    below: dict[int, list[int]] = field(default_factory=dict)
+
+    def memory(self) -> dict[str, Any]:
+        """What the report says under "memory"; `sizes` are those that it holds for."""
+        sizes = {var.name: bounds.opt for var, bounds in self.symbols.bounds.items()}
+        return {**self.workspace.report(), **({"sizes": sizes} if sizes else {})}
 
     @property
     def calls(self) -> Counter[str]:
         return Counter(launch.kernel for launch in self.launches)
 
 
-def sequence(module: Any, target: Target, policy: str) -> Launches:
-    """Give every call its kernels and every tensor its memory. Raises UnsupportedModel with all that this target cannot do."""
-    return _Walk(module, target, policy).run()
+def sequence(program: Program, target: Target, policy: str) -> Launches:
+    """Give every call its kernels and every tensor its memory. program: legalized and fused. Raises UnsupportedModel with all that this target cannot do."""
+    return _Walk(program, target, policy).run()
 
 
 class _Walk:
-    def __init__(self, module: Any, target: Target, policy: str):
-        self.module, self.target, self.policy = module, target, policy
-        self.result = Launches()
+    def __init__(self, program: Program, target: Target, policy: str):
+        module = program.module
+        self.module, self.target, self.policy, self.origins = module, target, policy, program.origins
+        self.result = Launches(symbols=Symbols(program.dims))
+        self.symbols = self.result.symbols
+        self.hidden: dict[Any, Any] = {}  # variable -> dims that its type does not tell
         self.values: dict[Any, Any] = {}  # variable -> Tensor, or a list of values
         self.plans: dict[str, tuple[Plan, tuple[str, ...]]] = {}
         self.constants: dict[Any, Tensor] = {}
@@ -97,22 +108,46 @@ class _Walk:
         self.weight_bytes = 0
         self.temporaries: list[Tensor] = []
         self.blockers: list[Blocker] = []
-        self.rounded = _rounded_copies(module)
+        self.rounded = rounded_copies(module)
 
     def run(self) -> Launches:
         main = self.module["main"]
+        for position, param in enumerate(main.params):
+            self.result.inputs.append(dims_of(param.ty) or [])
+            self.symbols.of_input(position, self.result.inputs[-1])
         for position, param in enumerate(main.params):
             self.values[param] = Tensor(self._bytes(param.ty), Place("input", position))
         body = main.body
         for block in body.blocks:
             for binding in block.bindings:
+                if isinstance(binding, relax.MatchCast):
+                    self._cast(binding)
                 if binding.var not in self.values:  # a rounded copy is there already
                     self.values[binding.var] = self._value(binding.value, binding.var)
+        kind = body.body.ty
+        for each in kind.fields if isinstance(kind, relax.TupleType) else [kind]:
+            self._bytes(each)
+            self.result.outputs.append(list(dims_of(each) or ()))
         if self.blockers:
             raise UnsupportedModel(list(dict.fromkeys(self.blockers)))
         self._outputs(self._value(body.body))
         self._place()
         return self.result
+
+    def _cast(self, binding: Any) -> None:
+        """A tensor is said to have another shape than its type tells."""
+        node, shape = node_of(binding.var.name, self.origins), isinstance(binding.ty, relax.ShapeType)
+        wanted, found = list(binding.ty.values or ()) if shape else dims_of(binding.ty), dims_of(binding.value.ty) or self.hidden.get(binding.value)
+        if wanted is None:
+            return
+        if shape or found is None:
+            self._refuse(node, "a size that is computed from data, which the CUDA target does not wait for", None)
+            self.symbols.unknown(wanted)
+            return
+        try:
+            self.symbols.cast(wanted, found, node)
+        except Unsupported as reason:
+            self._refuse(node, str(reason), None)
 
     # -- values ------------------------------------------------------------------------------------------------------------------------------------
 
@@ -131,16 +166,15 @@ class _Walk:
 
     def _call(self, call: Any, var: Any) -> Any:
         name = getattr(call.op, "name", str(call.op))
-        if name in ("relax.reshape", BITCAST):
+        if name in ("relax.reshape", BITCAST, HIDE_SHAPE):
+            if name == HIDE_SHAPE:
+                self.hidden[var] = dims_of(call.args[0].ty)
             return self._value(call.args[0])
         if name == "relax.call_tir":
             return self._call_tir(call, var)
-        if name == dialect.NAME:
-            return self._whole(call, "attention", lambda: _first_of(ATTENTION, call, self.target, self.policy))
-        if name == recurrent_dialect.NAME:
-            return self._whole(call, "recurrent", lambda: recurrent.kernel(call, self.target))
-        if name in WHOLE:
-            return self._whole(call, name.split(".")[-1], lambda: WHOLE[name](call))
+        make = whole(call, self.target, self.policy, self.symbols.known)
+        if make is not None:
+            return self._whole(call, name.split(".")[-1], make)
         return self._refuse("", f"operator {name} has no CUDA kernel yet", call.ty)
 
     def _call_tir(self, call: Any, var: Any) -> Any:
@@ -152,20 +186,44 @@ class _Walk:
         name = function + ("_two_of_four" if pruned else "") + (f"_and_{dtype}" if dtype else "")
         nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         try:
-            if len(call.args) > 2:
-                raise Unsupported("sizes known only at run time")
+            values = self._bound(func, call, nodes)
             if name not in self.plans:
-                self._add(name, plan_of(func, self.target, self.policy, self.fixed[function], dtype, pruned), nodes)
+                known = self.symbols.known.bound(values)
+                self._add(name, plan_of(func, self.target, self.policy, self.fixed[function], dtype, pruned, known), nodes)
+            self._check(name, values)
         except Unsupported as reason:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
             return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
         packed = {packing.param: packing for packing in self.plans[name][0].packings}
         operands = [self._packed(arg, packed[param]) if param in packed else self._value(arg) for arg, param in zip(given, func.params, strict=False)]
-        copies = [self._temporary(outs[0].size_bytes // 2)] if dtype else []
-        self._launch(name, [*operands, *outs, *copies])
+        copies = [self._temporary(simplified(outs[0].size_bytes // 2))] if dtype else []
+        self._launch(name, [*operands, *outs, *copies], values)
         if dtype:
             self.values[copy] = copies[0]
         return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
+
+    def _bound(self, func: Any, call: Any, nodes: Sequence[str]) -> dict[Any, Any]:
+        """The symbols of a function in terms of the model's, where it is called."""
+        kinds = call.ty_args[0].fields if isinstance(call.ty_args[0], relax.TupleType) else [call.ty_args[0]]
+        given = [*(arg.ty for arg in call.args[1].fields), *kinds]
+        buffers = [param for param in func.params if hasattr(param, "shape")]
+        numbers = [param for param in func.params if not hasattr(param, "shape")]
+        if len(buffers) != len(given):
+            raise Unsupported("parameters that are no tensors")
+        shapes = [(list(param.shape), dims_of(kind)) for param, kind in zip(buffers, given, strict=True)]
+        if any(dims is None for _, dims in shapes):
+            raise Unsupported("a tensor whose shape is known only at run time")
+        extra = list(call.args[2].values) if len(call.args) > 2 else []
+        values, checks = bind([*shapes, (numbers, extra)])  # pyright: ignore[reportArgumentType]
+        for own, size in checks:
+            self.symbols.equal(size, own, f"node '{nodes[0] if nodes else call.args[0].name_hint}': a dim")
+        return values
+
+    def _check(self, name: str, values: Mapping[Any, Any]) -> None:
+        """Raise Unsupported when the host cannot compute what the kernels of a plan take."""
+        for kernel in self.plans[name][0].kernels:
+            for size in (*kernel.grid, *kernel.sizes, *(kernel.when or ())[:1], *(size for each in kernel.maps for size in each.arguments)):
+                self.symbols.resolved(size, values)
 
     def _two_of_four(self, arg: Any) -> bool:
         if not isinstance(arg, Constant):
@@ -185,8 +243,8 @@ class _Walk:
             return out
         if not made.kernels:  # of no elements
             return out
-        texts = [(kernel.text, kernel.grid) for kernel in made.kernels]
-        same = (old for old, (other, _) in self.plans.items() if [(kernel.text, kernel.grid) for kernel in other.kernels] == texts)
+        texts = _texts(made)
+        same = (old for old, (other, _) in self.plans.items() if _texts(other) == texts)
         name = next(same, f"{hint}{sum(other.startswith(hint) for other in self.plans)}")
         if name not in self.plans:
             self._add(name, made, ())
@@ -200,15 +258,24 @@ class _Walk:
         for own, kernel in zip(names, made.kernels, strict=True):
             self.result.kernels[own], self.result.nodes[own] = kernel, nodes
 
-    def _launch(self, name: str, tensors: Sequence[Tensor]) -> None:
+    def _launch(self, name: str, tensors: Sequence[Tensor], values: Mapping[Any, Any] | None = None) -> None:
         made, names = self.plans[name]
         buffers = {packing.param: packing.buffer for packing in made.packings}
         known = {buffers.get(param, param): tensor for param, tensor in zip(made.params, tensors, strict=True)}
+        values = values or {}
         for own, kernel in zip(names, made.kernels, strict=True):
+            when = None if kernel.when is None else (self.symbols.resolved(kernel.when[0], values), *kernel.when[1:])
             for buffer in kernel.tensors:
                 if buffer not in known:
-                    known[buffer] = self._temporary(elements(buffer) * numpy_dtype(str(buffer.ty.dtype)).itemsize)
-            self.result.launches.append(Launch(own, tuple(known[buffer] for buffer in kernel.tensors)))
+                    count = self.symbols.resolved(elements(buffer), values)
+                    count = self.symbols.count([count if when is None else _while(when, count)])
+                    known[buffer] = self._temporary(simplified(count * numpy_dtype(str(buffer.ty.dtype)).itemsize))
+            grid, sizes, *maps = (
+                tuple(self.symbols.resolved(size, values) for size in of)
+                for of in (kernel.grid, kernel.sizes, *(each.arguments for each in kernel.maps))
+            )
+            given = tuple(known[buffer] for buffer in kernel.tensors)
+            self.result.launches.append(Launch(own, given, grid, sizes, when, tuple(maps)))  # pyright: ignore[reportArgumentType]
 
     # -- tensors -----------------------------------------------------------------------------------------------------------------------------------
 
@@ -220,16 +287,16 @@ class _Walk:
         self.temporaries.append(Tensor(size_bytes, key=len(self.temporaries)))
         return self.temporaries[-1]
 
-    def _bytes(self, kind: Any) -> int:
-        count = numpy_dtype(str(kind.dtype)).itemsize
-        for dim in kind.shape if kind.shape is not None else ("unknown",):
-            if not isinstance(dim, (int, tirx.IntImm)):
-                self.blockers.append(
-                    Blocker("", "", f"an intermediate has size {dim}, which is known only at run time; the CUDA target takes fixed sizes")
-                )
-                return 0
-            count *= int(dim)
-        return count
+    def _bytes(self, kind: Any) -> Any:
+        dims = dims_of(kind)
+        if dims is None:
+            self.blockers.append(Blocker("", "", "an intermediate has a shape that is known only at run time; the CUDA target plans memory before"))
+            return 0
+        try:
+            return simplified(self.symbols.count(dims) * numpy_dtype(str(kind.dtype)).itemsize)
+        except Unsupported as reason:
+            self.blockers.append(Blocker("", "", f"an intermediate has {reason}"))
+            return 0
 
     def _constant(self, expr: Any) -> Tensor:
         return self._stored(expr, expr.value.numpy)
@@ -259,7 +326,7 @@ class _Walk:
             place = Place("output", position)
             if tensor.place is None:
                 tensor.place = place
-            elif tensor.size_bytes:
+            elif not isinstance(tensor.size_bytes, int) or tensor.size_bytes:
                 self.result.launches.append(Launch("", (Tensor(tensor.size_bytes, place), tensor)))
 
     def _place(self) -> None:
@@ -268,64 +335,30 @@ class _Walk:
             for tensor in launch.tensors:
                 if tensor.place is None:
                     uses.setdefault(tensor.key, []).append(number)
-        lifetimes = {key: Lifetime(self.temporaries[key].size_bytes, min(numbers), max(numbers)) for key, numbers in uses.items()}
+        fixed = all(isinstance(self.temporaries[key].size_bytes, int) for key in uses)
+        sizes = {
+            key: self.temporaries[key].size_bytes if fixed else max(1, self.symbols.known.typical(self.temporaries[key].size_bytes)) for key in uses
+        }
+        lifetimes = {key: Lifetime(sizes[key], min(numbers), max(numbers)) for key, numbers in uses.items()}
         self.result.workspace = plan(lifetimes, DEVICE_ALIGNMENT)
+        self.result.temporaries = {key: self.temporaries[key] for key in uses}
+        if not fixed:
+            self.result.below = stacked(lifetimes, self.result.workspace)
         for key, offset in self.result.workspace.offsets.items():
-            self.temporaries[key].place = Place("workspace", offset)
+            self.temporaries[key].place = Place("workspace", offset if fixed else key)
 
 
-def plan_of(
-    func: Any, target: Target, policy: str, constants: frozenset[int] = frozenset(), rounded: str = "", pruned: frozenset[int] = frozenset()
-) -> Plan:
-    """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does.
-
-    constants: positions of parameters that are known at compile time; pruned: of those that are weights of the 2:4 pattern. rounded: a type of two bytes in which the
-    float32 result is written, too, as a last parameter.
-    """
-    try:
-        fused = analyze(func)
-    except Unfusable as problem:
-        return generic.schedule(func, str(problem), rounded)
-    reason, templates = "", TEMPLATES.get(fused.core["op"], DENSE)
-    if len(fused.inputs) > 1 and fused.param_index(fused.inputs[1]) in pruned:
-        templates = (sparse.gemm, *templates)
-    for template in templates:
-        try:
-            return template(fused, target, policy, constants, rounded=rounded)
-        except Unfusable as problem:
-            reason = str(problem)
-    return generic.schedule(func, reason, rounded)
+def _texts(made: Plan) -> list[tuple[str, ...]]:
+    """What makes two plans in the model's own symbols equal."""
+    return [(kernel.text, *map(str, (*kernel.grid, *kernel.sizes, *(kernel.when or ())))) for kernel in made.kernels]
 
 
-def _first_of(templates: Sequence[Callable[..., Plan]], *args: Any) -> Plan:
-    """The plan of the first template that has one; raises the last one's Unsupported."""
-    for template in templates[:-1]:
-        with contextlib.suppress(Unsupported):
-            return template(*args)
-    return templates[-1](*args)
-
-
-def _rounded_copies(module: Any) -> dict[Any, tuple[Any, str]]:
-    """Variable of a kernel's only result -> (variable that is the same rounded to two bytes, its type): one kernel writes both."""
-    made, found = {}, {}
-    for block in module["main"].body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if operator(call) != "relax.call_tir" or isinstance(call.ty_args[0], relax.TupleType):
-                continue
-            made[binding.var] = call
-            source = call.args[1].fields[0] if len(call.args[1].fields) == 1 else None
-            dtype = str(call.ty_args[0].dtype)
-            if source in made and source not in found and dtype in SHORT and str(source.ty.dtype) == "float32" and _is_cast(module[call.args[0]]):
-                found[source] = binding.var, dtype
-    return found
-
-
-def _is_cast(func: Any) -> bool:
-    """The function is nothing but a cast."""
-    try:
-        (stage,) = read_stages(func)
-    except (Unreadable, ValueError):
-        return False
-    value = stage.value
-    return not stage.reduced and isinstance(value, tirx.Cast) and isinstance(value.value, TensorLoad) and reads_in_place(value.value, stage)
+def _while(when: tuple[Any, int | None, int | None], size: Any) -> Any:
+    """The size while something is in a range, and 0 otherwise."""
+    of, least, most = when
+    bounds = [*([of >= least] if least is not None else []), *([of <= most] if most is not None else [])]
+    if isinstance(of, int):
+        return size if all(bounds) else 0
+    inside = functools.reduce(tirx.And, bounds)
+    zero = tirx.const(0, "int64")
+    return tirx.Select(inside, tirx.const(size, "int64") if isinstance(size, int) else size, zero)

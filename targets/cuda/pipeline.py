@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.dialect import attention as dialect
 from ...compiler.dialect.bitcast import NAME as BITCAST
-from ...compiler.errors import Blocker, UnsupportedModel, UsageError
+from ...compiler.errors import UsageError
 from ...compiler.progress import stage
 from ...compiler.tvm import mutator, operator_attrs, relax
 from ...passes.fusion import FuseEpilogues
@@ -19,11 +18,12 @@ from .host import sources
 from .kernel import SHORT
 from .lower import Launches, sequence
 from .machines import EMIT_ONLY
+from .sizes import shown
 from .words import filled, narrowed, rounded_back
 
 if TYPE_CHECKING:
     from ...compiler.lowered import Lowered
-    from ...compiler.program import Program, TensorSpec
+    from ...compiler.program import Program
     from ...compiler.steps import Steps
     from ...passes.base import PassContext
 
@@ -48,7 +48,6 @@ def lower(steps: Steps) -> Lowered:
         raise UsageError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
     if steps.target.name in EMIT_ONLY and not options.emit_only:
         raise UsageError(f"{steps.target.text}: there are sources for it, but no library; give --emit-only")
-    require_fixed(steps.program.inputs)
     nvcc = None if options.emit_only else toolchain.find_nvcc()
     policy, meaning = PRECISIONS[precision]
     steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
@@ -57,7 +56,7 @@ def lower(steps: Steps) -> Lowered:
 
     def kernels(current: Program, context: PassContext) -> Program:
         nonlocal launches
-        launches = sequence(current.module, steps.target, policy)
+        launches = sequence(current, steps.target, policy)
         for name, count in launches.calls.items():
             context.matched(**{(launches.kernels[name].kind if name else "copy").replace(" ", "_"): count})
         return current
@@ -72,24 +71,11 @@ def lower(steps: Steps) -> Lowered:
     report = {
         "kernels": rows(launches),
         "precision": {"name": precision, "meaning": meaning},
-        "memory": launches.workspace.report(),
+        "memory": launches.memory(),
         "weights_bytes": sum(array.nbytes for array in launches.weights.values()),
         "code_generation": {"seconds": round(building.seconds, 3), "remarks": list(built.remarks)},
     }
     return steps.lowered(report=report, weights=launches.weights, sources=texts, library=built.library)
-
-
-def require_fixed(inputs: Sequence[TensorSpec]) -> None:
-    """Raise UnsupportedModel with every input whose shape is open: kernels and memory are planned for fixed sizes."""
-    blockers = []
-    for spec in inputs:
-        names = [str(dim) for dim in spec.shape if isinstance(dim, str)]
-        if names:
-            example = "x".join("1" if isinstance(dim, str) else str(dim) for dim in spec.shape)
-            reason = f"input '{spec}' has open sizes ({', '.join(names)}); the CUDA target takes fixed ones: give --shape {spec.name}={example}"
-            blockers.append(Blocker("", "", reason))
-    if blockers:
-        raise UnsupportedModel(blockers)
 
 
 def rows(launches: Launches) -> list[dict[str, Any]]:
@@ -103,7 +89,7 @@ def rows(launches: Launches) -> list[dict[str, Any]]:
             "schedule": kernel.schedule,
             "calls": calls[name],
             "nodes": list(launches.nodes[name]),
-            "grid": list(kernel.grid),
+            "grid": [size if isinstance(size, int) else shown(size) for size in kernel.grid],
             "threads": kernel.threads,
             "shared_bytes": kernel.shared_bytes,
             "reason": kernel.reason,

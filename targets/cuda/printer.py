@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...compiler.tvm import TensorLoad, structural_map, structural_walk, tirx, tvm
+from ..common.fused import variables_of
 from .kernel import SHORT, Unsupported, ctype
+from .sizes import is_count, is_size
 
 _BINARY = {
     "Add": "+", "Sub": "-", "Mul": "*", "EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">=", "And": "&&", "Or": "||",
@@ -33,12 +35,16 @@ def check_indices(expr: Any) -> Any:
 
     def load(access: Any) -> Any:
         indices = [
-            tirx.call_pure_extern("int64", INDEX, index, tirx.const(int(dim), "int64")) if reads_memory(index) and not _is_checked(index) else index
+            tirx.call_pure_extern("int64", INDEX, index, _limit(dim)) if reads_memory(index) and not _is_checked(index) else index
             for index, dim in zip(access.indices, access.source.shape, strict=True)
         ]
         return tirx.BufferLoad(access.source, indices)
 
     return structural_map(expr, (TensorLoad, load))
+
+
+def _limit(dim: Any) -> Any:
+    return tirx.const(int(dim), "int64") if isinstance(dim, (int, tirx.IntImm)) else dim
 
 
 def _is_checked(index: Any) -> bool:
@@ -54,25 +60,40 @@ def reads_memory(expr: Any) -> bool:
 class Printer:
     """Prints expressions inside of one kernel.
 
-    load(buffer, indices as C) -> C. names: variable -> C. ranges: variable -> extent (from 0), to see which divisions need no sign. indexed: a checked index was printed.
+    load(buffer, indices as C) -> C. names: variable -> C. ranges: variable -> extent (from 0), to see which divisions need no sign. size: C of an integer that is made of the function's
+    symbols alone; without it there are none. indexed: a checked index was printed.
     """
 
-    def __init__(self, load: Callable[[Any, Sequence[str]], str], names: dict[Any, str], ranges: dict[Any, int] | None = None):
-        self.load, self.names = load, names
+    def __init__(
+        self,
+        load: Callable[[Any, Sequence[str]], str],
+        names: dict[Any, str],
+        ranges: dict[Any, Any] | None = None,
+        size: Callable[[Any], str] | None = None,
+    ):
+        self.load, self.names, self.size = load, names, size
         self.analyzer = tvm.sym.Analyzer()
         for var, extent in (ranges or {}).items():
-            self.analyzer.bind(var, tvm.ir.Range.from_min_extent(tirx.const(0, var.ty.dtype), tirx.const(extent, var.ty.dtype)))
+            extent = tirx.const(extent, var.ty.dtype) if isinstance(extent, int) else extent
+            self.analyzer.bind(var, tvm.ir.Range.from_min_extent(tirx.const(0, var.ty.dtype), extent))
         self.indexed = False
         self._position = 0
+        self._symbols: set[Any] = set()
 
     def __call__(self, expr: Any) -> str:
         kind = type(expr).__name__
+        if self.size is not None and is_size(expr, self.names):
+            return self.size(expr) if self._position else f"(int){self.size(expr)}"
         if kind in _BINARY:
             return f"({self(expr.a)} {_BINARY[kind]} {self(expr.b)})"
         method = getattr(self, f"_{kind.lower()}", None)
         if method is None:
             raise Unsupported(f"expression {kind}")
         return method(expr)
+
+    def _is_count(self, expr: Any) -> bool:
+        """A size that is not negative, made of symbols; where it is 0, nothing is computed with it."""
+        return self.size is not None and is_size(expr, self.names) and is_count(expr)
 
     def index(self, expr: Any) -> str:
         """An expression that addresses memory."""
@@ -134,7 +155,7 @@ class Printer:
 
     def _divisor(self, expr: Any) -> str:
         """An integer divisor; one that data decides may be zero, which is reported like an index out of range."""
-        if isinstance(expr, tirx.IntImm):
+        if isinstance(expr, tirx.IntImm) or self._is_count(expr):
             return self(expr)
         self.indexed = True
         return f"tc::divisor<{ctype(expr.ty.dtype)}>({self(expr)}, error, site)"
@@ -147,11 +168,19 @@ class Printer:
 
     def _floor(self, expr: Any, sign: str, function: str) -> str:
         a, b = self(expr.a), self._divisor(expr.b)
-        divisor = isinstance(expr.b, tirx.IntImm) and int(expr.b.value) > 0
+        divisor = (isinstance(expr.b, tirx.IntImm) and int(expr.b.value) > 0) or self._is_count(expr.b)
+        if self.size is not None:
+            self._bind_symbols(expr.a)
         if divisor and (reads_memory(expr.a) is False) and self.analyzer.can_prove(expr.a >= 0):
             return f"({a} {sign} {b})"
         kind = "int" if self._position and not reads_memory(expr) else ctype(expr.ty.dtype)
         return f"tc::{function}<{kind}>({a}, {b})"
+
+    def _bind_symbols(self, expr: Any) -> None:
+        for var in variables_of(expr):
+            if var not in self.names and var not in self._symbols and not hasattr(var, "shape") and str(var.ty.dtype) in ("int32", "int64"):
+                self._symbols.add(var)
+                self.analyzer.bind(var, tvm.ir.Range.from_min_extent(tirx.const(0, var.ty.dtype), tirx.const(2**31 - 1, var.ty.dtype)))
 
     def _let(self, expr: Any) -> str:
         self.names[expr.var] = f"({self(expr.value)})"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...compiler.tvm import TensorLoad, structural_map, tirx
@@ -12,25 +13,31 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, static
 from .kernel import Kernel, Packing, Plan, Signature, Unsupported, copies_of, ctype
 from .printer import Printer, check_indices
+from .sizes import FIXED, Known, blocks, shown, simplified, times
 
+#: numbers of rows for which schedules are chosen where rows are open
+ROWS = (16, 256, 4096)
 #: threads per block of the kernel that adds up parts of K
 THREADS = 256
 
 
-def plan(template: type[Product], fused: Fused, target: Target, policy: str, constants: frozenset[int], schedule: Any, rounded: str) -> Plan:
+def plan(
+    template: type[Product], fused: Fused, target: Target, policy: str, constants: frozenset[int], schedule: Any, rounded: str, known: Known = FIXED
+) -> Plan:
     """The kernels of a fused function by this template and schedule (None: the best); raises Unfusable when it is not for the template.
 
-    constants: positions of parameters that may be packed. rounded: see `Product`.
+    constants: positions of parameters that may be packed. rounded, known: see `Product`.
     """
     if fused.core["op"] not in template.cores:
         raise Unfusable(f"{fused.core['op']} is none of {', '.join(template.cores)}")
-    if any(static(dim) is None for param in fused.params for dim in param.shape):
+    params = [param for param in fused.params if hasattr(param, "shape")]
+    if not template.open_sizes and any(static(dim) is None for param in params for dim in param.shape):
         raise Unfusable("sizes known only at run time")
-    if any(static(dim) == 0 for param in fused.params for dim in param.shape):
+    if any(static(dim) == 0 for param in params for dim in param.shape):
         raise Unfusable("an operand without elements")
     try:
-        made = template(fused, target, policy, constants, rounded)
-        return Plan((*fused.params, *made.copies), made.kernels(schedule), made.packings)
+        made = template(fused, target, policy, constants, rounded, known)
+        return Plan((*params, *made.copies), made.kernels(schedule), made.packings)
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason
 
@@ -38,36 +45,77 @@ def plan(template: type[Product], fused: Fused, target: Target, policy: str, con
 class Product(ABC):
     """A fused function whose core is a product, as C++ over (m, n, sum): m a row of C, n its column, blockIdx.z its batch.
 
-    rounded: a type in which the result is written, too, as one more parameter. Subclasses set `batch_dims` and `row_dims`, the dims of C that these positions
-    stand for, `m` and `n`, the rows and columns of C, `sum`, the C type of a sum, and `packings`.
+    rounded: a type in which the result is written, too, as one more parameter. known: what is known of open sizes. Subclasses set `batch_dims` and `row_dims`, the dims of C that
+    these positions stand for, `m` and `n`, the rows and columns of C, `sum`, the C type of a sum, and `packings`.
     """
 
     #: operators that it multiplies
     cores: tuple[str, ...]
+    #: it takes sizes that are known only while running
+    open_sizes = False
     packings: tuple[Packing, ...] = ()
-    batch_dims: Sequence[int] = ()
-    row_dims: Sequence[int]
-    m: int
-    n: int
+    batch_dims: Sequence[Any] = ()
+    row_dims: Sequence[Any]
+    m: Any
+    n: Any
     sum: str = "float"
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
         """policy: number policy of operands in float32."""
-        self.fused, self.target = fused, target
+        self.fused, self.target, self.known = fused, target, known
         self.copies = copies_of(fused.output, rounded)
-        self.signature = Signature((fused.output, *self.copies))
+        self.signature = self._signature()
+
+    def _signature(self) -> Signature:
+        """Of a kernel that writes the result."""
+        return Signature((self.fused.output, *self.copies))
 
     @abstractmethod
     def best(self) -> Any:
         """The schedule of least predicted time; `parts` of it says in how many parts K is summed."""
 
+    def best_for(self, rows: int) -> Any:
+        """The schedule of least predicted time for so many rows. For templates that take open sizes."""
+        raise Unfusable("sizes known only at run time")
+
+    def cycles(self, tile: Any, rows: int) -> float:
+        """The predicted time of a schedule for so many rows; infinite where it does not take them. For templates that take open sizes."""
+        raise Unfusable("sizes known only at run time")
+
     @abstractmethod
     def _product(self, tile: Any, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
 
+    def anchors(self) -> list[int]:
+        """Numbers of rows for which schedules are chosen where rows are open."""
+        least, most = max(1, self.known.least(self.m)), self.known.most(self.m, ROWS[-1])
+        return sorted({min(max(rows, least), most) for rows in (*ROWS, *self.known.wanted(self.m))})
+
+    def variants(self) -> Sequence[tuple[Any, tuple[Any, int | None, int | None] | None]]:
+        """(schedule, when it is launched): the best; where rows are open, those for some numbers of rows, each up to where the next is predicted to take less time."""
+        if isinstance(self.m, int):
+            return ((self.best(), None),)
+        rows = self.anchors()
+        tiles = list(dict.fromkeys(map(self.best_for, rows)))
+        found: list[tuple[Any, tuple[Any, int | None, int | None] | None]] = []
+        first = 0
+        for tile, after in itertools.pairwise(tiles):
+            tried = _growing(max(first, rows[0]), rows[-1])
+            ends = next((number for number in tried if self.cycles(after, number) < self.cycles(tile, number)), rows[-1])
+            if ends > first:
+                found.append((tile, (self.m, first or None, ends - 1)))
+                first = ends
+        return (*found, (tiles[-1], (self.m, first, None) if found else None))
+
     def kernels(self, tile: Any) -> tuple[Kernel, ...]:
-        """Those of this schedule or the best: the product, or parts of it and their sums."""
-        tile = tile or self.best()
+        """Those of this schedule or of the best: the product, or parts of it and their sums."""
+        made: list[Kernel] = []
+        for chosen, when in ((tile, None),) if tile else self.variants():
+            self.signature = self._signature()
+            made += (replace(kernel, when=when) for kernel in self._of(chosen))
+        return tuple(made)
+
+    def _of(self, tile: Any) -> tuple[Kernel, ...]:
         if tile.parts == 1:
             return (self._product(tile, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
         parts = tirx.decl_buffer((tile.parts, self.m, self.n), self.fused.accumulator.ty.dtype, "parts")
@@ -75,22 +123,23 @@ class Product(ABC):
 
     def _sums(self, parts: Any) -> Kernel:
         """The sums over the parts of K, in their order, and the epilogue: a thread per element."""
-        count, total = int(parts.shape[0]), math.prod(int(dim) for dim in parts.shape[1:])
+        count, total = int(parts.shape[0]), times(parts.shape[1:])
+        size, columns = self.signature.size, self.signature.size(parts.shape[-1])
         result, body = ctype(self.fused.output.ty.dtype), [f"  {line}" for line in self._epilogue()]
         lines = [
             f"const int place = blockIdx.x * {THREADS} + threadIdx.x;",
-            f"if (place >= {total}) return;",
-            f"const int m = place / {parts.shape[-1]}, n = place % {parts.shape[-1]};",
+            f"if (place >= {size(total)}) return;",
+            f"const int m = place / {columns}, n = place % {columns};",
             f"{self.sum} sum = 0;",
             "#pragma unroll",
-            f"for (int part = 0; part < {count}; ++part) sum += {self.signature.name(parts)}[part * {total} + place];",
+            f"for (int part = 0; part < {count}; ++part) sum += {self.signature.name(parts)}[part * {size(total)} + place];",
             f"const {result} value = [&]() -> {result} {{",
             *body,
             "}();",
             *(f"{self.signature.name(buffer)}[place] = value;" for buffer in (self.fused.output, *self.copies)),
         ]
         return self.signature.kernel(
-            lines, grid=(-(-total // THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=f"sums {count} x {total}"
+            lines, grid=(blocks(total, THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=f"sums {count} x {shown(total)}"
         )
 
     def _epilogue(self) -> list[str]:
@@ -98,23 +147,24 @@ class Product(ABC):
         lines: list[str] = []
         indices: list[str] = []
         for position, dims in (("blockIdx.z", self.batch_dims), ("m", self.row_dims)):
-            stride = total = math.prod(dims)
-            for dim in dims:
-                above, stride = stride, stride // dim
-                value = position if stride == 1 else f"{position} / {stride}"
-                value = value if above == total else f"{value} % {dim}"
-                lines.append(f"const int i{len(indices)} = {value if dim > 1 else 0};")
+            first = True
+            for number, dim in enumerate(dims):
+                stride = times(dims[number + 1 :])
+                value = position if stride == 1 else f"{position} / {self.signature.size(stride)}"
+                value = value if first else f"{value} % {self.signature.size(dim)}"
+                first = first and dim == 1
+                lines.append(f"const int i{len(indices)} = {0 if isinstance(dim, int) and dim == 1 else value};")
                 indices.append(f"i{len(indices)}")
         indices.append("n")
         values = {self.fused.accumulator: "sum"}
 
         def load(buffer: Any, at: Sequence[str]) -> str:
-            return values[buffer] if buffer in values else f"{self.signature.name(buffer)}[{_address(buffer, at)}]"
+            return values[buffer] if buffer in values else f"{self.signature.name(buffer)}[{_address(buffer, at, self.signature.size)}]"
 
         for number, block in enumerate(self.fused.epilogue):
             axes = {var.var: index for var, index in zip(block.iter_vars, indices, strict=True)}
-            ranges = {var.var: int(var.dom.extent) for var in block.iter_vars}
-            printer = Printer(load, axes, ranges)
+            ranges = {var.var: simplified(var.dom.extent) for var in block.iter_vars}
+            printer = Printer(load, axes, ranges, self.signature.size)
             value = block.body.value
             value = structural_map(value, (TensorLoad, lambda access: access if access.source in values else check_indices(access)))
             lines.append(f"const {ctype(block.body.buffer.ty.dtype)} v{number} = {printer(value)};")
@@ -123,11 +173,19 @@ class Product(ABC):
         return [*lines, f"return {values[self.fused.output]};"]
 
 
-def _address(buffer: Any, indices: Sequence[str]) -> str:
+def _growing(least: int, most: int) -> Iterator[int]:
+    """Numbers of rows from `least` to `most`, farther apart the larger they are."""
+    rows = least
+    while rows < most:
+        yield rows
+        rows += max(1, rows // 8)
+
+
+def _address(buffer: Any, indices: Sequence[str], size: Callable[[Any], str]) -> str:
     """The flat position of an element, in C."""
-    terms, stride = [], 1
-    for index, dim in zip(reversed(indices), reversed(buffer.shape), strict=True):
-        if int(dim) != 1 and index != "0":
-            terms.append(index if stride == 1 else f"{index} * {stride}")
-        stride *= int(dim)
-    return " + ".join(reversed(terms)) or "0"
+    terms = []
+    for number, (index, dim) in enumerate(zip(indices, buffer.shape, strict=True)):
+        if static(dim) != 1 and index != "0":
+            stride = times(buffer.shape[number + 1 :])
+            terms.append(index if stride == 1 else f"{index} * {size(stride)}")
+    return " + ".join(terms) or "0"

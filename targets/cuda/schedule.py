@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...autotune.cost_model import Design
 from ...autotune.learned import default_model
+from ...compiler.tvm import tirx
 from ..base import Target
 
 #: k elements per stage
@@ -221,3 +222,13 @@ def in_turns(steps: Sequence[int], target: Target, step_cycles: float, resident:
     places = target.cores * resident
     longest = max(max(steps), math.ceil(sum(steps) / places))
     return math.ceil(len(steps) / places) * _BLOCK_LATENCY + longest * max(step_cycles * resident, latency)
+
+
+def open_part_of_keys(blocks: Any, steps: Any, target: Target) -> Any:
+    """`part_of_keys` of sizes that are known while running, as one of them."""
+    one, cores = tirx.const(1, "int64"), tirx.const(target.cores, "int64")
+    blocks, steps = (tirx.const(size, "int64") if isinstance(size, int) else size for size in (blocks, steps))
+    parts = tirx.max(tirx.floordiv(cores, tirx.max(blocks, one)), one)
+    length = tirx.max(tirx.floordiv(steps + parts - 1, parts), tirx.const(2, "int64"))
+    gain = math.floor(_SUMS_LATENCY / _KEYS_LATENCY) + 1
+    return tirx.Select(steps - length >= gain, length, tirx.max(steps, one))

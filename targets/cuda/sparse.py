@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from . import gemm_hopper, schedule
 from .gemm import Gemm, plan
 from .kernel import SHORT, Packing, Plan, Signature
 from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves
+from .sizes import FIXED, Known
 
 #: columns of a strip; words of a unit of 32 k: weights, and their positions
 COLUMNS, UNIT_WORDS = 32, 2 * 128 + 32
@@ -70,30 +72,53 @@ def best_tile(shape: GemmShape, target: Target) -> SparseSchedule:
 
 
 def gemm(
-    fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), tile: SparseSchedule | None = None, rounded: str = ""
+    fused: Fused,
+    target: Target,
+    policy: str,
+    constants: frozenset[int] = frozenset(),
+    tile: SparseSchedule | None = None,
+    rounded: str = "",
+    known: Known = FIXED,
 ) -> Plan:
     """As `gemm.gemm`, for a weight that is `two_of_four`, of this tile or of the best, when that is predicted to be faster than dense; raises Unfusable otherwise."""
-    return plan(SparseGemm, fused, target, policy, constants, tile, rounded)
+    return plan(SparseGemm, fused, target, policy, constants, tile, rounded, known)
 
 
 class SparseGemm(Gemm):
-    """A matmul of 16-bit numbers by one matrix."""
+    """A matmul of 16-bit numbers by one matrix. Rows may be open."""
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
-        super().__init__(fused, target, policy, constants, rounded)
-        if fused.core["op"] != "matmul" or self.group != 2 or self.batch > 1:
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
+        super().__init__(fused, target, policy, constants, rounded, known)
+        if fused.core["op"] != "matmul" or self.group != 2 or self.batch != 1:
             raise Unfusable("no matrix product of 16-bit numbers")
+        if not (isinstance(self.k, int) and isinstance(self.n, int)):
+            raise Unfusable("open sizes other than rows")
 
     @property
     def kind(self) -> str:
         return "gemm 2:4"
 
     def best(self) -> SparseSchedule:
-        tile = best_tile(self.shape, self.target)
-        dense = schedule.predicted_cycles(self.shape, super().best(), self.target, self.policy)
-        if min(dense, gemm_hopper.least_cycles(self.shape, self.target)) < predicted_cycles(self.shape, tile, self.target):
+        if not self._faster(self.shape):
             raise Unfusable("dense tiles are faster")
-        return tile
+        return self._best(self.shape)
+
+    def _best(self, shape: GemmShape) -> SparseSchedule:
+        return best_tile(shape, self.target)
+
+    def cycles(self, tile: SparseSchedule, rows: int) -> float:
+        return predicted_cycles(self._shape(rows), tile, self.target)
+
+    def variants(self) -> Sequence[tuple[SparseSchedule, tuple[Any, int | None, int | None] | None]]:
+        """Where rows are open, this template takes all if it is faster for most of the numbers of rows that are tried: weights are packed in one way."""
+        if not isinstance(self.m, int) and 2 * sum(self._faster(self._shape(rows)) for rows in self.anchors()) <= len(self.anchors()):
+            raise Unfusable("dense tiles are faster")
+        return super().variants()
+
+    def _faster(self, shape: GemmShape) -> bool:
+        """It is predicted to take less time than dense tiles."""
+        dense = schedule.predicted_cycles(shape, super()._best(shape), self.target, self.policy)
+        return min(dense, gemm_hopper.least_cycles(shape, self.target)) >= predicted_cycles(shape, best_tile(shape, self.target), self.target)
 
     def _packing(self, constants: frozenset[int]) -> Packing:
         packing = super()._packing(constants)
@@ -105,14 +130,17 @@ class SparseGemm(Gemm):
         a, b = (signature.name(buffer) for buffer in (self.fused.inputs[0], self.packings[0].buffer))
         bf16 = "true" if str(self.fused.inputs[0].ty.dtype) == "bfloat16" else "false"
         return [
-            f"const {self.a.source} a{{tc::words({a})}};",
+            self.a.declared("a", f"tc::words({a})", signature),
             f"const tc::Sparse<{bf16}, {2 * self.k}, {self.n}> b{{{b}}};",
         ]
 
-    def _call(self, tile: TileSchedule) -> str:
+    def _call(self, tile: TileSchedule, signature: Signature) -> str:
         units, most = tile.part_of(self.k) // _UNIT, -(-self.k // _UNIT)
         first, last = ("0", f"{most}") if tile.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, {most})")
-        return f"tc::gemm_sparse<T, {self.m}, {self.a.vector}>(a, b, out, blockIdx.y * T::BM, blockIdx.x * T::WARPS, {first}, {last}"
+        place = f"blockIdx.y * T::BM, blockIdx.x * T::WARPS, {first}, {last}"
+        if isinstance(self.m, int):
+            return f"tc::gemm_sparse<T, {self.m}, {self.a.vector}>(a, b, out, {place}"
+        return f"tc::gemm_sparse<T, {self.a.vector}>(a, b, out, {signature.size(self.m)}, {place}"
 
 
 def two_of_four(weight: np.ndarray) -> bool:

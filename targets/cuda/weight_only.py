@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,33 +31,43 @@ from ..common.fused import Fused, Unfusable
 from ..common.ops_linear import weight_only_operands
 from .gemm import vector
 from .kernel import SHORT, Kernel, Packing, Plan, Signature, ctype
-from .product import Product, plan
-from .weight_only_schedule import COLUMNS, FewRows, ManyRows, Shape, best
+from .product import ROWS, Product, plan
+from .sizes import FIXED, Known, shown, simplified, times
+from .weight_only_schedule import COLUMNS, FEW_ROWS, FewRows, ManyRows, Shape, best
 
 #: number policy of float32 activations -> 16-bit parts that they become, and whether those are of bf16
 _PARTS = {"Fp32": (3, True), "Tf32": (2, True), "Bf16": (1, True), "Fp16": (1, False)}
 
 
 def weight_only(
-    fused: Fused, target: Target, policy: str, constants: frozenset[int] = frozenset(), schedule: FewRows | ManyRows | None = None, rounded: str = ""
+    fused: Fused,
+    target: Target,
+    policy: str,
+    constants: frozenset[int] = frozenset(),
+    schedule: FewRows | ManyRows | None = None,
+    rounded: str = "",
+    known: Known = FIXED,
 ) -> Plan:
     """One kernel of this schedule or the best, or one for parts of K and one for their sums; raises Unfusable when the function is not for this template.
 
     constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
     """
-    return plan(_WeightOnly, fused, target, policy, constants, schedule, rounded)
+    return plan(_WeightOnly, fused, target, policy, constants, schedule, rounded, known)
 
 
 class _WeightOnly(Product):
     cores = ("weight_only_matmul",)
+    open_sizes = True
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = ""):
-        super().__init__(fused, target, policy, constants, rounded)
+    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
+        super().__init__(fused, target, policy, constants, rounded, known)
         self.x, *weights = weight_only_operands(fused)
         if any(fused.param_index(buffer) not in constants for buffer in weights):
             raise Unfusable("weights that are computed")
-        dims, dtype = [int(dim) for dim in self.x.shape], str(self.x.ty.dtype)
+        dims, dtype = [simplified(dim) for dim in self.x.shape], str(self.x.ty.dtype)
         bits, k, n = fused.core["bits"], dims[-1], int(weights[0].shape[1])
+        if not isinstance(k, int):
+            raise Unfusable("open sizes other than rows")
         half = dtype in SHORT
         if half and k % 2:
             raise Unfusable("rows of 16-bit numbers that are no whole words")
@@ -64,11 +75,25 @@ class _WeightOnly(Product):
         self.row_dims = dims[:-1]
         # one group may be longer than K
         group = min(fused.core["group"], k + k % 2)
-        self.shape = Shape(math.prod(dims[:-1]), k, n, bits, group, len(weights) == 3, parts, bf16, half)
-        self.m, self.n, self.packings = self.shape.m, n, _packings(weights, self.shape)
+        self.m, self.n = times(dims[:-1]), n
+        self.shape = Shape(max(1, known.typical(self.m)), k, n, bits, group, len(weights) == 3, parts, bf16, half)
+        self.packings = _packings(weights, self.shape)
 
     def best(self) -> FewRows | ManyRows:
         return best(self.shape, self.target)
+
+    def best_for(self, rows: int) -> FewRows | ManyRows:
+        return best(replace(self.shape, m=rows), self.target)
+
+    def anchors(self) -> list[int]:
+        """One of them is for few rows, if there may be few, which a device function of its own takes; one is for more, whatever is known: another call of the function may have them."""
+        few = max(1, self.known.least(self.m))
+        return sorted({*super().anchors(), ROWS[0], *([few] if few <= FEW_ROWS else [])})
+
+    def cycles(self, tile: FewRows | ManyRows, rows: int) -> float:
+        if isinstance(tile, FewRows) and rows > FEW_ROWS:
+            return math.inf
+        return tile.predicted_cycles(replace(self.shape, m=rows), self.target)
 
     def _product(self, tile: FewRows | ManyRows, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         shape = self.shape
@@ -79,14 +104,16 @@ class _WeightOnly(Product):
         x = signature.name(self.x)
         weights = ", ".join(signature.name(packing.buffer) for packing in self.packings) + ("" if shape.zeros else ", nullptr")
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
-        start = f" + (size_t)blockIdx.z * {shape.m * shape.n}" if tile.parts > 1 else ""
+        start = f" + (size_t)blockIdx.z * {signature.size(times([self.m, self.n]))}" if tile.parts > 1 else ""
         units = tile.units(shape)
         first, last = ("0", "W::UNITS") if tile.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, W::UNITS)")
-        *types, call = tile.call(shape, width, first, last)
+        rows, known = signature.size(self.m), isinstance(self.m, int)
+        *types, call = tile.call(self.m if known else rows, width, first, last)
+        grouped, words_of_x = ", ".join(map(str, groups)), f"tc::words({x})" if shape.half else x
         lines = [
             f"using A = tc::Activations<{shape.x_parts}, {_flag(shape.bf16)}, {_flag(shape.half)}>;",
             f"using W = tc::Weights<{shape.bits}, {shape.k}, {shape.n}, {shape.group}, {_flag(shape.zeros)}>;",
-            f"const tc::Grouped<{shape.m}, {', '.join(map(str, groups))}> x{{{f'tc::words({x})' if shape.half else x}}};",
+            f"const tc::Grouped<{self.m}, {grouped}> x{{{words_of_x}}};" if known else f"const tc::OpenGrouped<{grouped}> x{{{words_of_x}, {rows}}};",
             f"const W w{{{weights}}};",
             f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};",
             *types,
@@ -96,12 +123,12 @@ class _WeightOnly(Product):
         ]
         return signature.kernel(
             lines,
-            grid=tile.grid(shape),
+            grid=(tile.grid(shape)[0], tile.row_blocks(self.m), tile.parts),
             threads=tile.threads,
             resident=1,
             shared_bytes=tile.shared_bytes(shape),
             kind="weight only",
-            workload=str(shape),
+            workload=shape.text(shown(self.m)),
             schedule=str(tile),
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..base import Target
+from .sizes import blocks
 
 #: rows up to which codes go straight to registers
 FEW_ROWS = 8
@@ -73,8 +75,12 @@ class Shape:
         return 2 * (1 + 2 * (not self.half) + 10 * (self.x_parts - 1) + 2 * self.x_parts) + 8 * self.sums
 
     def __str__(self) -> str:
+        return self.text(str(self.m))
+
+    def text(self, rows: str) -> str:
+        """The workload of so many rows."""
         x = {3: "fp32", 2: "tf32"}.get(self.x_parts, "bf16" if self.bf16 else "fp16")
-        return f"{x} x int{self.bits} {self.m}x{self.k}x{self.n} group {self.group}{' zeros' if self.zeros else ''}"
+        return f"{x} x int{self.bits} {rows}x{self.k}x{self.n} group {self.group}{' zeros' if self.zeros else ''}"
 
 
 @dataclass(frozen=True)
@@ -99,17 +105,22 @@ class FewRows:
     def grid(self, shape: Shape) -> tuple[int, int, int]:
         return shape.strips, 1, self.parts
 
-    def call(self, shape: Shape, width: int, first: str, last: str) -> list[str]:
-        """The call of the device function, up to the function of the results."""
-        return [f"tc::weight_only_few<A, W, {shape.m}, {self.warps}, {self.depth}, {width}>(w, x, out, blockIdx.x, {first}, {last},"]
+    def row_blocks(self, rows: Any) -> Any:
+        """Blocks along the rows, of which there are so many."""
+        return 1
+
+    def call(self, rows: int | str, width: int, first: str, last: str) -> list[str]:
+        """The call of the device function, up to the function of the results. rows: their number, or the parameter that holds it."""
+        fixed, given = (f", {rows}", "") if isinstance(rows, int) else ("", f"{rows}, ")
+        return [f"tc::weight_only_few<A, W{fixed}, {self.warps}, {self.depth}, {width}>(w, x, out, {given}blockIdx.x, {first}, {last},"]
 
     def predicted_cycles(self, shape: Shape, target: Target) -> float:
         """The bytes of all weights over the bandwidth, or waves of blocks, if those take longer: as long as a warp waits for its units, or a multiprocessor issues."""
-        blocks = shape.strips * self.parts
+        count = shape.strips * self.parts
         registers = _OWN_REGISTERS + self.depth * (shape.bits + shape.sums * (5 if shape.zeros else 4))
         resident = max(1, min(_WARPS, _FILE_REGISTERS // (32 * registers)) // self.warps)
-        resident = min(resident, _BLOCKS, math.ceil(blocks / target.cores))
-        waves = math.ceil(blocks / (target.cores * resident))
+        resident = min(resident, _BLOCKS, math.ceil(count / target.cores))
+        waves = math.ceil(count / (target.cores * resident))
         turns = math.ceil(self.units(shape) / self.warps)
         issue = resident * self.units(shape) * (shape.unit_instructions + shape.row_instructions) / _ISSUE
         level2 = resident * self.units(shape) * shape.unit_bytes / _L2_BYTES_PER_CYCLE
@@ -150,22 +161,27 @@ class ManyRows:
     def grid(self, shape: Shape) -> tuple[int, int, int]:
         return -(-shape.strips // self.warps), -(-shape.m // self.bm), self.parts
 
-    def call(self, shape: Shape, width: int, first: str, last: str) -> list[str]:
-        """The call of the device function, up to the function of the results."""
+    def row_blocks(self, rows: Any) -> Any:
+        """Blocks along the rows, of which there are so many."""
+        return blocks(rows, self.bm)
+
+    def call(self, rows: int | str, width: int, first: str, last: str) -> list[str]:
+        """The call of the device function, up to the function of the results. rows: their number, or the parameter that holds it."""
+        fixed, given = (f", {rows}", "") if isinstance(rows, int) else ("", f"{rows}, ")
         return [
             f"using T = tc::Strips<A, W, {self.bm}, {self.warps}, {self.stages}>;",
-            f"tc::weight_only_many<A, W, T, {shape.m}, {width}>(w, x, out, blockIdx.y * T::BM, blockIdx.x * T::WARPS, {first}, {last},",
+            f"tc::weight_only_many<A, W, T{fixed}, {width}>(w, x, out, {given}blockIdx.y * T::BM, blockIdx.x * T::WARPS, {first}, {last},",
         ]
 
     def predicted_cycles(self, shape: Shape, target: Target) -> float:
         """Waves of blocks, each as slow as the slowest of tensor cores, instructions, shared memory and L2."""
-        blocks = math.prod(self.grid(shape))
+        count = math.prod(self.grid(shape))
         per_step = self.step_units(shape)
         steps = -(-self.units(shape) // per_step)
         registers = self.bm + _OWN_REGISTERS
         per_sm = max(1, min(target.shared_bytes // self.shared_bytes(shape), _FILE_REGISTERS // (registers * self.threads)))
-        resident = min(per_sm, math.ceil(blocks / target.cores))
-        waves = math.ceil(blocks / (target.cores * resident))
+        resident = min(per_sm, math.ceil(count / target.cores))
+        waves = math.ceil(count / (target.cores * resident))
         # 16-bit products are twice as fast as those of tf32
         arithmetic = self.bm * self.warps * COLUMNS * UNIT * per_step * shape.x_parts / (2 * target.fma_per_cycle)
         issue = self.warps * per_step * (shape.unit_instructions + self.bm / 8 * shape.row_instructions) / _ISSUE

@@ -15,6 +15,7 @@ import pytest
 import tcompile
 import test_cuda_attention_hopper
 import test_cuda_depthwise
+import test_cuda_dynamic
 import test_cuda_half
 import test_cuda_hopper
 import test_cuda_kernels
@@ -129,6 +130,22 @@ def test_long_attention(gpu, tokens, causal):
     assert ((y - exact).norm() / exact.norm()).item() < 2e-3
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_cuda_dynamic.test_products_with_open_rows_batches_columns_and_depth,
+        test_cuda_dynamic.test_attention_with_open_batch_queries_and_keys,
+        test_cuda_dynamic.test_everything_else_with_open_sizes,
+        test_cuda_dynamic.test_the_workspace_grows_with_the_sizes_and_tensors_share_it,
+        test_cuda_dynamic.test_sizes_that_do_not_fit_raise,
+    ],
+)
+def test_open_sizes(gpu, monkeypatch, test):
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    test()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_weight_only(gpu, monkeypatch, precision):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
@@ -196,6 +213,20 @@ def test_a_call_can_be_captured_in_a_graph(gpu):
     x = torch.randn(5, 4, device="cuda")
     y = _replayed(model, x, torch.randn(5, 4))
     np.testing.assert_allclose(y.cpu().numpy(), plain(x.cpu().numpy()), rtol=1e-5, atol=1e-6)
+
+
+def test_one_artifact_takes_several_sizes_and_each_can_be_captured(gpu):
+    import torch
+    from onnx_models import mlp
+
+    model, plain = tcompile.compile(mlp("n", layers=3), target=gpu), tcompile.compile(mlp("n", layers=3))
+    for n in (1, 5, 300):
+        x = torch.randn(n, 4)
+        np.testing.assert_allclose(model(x.cuda()).cpu().numpy(), plain(x.numpy()), rtol=1e-5, atol=1e-6)
+    for n in (5, 300):
+        x = torch.randn(n, 4, device="cuda")
+        y = _replayed(model, x, torch.randn(n, 4))
+        np.testing.assert_allclose(y.cpu().numpy(), plain(x.cpu().numpy()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_large_product_can_be_captured_in_a_graph(gpu):

@@ -10,6 +10,12 @@ template <int ROWS, int COLS, int STRIDE> struct Rows {  // row-major with a str
   TC_DEVICE const float* at(int r, int c) const { return r < ROWS && c < COLS ? data + (size_t)r * STRIDE + c : nullptr; }
 };
 
+struct OpenRows {  // of sizes that are known while running
+  const float* data;
+  int rows, columns, stride;
+  TC_DEVICE const float* at(int r, int c) const { return r < rows && c < columns ? data + (size_t)r * stride + c : nullptr; }
+};
+
 // Probabilities times values: the policy of that product, how many values lie in a word of memory, and fragments of 16 keys x 16 columns of rows of STRIDE floats.
 template <class P> struct Values {
   using Policy = P;
@@ -50,16 +56,16 @@ template <class P, int D, int E, int BT_> struct Heads {
   static constexpr int Q_FLOATS = BQ * LDQ, K_FLOATS = BT * LDQ, STAGE_FLOATS = K_FLOATS + BT * LDV;
 };
 
-// Queries q0 .. q0 + 63 of one head to the rows of `out`, STRIDE elements apart. score(s, t, x): the masked, scaled score of query s and key t whose product is x.
-// CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out. SAFE: a query that sees nothing gives 0 instead of NaN. PART: blocks of keys from `first` on that
-// are taken, 0 for all; rows of a part are E sums, the largest score and the sum of probabilities, for `joined`.
-template <class P, class T, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, int PART, int VD, int VE, class Q, class K, class V, class Out, class Score>
-TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int q0, int first, const Score& score) {
+// Queries q0 .. q0 + 63 of one head to the rows of `out`, `stride` elements apart. score(s, t, x): the masked, scaled score of query s and key t whose product is x.
+// CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out. SAFE: a query that sees nothing gives 0 instead of NaN. PARTS: `part` blocks of keys from `first` on
+// are taken; rows of a part are E sums, the largest score and the sum of probabilities, for `joined`.
+template <class P, class T, int E, bool CAUSAL, bool SAFE, bool PARTS, int VD, int VE, class Q, class K, class V, class Out, class Score>
+TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int queries, int all_keys, int stride, int part, int q0, int first, const Score& score) {
   using W = typename Values<P>::Policy;
   TC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* const stages = shared + T::Q_FLOATS;
-  const int keys = CAUSAL ? tc::min(KEYS, q0 + T::BQ) : KEYS, all = (keys + T::BT - 1) / T::BT, end = PART ? tc::min(all, first + PART) : all;
+  const int keys = CAUSAL ? tc::min(all_keys, q0 + T::BQ) : all_keys, all = (keys + T::BT - 1) / T::BT, end = PARTS ? tc::min(all, first + part) : all;
   auto fill = [&](int step) {
     float* slot = stages + step % 2 * T::STAGE_FLOATS;
     stage<T::BT, T::DP, T::LDQ, T::THREADS, VD>(slot, k, step * T::BT, 0);
@@ -98,7 +104,7 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int
         for (int e = 0; e < 2; ++e) {
           const int key = step * T::BT + j * 8 + 2 * t + e;
           float& x = s[j][r * 2 + e];
-          x = query < QUERIES && key < KEYS ? score(query, key, x) : -INFINITY;
+          x = query < queries && key < all_keys ? score(query, key, x) : -INFINITY;
           high = tc::max(high, x);
         }
       high = row_max(high, tc::max<float>);
@@ -135,34 +141,41 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float sum = row_sum(total[r]), scale = PART ? 1.0f : normalizer<SAFE>(sum);
+    const float sum = row_sum(total[r]), scale = PARTS ? 1.0f : normalizer<SAFE>(sum);
     const int query = q0 + warp * 16 + g + r * 8;
-    if (query >= QUERIES) continue;
-    const size_t row = (size_t)query * STRIDE;
+    if (query >= queries) continue;
+    const size_t row = (size_t)query * stride;
 #pragma unroll
     for (int j = 0; j < T::E16 / 8; ++j)
       put<E>(out, row, j * 8 + 2 * t, [&](int e) { return sums[j][r * 2 + e] * scale; });
-    if (PART && t == 0) {
+    if (PARTS && t == 0) {
       out.one(row + E, top[r]);
       out.one(row + E + 1, sum);
     }
   }
 }
 
-// Element e of a row from its PARTS parts, in their order; `rows` rows of E + 2 lie between parts.
-template <int PARTS, int E, bool SAFE> TC_DEVICE float joined(const float* parts, size_t rows, int e) {
+// The same for sizes that are known; PART: 0 for all blocks of keys.
+template <class P, class T, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, int PART, int VD, int VE, class Q, class K, class V, class Out, class Score>
+TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int q0, int first, const Score& score) {
+  attention<P, T, E, CAUSAL, SAFE, PART != 0, VD, VE>(q, k, v, out, QUERIES, KEYS, STRIDE, PART, q0, first, score);
+}
+
+// Element e of a row from its `count` parts, in their order; `rows` rows of E + 2 lie between parts.
+template <int E, bool SAFE> TC_DEVICE float joined(const float* parts, int count, size_t rows, int e) {
   const size_t stride = rows * (E + 2);
   float top = -INFINITY, sum = 0.0f, total = 0.0f;
 #pragma unroll
-  for (int i = 0; i < PARTS; ++i) top = tc::max(top, parts[i * stride + E]);
+  for (int i = 0; i < count; ++i) top = tc::max(top, parts[i * stride + E]);
   const float base = top == -INFINITY ? 0.0f : top;
 #pragma unroll
-  for (int i = 0; i < PARTS; ++i) {
+  for (int i = 0; i < count; ++i) {
     const float weight = expf(parts[i * stride + E] - base);
     total += weight * parts[i * stride + E + 1];
     sum += weight * parts[i * stride + e];
   }
   return total == 0.0f ? (SAFE ? 0.0f : NAN) : sum / total;
 }
+template <int PARTS, int E, bool SAFE> TC_DEVICE float joined(const float* parts, size_t rows, int e) { return joined<E, SAFE>(parts, PARTS, rows, e); }
 
 }  // namespace tc

@@ -14,6 +14,7 @@ namespace tc {
 TC_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 TC_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 TC_DEVICE uint64_t double_bits(double x) { return (uint64_t)__double_as_longlong(x); }
+TC_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 TC_DEVICE void report(int* error, int site) { atomicCAS(error, 0, site); }
 template <class V> TC_DEVICE V shuffle_xor(V value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 TC_DEVICE bool shuffle_xor(bool value, int mask) { return __shfl_xor_sync(0xffffffffu, (int)value, mask) != 0; }

@@ -87,9 +87,9 @@ template <int C, int OH, int OW, int KW, int SH, int SW, int TOP, int LEFT, int 
   }
 };
 
-// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B' over STEPS steps of k, from step `first` on.
-template <class P, class T, int M, int N, int STEPS, class Source, class Out, class Value>
-TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int m0, int n0, int first, const Value& value) {
+// out[m0.., n0..] [rows][N] = value(row, column, sum) for the elements of A B' over STEPS steps of k, from step `first` on.
+template <class P, class T, int N, int STEPS, class Source, class Out, class Value>
+TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int rows, int m0, int n0, int first, const Value& value) {
   TC_SHARED(char, shared);
   char* const stages = shared + (-shared_address(shared) & 1023);
   Ring<T::STAGES, T::STAGE_BYTES> ring(stages, stages + T::STAGES * T::STAGE_BYTES);
@@ -135,7 +135,7 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int m = m0 + own + i * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + r * 8;
-        if (m < M) {
+        if (m < rows) {
 #pragma unroll
           for (int j = 0; j < T::BN / 8; ++j) {
             const int n = n0 + j * 8 + lane % 4 * 2;
@@ -145,6 +145,12 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
       }
     }
   }
+}
+
+// The same for rows whose number is known.
+template <class P, class T, int M, int N, int STEPS, class Source, class Out, class Value>
+TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int m0, int n0, int first, const Value& value) {
+  gemm_hopper<P, T, N, STEPS>(a, b, out, M, m0, n0, first, value);
 }
 
 }  // namespace tc

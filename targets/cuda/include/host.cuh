@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 
 #ifdef TCOMPILE_SIMT
 #define TC_DEVICE_TYPE kDLCPU
@@ -70,6 +71,67 @@ inline int bind(const TVMFFIAny* arguments, int count, const Expected* expected,
   }
   return 0;
 }
+
+// ---- open sizes: computed for every call --------------------------------------------------------------------------------------------------------------
+using Wide = __int128;  // wide enough for any product of sizes
+template <class T, class U> inline auto floor_quotient(T a, U b) { return b == 0 ? decltype(a + b)(0) : a / b - (a % b != 0 && (a % b < 0) != (b < 0)); }
+template <class T, class U> inline auto floor_remainder(T a, U b) { return b == 0 ? decltype(a + b)(0) : a - floor_quotient(a, b) * b; }
+template <class T, class U> inline auto lesser(T a, U b) { return a < b ? decltype(a + b)(a) : decltype(a + b)(b); }
+template <class T, class U> inline auto greater(T a, U b) { return a > b ? decltype(a + b)(a) : decltype(a + b)(b); }
+inline int64_t aligned(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
+inline int64_t most(std::initializer_list<int64_t> values) {
+  int64_t found = 0;
+  for (int64_t value : values) found = value > found ? value : found;
+  return found;
+}
+
+// The inputs among the arguments, from `first` on.
+inline int shapes(const TVMFFIAny* arguments, int count, int first, int expected_count, const char* const* names, const int* dims, int inputs, const DLTensor** found) {
+  if (count != expected_count) return fail("expected %d tensors, got %d", expected_count, count);
+  for (int i = 0; i < inputs; ++i) {
+    found[i] = tensor(arguments[first + i]);
+    if (!found[i]) return fail("%s: expected a tensor", names[i]);
+    if (found[i]->ndim != dims[i]) return fail("%s: expected %d dims, got %d", names[i], dims[i], found[i]->ndim);
+  }
+  return 0;
+}
+inline int outside(const char* name, int dim, int64_t size, int64_t least, int64_t most) {
+  if (size >= least && size <= most) return 0;
+  if (most == INT64_MAX) return fail("%s: expected a size of dim %d of %lld or more, got %lld", name, dim, (long long)least, (long long)size);
+  return fail("%s: expected a size of dim %d in %lld..%lld, got %lld", name, dim, (long long)least, (long long)most, (long long)size);
+}
+inline int differ(const char* what, int64_t found, int64_t wanted) { return found == wanted ? 0 : fail("%s is %lld, %lld is needed", what, (long long)found, (long long)wanted); }
+inline int too_large(const Wide* sizes, int count) {
+  for (int i = 0; i < count; ++i)
+    if (sizes[i] > INT32_MAX || sizes[i] < -INT32_MAX) return fail("a tensor would have more than %d elements", INT32_MAX);
+  return 0;
+}
+// Writes numbers into a tensor of the host.
+inline int tell(const TVMFFIAny& argument, const int64_t* values, int count, TVMFFIAny* result) {
+  const DLTensor* to = tensor(argument);
+  if (!to || to->device.device_type != kDLCPU || to->dtype.code != kDLInt || to->dtype.bits != 64 || to->ndim != 1 || to->shape[0] != count)
+    return fail("expected a tensor of %d numbers of 64 bits on the host", count);
+  memcpy(static_cast<char*>(to->data) + to->byte_offset, values, count * sizeof(int64_t));
+  result->type_index = kTVMFFINone;
+  result->zero_padding = 0;
+  result->v_int64 = 0;
+  return 0;
+}
+// A grid of blocks; none where something is empty.
+struct LaunchGrid {
+  int status;
+  bool any;
+  dim3 grid;
+  LaunchGrid(const char* kernel, int64_t x, int64_t y, int64_t z) : status(0), any(x > 0 && y > 0 && z > 0), grid((unsigned)x, (unsigned)y, (unsigned)z) {
+    if (any && (x > INT32_MAX || y > 65535 || z > 65535)) status = fail("%s: a grid of %lld x %lld x %lld blocks", kernel, (long long)x, (long long)y, (long long)z);
+  }
+};
+#define TC_LAUNCH_OPEN(kernel, x, y, z, threads, shared, stream, ...)                        \
+  do {                                                                                       \
+    const tc::LaunchGrid blocks(#kernel, x, y, z);                                               \
+    if (blocks.status) return -1;                                                            \
+    if (blocks.any) TC_LAUNCH(kernel, blocks.grid, threads, shared, stream, __VA_ARGS__);    \
+  } while (0)
 
 #ifdef TCOMPILE_SIMT
 inline int check(int, const char*) { return 0; }

@@ -182,6 +182,7 @@ static inline void __syncthreads() {
 namespace tc {
 
 TC_DEVICE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+TC_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 TC_DEVICE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 TC_DEVICE uint64_t double_bits(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits; }
 TC_DEVICE void report(int* error, int site) { if (*error == 0) *error = site; }

@@ -24,8 +24,8 @@ template <int BM_, int WARPS_, int STAGES_> struct SparseTile {
 };
 
 // out [m0 ..][strip ..] = value(row, column, sum) over the units first .. last, from a step's beginning to its end or the last unit. VEC: words per copy of X.
-template <class T, int M, int VEC, class W, class X, class Out, class Value>
-TC_DEVICE void gemm_sparse(const X& x, const W& w, const Out& out, int m0, int strip0, int first, int last, const Value& value) {
+template <class T, int VEC, class W, class X, class Out, class Value>
+TC_DEVICE void gemm_sparse(const X& x, const W& w, const Out& out, int rows, int m0, int strip0, int first, int last, const Value& value) {
   TC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int strip = strip0 + warp, steps = (last - first + T::UNITS - 1) / T::UNITS;
@@ -65,7 +65,12 @@ TC_DEVICE void gemm_sparse(const X& x, const W& w, const Out& out, int m0, int s
       }
     }
   });
-  put_strip<M, W::N>(out, m0, strip, c, value);
+  put_strip<W::N>(out, rows, m0, strip, c, value);
+}
+// The same for M rows.
+template <class T, int M, int VEC, class W, class X, class Out, class Value>
+TC_DEVICE void gemm_sparse(const X& x, const W& w, const Out& out, int m0, int strip0, int first, int last, const Value& value) {
+  gemm_sparse<T, VEC>(x, w, out, M, m0, strip0, first, last, value);
 }
 
 }  // namespace tc

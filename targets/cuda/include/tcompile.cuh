@@ -15,6 +15,23 @@
 
 namespace tc {
 
+// A size that the host computes while the model runs, with what replaces divisions by it: the quotient of n < 2^31 is the upper part of n times `factor`, rounded up
+// (Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994).
+struct Size {
+  int value;
+  uint32_t factor, shift;
+  Size() = default;
+  explicit Size(int64_t size) : value((int)size), shift(0) {
+    const uint64_t divisor = size > 1 ? (uint64_t)size : 1;
+    while (divisor > (uint64_t)1 << shift) ++shift;
+    factor = (uint32_t)((((uint64_t)1 << (31 + shift)) + divisor - 1) / divisor);
+  }
+  TC_DEVICE operator int() const { return value; }
+};
+// for n >= 0
+template <class T> TC_DEVICE int operator/(T n, const Size& size) { return (int)(multiply_high((uint32_t)n << 1, size.factor) >> size.shift); }
+template <class T> TC_DEVICE int operator%(T n, const Size& size) { return (int)n - n / size * size.value; }
+
 // ---- scalars -------------------------------------------------------------------------------------------------------------------------------------
 template <class T> TC_DEVICE T max(T a, T b) { return a > b || a != a ? a : b; }  // keeps a NaN, as onnxruntime does
 template <class T> TC_DEVICE T min(T a, T b) { return a < b || a != a ? a : b; }
@@ -180,6 +197,12 @@ template <int ROWS, int COLS, int STRIDE = COLS> struct Matrix {  // row-major, 
   TC_DEVICE const float* at(int r, int c) const { return r < ROWS && c < COLS ? data + (size_t)r * STRIDE + c : nullptr; }
 };
 
+struct OpenMatrix {  // of sizes that are known while running; distance: from row to row
+  const float* data;
+  int rows, columns, distance;
+  TC_DEVICE const float* at(int r, int c) const { return r < rows && c < columns ? data + (size_t)r * distance + c : nullptr; }
+};
+
 // Convolution as a product: row = output pixel (n, oh, ow), column = (kh, kw, c) of the window, over an NHWC image of PIXEL channels, of which C count. Nothing is copied to get there.
 template <int N, int H, int W, int C, int OH, int OW, int KH, int KW, int SH, int SW, int TOP, int LEFT, int DH, int DW, int PIXEL = C> struct Windows {
   const float* data;
@@ -188,6 +211,22 @@ template <int N, int H, int W, int C, int OH, int OW, int KH, int KW, int SH, in
     const int h = r / OW % OH * SH + tap / KW * DH - TOP, w = r % OW * SW + tap % KW * DW - LEFT, n = r / (OW * OH);
     const bool inside = n < N && tap < KH * KW && (unsigned)h < (unsigned)H && (unsigned)w < (unsigned)W;
     return inside ? data + ((size_t)(n * H + h) * W + w) * PIXEL + channel : nullptr;
+  }
+};
+
+// The same for images whose number or extent is known while running; N.. are int or Size.
+template <int C, int KH, int KW, int SH, int SW, int TOP, int LEFT, int DH, int DW, int PIXEL, class N, class H, class W, class OH, class OW> struct OpenWindows {
+  const float* data;
+  N images;
+  H height;
+  W width;
+  OH out_height;
+  OW out_width;
+  TC_DEVICE const float* at(int r, int c) const {
+    const int tap = c / C, channel = c % C, line = r / out_width;
+    const int h = line % out_height * SH + tap / KW * DH - TOP, w = r % out_width * SW + tap % KW * DW - LEFT, n = line / out_height;
+    const bool inside = n < images && tap < KH * KW && (unsigned)h < (unsigned)height && (unsigned)w < (unsigned)width;
+    return inside ? data + ((size_t)(n * height + h) * width + w) * PIXEL + channel : nullptr;
   }
 };
 
@@ -228,14 +267,17 @@ template <class V> struct To<V, void> {
   TC_DEVICE void one(size_t at, V x) const { data[at] = x; }
   TC_DEVICE void two(size_t at, V x, V y) const { *reinterpret_cast<Two<V>*>(data + at) = {x, y}; }
 };
-// COLUMNS: of the row, before the next one begins DISTANCE further.
-template <int COLUMNS, int DISTANCE = COLUMNS, class Out, class Value> TC_DEVICE void put(const Out& out, size_t row, int column, const Value& value) {
-  if (COLUMNS % 2 == 0 && DISTANCE % 2 == 0) {
-    if (column < COLUMNS) out.two(row + column, value(0), value(1));
+// columns: of the row, before the next one begins `distance` further.
+template <class Out, class Value> TC_DEVICE void put(const Out& out, size_t row, int column, int columns, int distance, const Value& value) {
+  if (columns % 2 == 0 && distance % 2 == 0) {
+    if (column < columns) out.two(row + column, value(0), value(1));
   } else {
-    if (column < COLUMNS) out.one(row + column, value(0));
-    if (column + 1 < COLUMNS) out.one(row + column + 1, value(1));
+    if (column < columns) out.one(row + column, value(0));
+    if (column + 1 < columns) out.one(row + column + 1, value(1));
   }
+}
+template <int COLUMNS, int DISTANCE = COLUMNS, class Out, class Value> TC_DEVICE void put(const Out& out, size_t row, int column, const Value& value) {
+  put(out, row, column, COLUMNS, DISTANCE, value);
 }
 
 // use(step) for every step in its order; fill(step) asks for its copies, STAGES - 1 steps ahead.
@@ -255,11 +297,12 @@ template <int STAGES, class Fill, class Use> TC_DEVICE void in_stages(int steps,
   }
 }
 
-// out[m0.., n0..] [M][N] = value(row, column, sum) for the elements of A B, where A is M x K and B is K x N, both from k0 on. VA, VB: floats per copy. LD: from row to row of out.
-template <class P, class T, int M, int N, int K, int VA, int VB, int LD = N, class SourceA, class SourceB, class Out, class Value>
-TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, int n0, int k0, const Value& value) {
+// out[m0.., n0..] [rows][columns] = value(row, column, sum) for the elements of A B, where A is rows x depth and B is depth x columns, both from k0 on. VA, VB: floats per copy. distance: from
+// row to row of out.
+template <class P, class T, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
+TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int rows, int columns, int depth, int distance, int m0, int n0, int k0, const Value& value) {
   TC_SHARED(float, shared);
-  constexpr int STEPS = (K + T::BK - 1) / T::BK;
+  const int steps = (depth + T::BK - 1) / T::BK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int wm = warp / T::WN * (T::MT * 16), wn = warp % T::WN * (T::NT * 8);
   typename P::Sum c[T::MT][T::NT][4] = {};
@@ -268,7 +311,7 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, 
     stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(slot, a, m0, k0 + step * T::BK);
     stage<T::BK, T::BN, T::LDB, T::THREADS, VB>(slot + T::A_FLOATS, b, k0 + step * T::BK, n0);
   };
-  in_stages<T::STAGES>(STEPS, fill, [&](int step) {
+  in_stages<T::STAGES>(steps, fill, [&](int step) {
     const float* as = shared + step % T::STAGES * T::STAGE_FLOATS;
     const float* bs = as + T::A_FLOATS;
     typename P::Sum block[T::MT][T::NT][4] = {};
@@ -304,8 +347,13 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, 
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int m = m0 + wm + i * 16 + g + r * 8, n = n0 + wn + j * 8 + 2 * t;
-        if (m < M) put<N, LD>(out, (size_t)m * LD, n, [&](int e) { return value(m, n + e, c[i][j][2 * r + e]); });
+        if (m < rows) put(out, (size_t)m * distance, n, columns, distance, [&](int e) { return value(m, n + e, c[i][j][2 * r + e]); });
       }
+}
+// The same for sizes that are known.
+template <class P, class T, int M, int N, int K, int VA, int VB, int LD = N, class SourceA, class SourceB, class Out, class Value>
+TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int m0, int n0, int k0, const Value& value) {
+  gemm<P, T, VA, VB>(a, b, out, M, N, K, LD, m0, n0, k0, value);
 }
 
 // ---- reductions --------------------------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,15 @@ template <int M, int K, int GROUP, int SPREAD> struct Grouped {
   }
 };
 
+template <int K, int GROUP, int SPREAD> struct OpenGrouped {  // of rows whose number is known while running
+  const float* data;
+  int rows;
+  TC_DEVICE const float* at(int r, int c) const {
+    const int inside = c % SPREAD, k = GROUP == SPREAD ? c : c / SPREAD * GROUP + inside;
+    return r < rows && inside < GROUP && k < K ? data + (size_t)r * K + k : nullptr;
+  }
+};
+
 // X as words of 16-bit floats. In PARTS of bf16, all but the last cut off, three are all of fp32 and two more than tf32 (an infinity becomes NaN); one is X rounded.
 // HALF: it is of 16 bits in memory.
 template <int PARTS_, bool BF16_, bool HALF_> struct Activations {
@@ -167,10 +176,10 @@ template <class W> struct Fetched {
   }
 };
 
-// out [M][N] = value(row, column, sum) for M <= 8 rows and the 32 columns of a strip; its warps take turns at the units first .. last, DEPTH of them on their way, and their sums are
+// out [rows][N] = value(row, column, sum) for at most 8 rows and the 32 columns of a strip; its warps take turns at the units first .. last, DEPTH of them on their way, and their sums are
 // added up in the order of the warps. VEC: words per load of X.
-template <class A, class W, int M, int WARPS, int DEPTH, int VEC, class X, class Out, class Value>
-TC_DEVICE void weight_only_few(const W& w, const X& x, const Out& out, int strip, int first, int last, const Value& value) {
+template <class A, class W, int WARPS, int DEPTH, int VEC, class X, class Out, class Value>
+TC_DEVICE void weight_only_few(const W& w, const X& x, const Out& out, int rows, int strip, int first, int last, const Value& value) {
   constexpr int LD = 36;  // floats of a row of sums: the four lanes of a column are stored to different banks
   TC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -206,13 +215,18 @@ TC_DEVICE void weight_only_few(const W& w, const X& x, const Out& out, int strip
   for (int r = 0; r < 2; ++r) *reinterpret_cast<Float4*>(shared + (warp * 8 + 2 * t + r) * LD + 4 * g) = {c[0][r], c[0][r + 2], c[1][r], c[1][r + 2]};
   __syncthreads();
 #pragma unroll
-  for (int place = threadIdx.x; place < M * 16; place += 32 * WARPS) {
+  for (int place = threadIdx.x; place < rows * 16; place += 32 * WARPS) {
     const int m = place / 16, column = place % 16 * 2;
     float sum[2] = {};
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) sum[0] += shared[(i * 8 + m) * LD + column], sum[1] += shared[(i * 8 + m) * LD + column + 1];
     put<W::N>(out, (size_t)m * W::N, strip * 32 + column, [&](int e) { return value(m, strip * 32 + column + e, sum[e]); });
   }
+}
+// The same for M rows.
+template <class A, class W, int M, int WARPS, int DEPTH, int VEC, class X, class Out, class Value>
+TC_DEVICE void weight_only_few(const W& w, const X& x, const Out& out, int strip, int first, int last, const Value& value) {
+  weight_only_few<A, W, WARPS, DEPTH, VEC>(w, x, out, M, strip, first, last, value);
 }
 
 // ---- many rows -----------------------------------------------------------------------------------------------------------------------------------------
@@ -227,7 +241,7 @@ template <class A, class W, int BM_, int WARPS_, int STAGES_> struct Strips {
 };
 
 // Writes a warp's sums of rows m0 .. of a strip: c[i][tile][r + 2 e] is that of row 8 i + 2 t + r and column 4 g + 2 tile + e.
-template <int M, int N, int TILES, class Out, class Value> TC_DEVICE void put_strip(const Out& out, int m0, int strip, const float (&c)[TILES][2][4], const Value& value) {
+template <int N, int TILES, class Out, class Value> TC_DEVICE void put_strip(const Out& out, int rows, int m0, int strip, const float (&c)[TILES][2][4], const Value& value) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < TILES; ++i)
@@ -236,13 +250,13 @@ template <int M, int N, int TILES, class Out, class Value> TC_DEVICE void put_st
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const int m = m0 + i * 8 + 2 * t + r, n = strip * 32 + 4 * g + 2 * tile;
-        if (m < M) put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][tile][r + 2 * e]); });
+        if (m < rows) put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][tile][r + 2 * e]); });
       }
 }
 
 // out [m0 ..][strip ..] = value(row, column, sum) over the units first .. last; a part of them ends at whole steps, or at the end.
-template <class A, class W, class T, int M, int VEC, class X, class Out, class Value>
-TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int m0, int strip0, int first, int last, const Value& value) {
+template <class A, class W, class T, int VEC, class X, class Out, class Value>
+TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int rows, int m0, int strip0, int first, int last, const Value& value) {
   TC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int strip = strip0 + warp, steps = (last - first + T::UNITS - 1) / T::UNITS;
@@ -292,7 +306,12 @@ TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int m0, 
         });
     }
   });
-  put_strip<M, W::N>(out, m0, strip, c, value);
+  put_strip<W::N>(out, rows, m0, strip, c, value);
+}
+// The same for M rows.
+template <class A, class W, class T, int M, int VEC, class X, class Out, class Value>
+TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int m0, int strip0, int first, int last, const Value& value) {
+  weight_only_many<A, W, T, VEC>(w, x, out, M, m0, strip0, first, last, value);
 }
 
 }  // namespace tc
