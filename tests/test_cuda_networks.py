@@ -103,16 +103,32 @@ def test_networks_in_bf16_agree_with_the_cpu_target(name, seq, target):
 
 
 @pytest.mark.networks
-@pytest.mark.parametrize("method", ["drop", "merge"])
-def test_fewer_tokens_are_those_of_the_cpu_target(method):
+def test_fewer_tokens_are_those_of_the_cpu_target():
     """ViT-S with 70 % of its tokens in each of three layers: one token chosen otherwise would show."""
     entry = ZOO["vit-s16"]
     feeds = entry.example_inputs()
-    options = {"shapes": {name: value.shape for name, value in feeds.items()}, "token_keep": TokenPruning(0.7, method)}
+    options = {"shapes": {name: value.shape for name, value in feeds.items()}, "token_keep": TokenPruning(0.7, "drop")}
     code = tcompile.compile(str(entry.onnx_path()), target="cuda:sm_80", emit_only=True, **options)
     same, full = (np.asarray(tcompile.compile(str(entry.onnx_path()), **(options | more))(**feeds)) for more in ({}, {"token_keep": None}))
     assert agree(emulation(code.artifact)(*feeds.values())[0], same).ok
     assert np.abs(same - full).max() > 1e-3 * np.abs(full).max()
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("name", ["deberta", "mixtral", "regnet", "sequencer", "seresnet"])
+def test_small_networks_agree_with_pytorch(name):
+    """Masks of truth values, experts that are sorted and scattered to, groups, recurrent layers, and gates beside a shortcut."""
+    torch = pytest.importorskip("torch")
+    from timm_networks import TIMM
+    from transformers_networks import TRANSFORMERS
+
+    network = {**TIMM, **TRANSFORMERS}[name]
+    module, inputs = network.build(), network.example()
+    code = tcompile.compile(module, example_inputs=tuple(inputs.values()), target="cuda:sm_80", emit_only=True)
+    assert not any(row["template"].startswith("rows") and "conv2d" in row["kernel"] for row in code.report()["kernels"])
+    with torch.no_grad():
+        want = module(*inputs.values()).numpy()
+    assert agree(emulation(code.artifact)(*(value.numpy() for value in inputs.values()))[0], want).ok
 
 
 @functools.cache
