@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,27 +12,13 @@ from .binding import Binder
 from .element_types import numpy_dtype
 from .errors import TcompileError, ToolchainError, UsageError
 from .program import TensorSpec
-from .tvm_runtime import from_dlpack, load_library
+from .tvm_runtime import OpenSizes, load_library
 from .weights import device_offsets
 
 #: what launched kernels may assume of an address
 _ALIGNMENT = 16
 #: most combinations of open sizes whose plan is kept
 _PLANS = 1024
-
-
-class OpenSizes:
-    """What the library of a model with open sizes says of a call: it looks at the inputs' shapes alone."""
-
-    def __init__(self, library: Any, outputs: Sequence[TensorSpec]) -> None:
-        self._ask, self._ranks = library["sizes"], [len(spec.shape) for spec in outputs]
-
-    def __call__(self, tensors: Sequence[Any]) -> tuple[int, list[tuple[int, ...]]]:
-        """(bytes of workspace, shapes of the outputs). Raises RuntimeError where sizes do not fit together."""
-        numbers = np.zeros(1 + sum(self._ranks), np.int64)
-        self._ask(from_dlpack(numbers), *tensors)
-        rest = iter(numbers[1:].tolist())
-        return int(numbers[0]), [tuple(itertools.islice(rest, rank)) for rank in self._ranks]
 
 
 class GpuModel:
@@ -63,7 +48,7 @@ class GpuModel:
         self._shapes: list[Any] = [spec.shape for spec in artifact.outputs]
         self._dtypes = [getattr(torch, spec.dtype) for spec in artifact.outputs]
         is_open = any(isinstance(dim, str) for spec in (*artifact.inputs, *artifact.outputs) for dim in spec.shape)
-        self._sizes = OpenSizes(library, artifact.outputs) if is_open else None
+        self._sizes = OpenSizes(library, [len(spec.shape) for spec in artifact.outputs]) if is_open else None
         #: shapes of inputs -> what the library said of them
         self._planned: dict[tuple[tuple[int, ...], ...], tuple[int, list[tuple[int, ...]]]] = {}
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 # A worker of TVM's pool spins this often before it sleeps. The default, 300000, is 160 ms: after every call each worker would burn a core that
 # the caller, other pools and peers in a benchmark need. This is about 2 ms, longer than any serial stretch inside a model.
@@ -101,3 +105,17 @@ def load_library(library: bytes) -> Any:
             return _load_library(link, "so")
     finally:
         os.close(descriptor)
+
+
+class OpenSizes:
+    """What the library of a CUDA model with open sizes says of a call: it looks at the inputs' shapes alone. ranks: of the outputs."""
+
+    def __init__(self, library: Any, ranks: Sequence[int]) -> None:
+        self._ask, self._ranks = library["sizes"], tuple(ranks)
+
+    def __call__(self, tensors: Sequence[Any]) -> tuple[int, list[tuple[int, ...]]]:
+        """(bytes of workspace, shapes of the outputs). Raises RuntimeError where sizes do not fit together."""
+        numbers = np.zeros(1 + sum(self._ranks), np.int64)
+        self._ask(from_dlpack(numbers), *tensors)
+        rest = iter(numbers[1:].tolist())
+        return int(numbers[0]), [tuple(itertools.islice(rest, rank)) for rank in self._ranks]

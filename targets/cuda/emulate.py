@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.cuda_runtime import OpenSizes
 from ...compiler.element_types import CARRIERS, encode, numpy_dtype
 from ...compiler.errors import ToolchainError
 from ...compiler.program import TensorSpec
-from ...compiler.tvm_runtime import from_dlpack, load_library
+from ...compiler.tvm_runtime import OpenSizes, from_dlpack, load_library
 from ...compiler.weights import aligned, device_offsets
 from .host import MODEL
 from .toolchain import ffi_headers
@@ -42,7 +41,11 @@ class Emulation:
     ) -> None:
         library = load_library(build(sources))
         self._main = library["main"]
-        self._sizes = OpenSizes(library, outputs) if any(isinstance(dim, str) for spec in (*inputs, *outputs) for dim in spec.shape) else None
+        self._sizes = (
+            OpenSizes(library, [len(spec.shape) for spec in outputs])
+            if any(isinstance(dim, str) for spec in (*inputs, *outputs) for dim in spec.shape)
+            else None
+        )
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         offsets, size = device_offsets(weights)
         self._weights = aligned(np.zeros(size, np.uint8))
