@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,28 @@ import tcompile
 from tcompile.compiler.artifact import Artifact
 from tcompile.compiler.options import CompileOptions
 from tcompile.compiler.pipeline import lower
-from tcompile.compiler.program import Program, Provenance, TensorSpec
-from tcompile.compiler.tvm import relax, tvm
+from tcompile.compiler.program import DimRange, Program, Provenance, TensorSpec
+from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.cuda.emulate import Emulation
 
 
-def program_of(build: Callable[..., Sequence[relax.Expr]], inputs: dict[str, np.ndarray]) -> Program:
-    """The program whose `main` takes tensors like `inputs` and returns what build(builder.emit, *variables) does."""
-    variables = [relax.Var(name, relax.TensorType(value.shape, value.dtype.name)) for name, value in inputs.items()]
+def program_of(
+    build: Callable[..., Sequence[relax.Expr]],
+    inputs: Mapping[str, np.ndarray | tuple[Sequence[int | str], str]],
+    dims: Mapping[str, DimRange] | None = None,
+) -> Program:
+    """The program whose `main` takes tensors like `inputs`, arrays or (shape, dtype) with names of open dims, and returns what build(builder.emit, *variables) does.
+
+    dims: ranges of the open dims; any size when left out.
+    """
+    symbols: dict[str, tirx.Var] = {}
+
+    def size(dim: int | str) -> Any:
+        return symbols.setdefault(dim, tirx.Var(dim, "int64")) if isinstance(dim, str) else dim
+
+    kinds = {name: (given.shape, given.dtype.name) if isinstance(given, np.ndarray) else given for name, given in inputs.items()}
+    variables = [relax.Var(name, relax.TensorType([size(dim) for dim in shape], dtype)) for name, (shape, dtype) in kinds.items()]
     builder = relax.BlockBuilder()
     with builder.function("main", variables):
         with builder.dataflow():
@@ -27,10 +40,12 @@ def program_of(build: Callable[..., Sequence[relax.Expr]], inputs: dict[str, np.
         builder.emit_func_output(value)
     module = builder.finalize()
     kind = module["main"].ret_ty
-    kinds = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
-    outputs = [TensorSpec(f"y{i}", tuple(int(dim) for dim in each.shape), str(each.dtype)) for i, each in enumerate(kinds)]
-    specs = [TensorSpec(name, value.shape, value.dtype.name) for name, value in inputs.items()]
-    return Program(tvm.IRModule(dict(module.functions_items())), tuple(specs), tuple(outputs), Provenance("test", "relax"))
+    returned = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
+    shapes = [tuple(int(dim) if isinstance(dim, tirx.IntImm) else str(dim) for dim in each.shape) for each in returned]
+    outputs = [TensorSpec(f"y{i}", shape, str(each.dtype)) for i, (shape, each) in enumerate(zip(shapes, returned, strict=True))]
+    specs = [TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in kinds.items()]
+    known = {name: DimRange(0) for name in symbols} | dict(dims or {})
+    return Program(tvm.IRModule(dict(module.functions_items())), tuple(specs), tuple(outputs), Provenance("test", "relax"), known)
 
 
 #: the target in place of the tests' own, where there is a GPU

@@ -10,7 +10,7 @@ import cuda_models
 import numpy as np
 import pytest
 import tcompile
-from cuda_models import compiled, emulation
+from cuda_models import compiled, emulation, program_of
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import mlp
 from tcompile.compiler.api import import_model
@@ -19,8 +19,8 @@ from tcompile.compiler.cuda_runtime import GpuModel
 from tcompile.compiler.dialect.attention import attention, reference
 from tcompile.compiler.dialect.weight_only import reference as weight_only
 from tcompile.compiler.dialect.weight_only import weight_only_matmul
-from tcompile.compiler.program import DimRange, Program, Provenance, TensorSpec
-from tcompile.compiler.tvm import relax, tirx, tvm
+from tcompile.compiler.program import DimRange
+from tcompile.compiler.tvm import relax
 from tcompile.models.zoo import ZOO
 from tcompile.targets.cuda import gemm_hopper, sparse
 from test_cuda_kernels import convolution
@@ -44,30 +44,6 @@ def floats(*shape):
 def close(ours, exact, tolerance=2e-6):
     assert ours.shape == exact.shape
     assert np.abs(ours - exact).max(initial=0) <= tolerance * max(1e-30, np.abs(exact).max(initial=0))
-
-
-def program_of(build, inputs, dims=None):
-    """The program of build(emit, *variables); inputs: name -> (shape with names of open dims, dtype)."""
-    symbols: dict[str, tirx.Var] = {}
-
-    def size(dim):
-        return symbols.setdefault(dim, tirx.Var(dim, "int64")) if isinstance(dim, str) else dim
-
-    variables = [relax.Var(name, relax.TensorType([size(dim) for dim in shape], dtype)) for name, (shape, dtype) in inputs.items()]
-    builder = relax.BlockBuilder()
-    with builder.function("main", variables):
-        with builder.dataflow():
-            results = list(build(builder.emit, *variables))
-            value = builder.emit_output(relax.Tuple(results) if len(results) > 1 else results[0])
-        builder.emit_func_output(value)
-    module = builder.finalize()
-    kind = module["main"].ret_ty
-    kinds = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
-    shapes = [tuple(int(dim) if isinstance(dim, tirx.IntImm) else str(dim) for dim in each.shape) for each in kinds]
-    outputs = [TensorSpec(f"y{i}", shape, str(each.dtype)) for i, (shape, each) in enumerate(zip(shapes, kinds, strict=True))]
-    specs = tuple(TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in inputs.items())
-    known = {name: DimRange(0) for name in symbols} | (dims or {})
-    return Program(tvm.IRModule(dict(module.functions_items())), specs, tuple(outputs), Provenance("test", "relax"), known)
 
 
 def exact_product(a, b):
@@ -323,6 +299,11 @@ def test_what_the_import_takes_for_granted_is_checked_as_on_the_cpu():
 def test_sizes_that_data_decide_are_refused_by_name():
     with pytest.raises(tcompile.UnsupportedModel, match="'where' a size that is computed from data"):
         tcompile.compile(model_of([helper.make_node("NonZero", ["x"], ["y"], name="where")], {"x": ["n", 4]}, ["y"]), target="cuda", emit_only=True)
+    affine = model_of([helper.make_node("AffineGrid", ["x", "size"], ["grid"], name="affine")], {"x": [2, 2, 3]}, ("grid",))
+    affine.graph.input.append(helper.make_tensor_value_info("size", TensorProto.INT64, [4]))
+    affine.opset_import[0].version = 20
+    with pytest.raises(tcompile.UnsupportedModel, match="'grid' a size that is computed from data"):
+        compiled(import_model(affine))
 
 
 def agrees(name, runs, **options):

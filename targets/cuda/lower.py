@@ -28,6 +28,8 @@ from .sizes import bind, simplified
 from .symbols import Symbols, dims_of
 from .templates import plan_of, rounded_copies, whole
 
+_OF_DATA = "a size that is computed from data, which the CUDA target does not wait for"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -93,6 +95,14 @@ def sequence(program: Program, target: Target, policy: str) -> Launches:
     return _Walk(program, target, policy).run()
 
 
+def refuse_sizes_of_data(program: Program) -> None:
+    """Raise UnsupportedModel with every node whose result has a size that data decide. program: legalized, not fused: TVM's fusion fails on some of them."""
+    bindings = [binding for block in program.module["main"].body.blocks for binding in block.bindings]
+    decided = [each for each in bindings if isinstance(each, relax.MatchCast) and isinstance(each.ty, relax.ShapeType)]
+    if decided:
+        raise UnsupportedModel(list(dict.fromkeys(Blocker(node_of(each.var.name, program.origins), "", _OF_DATA) for each in decided)))
+
+
 class _Walk:
     def __init__(self, program: Program, target: Target, policy: str):
         module = program.module
@@ -136,12 +146,12 @@ class _Walk:
 
     def _cast(self, binding: Any) -> None:
         """A tensor is said to have another shape than its type tells."""
-        node, shape = node_of(binding.var.name, self.origins), isinstance(binding.ty, relax.ShapeType)
-        wanted, found = list(binding.ty.values or ()) if shape else dims_of(binding.ty), dims_of(binding.value.ty) or self.hidden.get(binding.value)
+        node = node_of(binding.var.name, self.origins)
+        wanted, found = dims_of(binding.ty), dims_of(binding.value.ty) or self.hidden.get(binding.value)
         if wanted is None:
             return
-        if shape or found is None:
-            self._refuse(node, "a size that is computed from data, which the CUDA target does not wait for", None)
+        if found is None:
+            self._refuse(node, _OF_DATA, None)
             self.symbols.unknown(wanted)
             return
         try:

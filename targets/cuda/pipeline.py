@@ -16,7 +16,7 @@ from ..common import legalize as definitions
 from . import attention, scatter, toolchain
 from .host import sources
 from .kernel import SHORT
-from .lower import Launches, sequence
+from .lower import Launches, refuse_sizes_of_data, sequence
 from .machines import EMIT_ONLY
 from .sizes import shown
 from .words import filled, narrowed, rounded_back
@@ -51,6 +51,7 @@ def lower(steps: Steps) -> Lowered:
     nvcc = None if options.emit_only else toolchain.find_nvcc()
     policy, meaning = PRECISIONS[precision]
     steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
+    refuse_sizes_of_data(steps.program)
     steps.step("fuse_epilogues", FuseEpilogues().run)
     launches = Launches()
 
