@@ -221,8 +221,3 @@ def test_a_large_state_is_shared_among_threads(cell):
     attrs = {"kind": cell, "activations": spell([Activation(name) for name in names])}
     found = kernel_results(arrays, optional, replace(Target.parse("cpu"), cores=4), **attrs)
     agree(found, [part.astype(np.float32) for part in reference(*arrays, **optional, **attrs)])
-
-
-def test_cuda_refuses_the_operator_by_its_name():
-    with pytest.raises(UnsupportedModel, match=r"tcompile\.recurrent"):
-        tcompile.compile(layer("GRU", 2, 1, 3, 4)[0], target="cuda", emit_only=True)
