@@ -20,6 +20,7 @@ from ...compiler.tvm import tirx
 from ..base import Target
 from .kernel import Plan, Signature, Unsupported, ctype
 from .printer import literal
+from .sizes import require_fixed
 
 #: units of a round of a block; threads of a block; k of a part at least
 _UNITS, _THREADS, _PART = 512, 1024, 16
@@ -28,8 +29,7 @@ _UNITS, _THREADS, _PART = 512, 1024, 16
 def kernel(call: Any, target: Target) -> Plan:
     """The kernel of a call of static shape; its parameters are the operands and the results. Raises Unsupported."""
     operands = operands_of(call)
-    if any(not isinstance(dim, tirx.IntImm) for operand in operands.values() for dim in operand.ty.shape):
-        raise Unsupported("sizes known only at run time")
+    require_fixed(*(operand.ty for operand in operands.values()))
     if (dtype := str(operands["x"].ty.dtype)) not in ("float32", "float64"):
         raise Unsupported(f"recurrent layers in {dtype}")
     given = {name: tirx.decl_buffer([int(dim) for dim in operand.ty.shape], str(operand.ty.dtype), name) for name, operand in operands.items()}

@@ -17,6 +17,7 @@ from typing import Any
 
 from ...compiler.tvm import tirx
 from .kernel import Kernel, Plan, Signature, Unsupported, ctype, elements
+from .sizes import require_fixed
 from .sort import Keys, entries_of, pointer
 
 OPERATORS = ("relax.scatter_elements", "relax.scatter_nd")
@@ -45,8 +46,7 @@ class _Lines:
 def kernel(call: Any) -> Plan:
     """The kernels of a call of static shape; their parameters are the tensor, the places, the updates and the result. Raises Unsupported."""
     kinds = [arg.ty for arg in call.args]
-    if any(not isinstance(dim, tirx.IntImm) for kind in kinds for dim in kind.shape):
-        raise Unsupported("sizes known only at run time")
+    require_fixed(*kinds)
     given, indices, updates = (
         tirx.decl_buffer([int(dim) for dim in kind.shape], str(kind.dtype), name)
         for kind, name in zip(kinds, ("data", "indices", "updates"), strict=True)

@@ -35,6 +35,12 @@ def simplified(size: Any) -> Any:
     return size if known is None else known
 
 
+def require_fixed(*kinds: Any) -> None:
+    """Raise Unsupported unless every dim of these tensor types is a number."""
+    if any(static(dim) is None for kind in kinds for dim in kind.shape):
+        raise Unsupported("sizes known only at run time")
+
+
 def times(dims: Sequence[Any]) -> Any:
     """Product of sizes."""
     numbers = [static(dim) for dim in dims]

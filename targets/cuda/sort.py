@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.tvm import relax, tirx
-from .kernel import Kernel, Plan, Signature, Unsupported, ctype, elements
+from .kernel import Kernel, Plan, Signature, ctype, elements
+from .sizes import require_fixed
 
 OPERATORS = ("relax.sort", "relax.argsort", "relax.topk")
 #: entries of a tile, and the least of them that one block takes, in several rows where those are short
@@ -49,8 +50,7 @@ class Keys:
 def kernel(call: Any) -> Plan:
     """The kernels of a call of static shape; their parameters are the operand and the results. Raises Unsupported."""
     source, kinds = call.args[0].ty, list(call.ty.fields) if isinstance(call.ty, relax.TupleType) else [call.ty]
-    if any(not isinstance(dim, tirx.IntImm) for kind in (source, *kinds) for dim in kind.shape):
-        raise Unsupported("sizes known only at run time")
+    require_fixed(source, *kinds)
     shape, axis = [int(dim) for dim in source.shape], int(call.attrs.axis) % len(source.shape)
     length, stride = shape[axis], math.prod(shape[axis + 1 :])
     count = int(kinds[0].shape[axis])
