@@ -21,6 +21,8 @@ CARRIERS = {
     "float8_e8m0fnu": "uint8",
     "float4_e2m1fn": "uint8",
 }
+#: the type of products by `--quantize fp8`, and its largest number
+FLOAT8, FLOAT8_MAX = "float8_e4m3fn", 448.0
 #: the lowest and highest value of the integer types among them
 BOUNDS = {"int4": (-8, 7), "uint4": (0, 15), "int2": (-2, 1), "uint2": (0, 3)}
 

@@ -34,6 +34,7 @@ _NAMES = {
     "uint64": "U64",
     "float16": "F16",
     "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
     "float32": "F32",
     "float64": "F64",
 }

@@ -184,7 +184,7 @@ def _fold_scale(self: _Peephole, call: Any) -> Any:
             continue
         axis, layout = _CONVOLUTIONS[conv.op.name]
         weight, groups = constant_value(conv.args[1]), int(conv.attrs.groups)
-        if weight is None or conv.attrs.data_layout != layout:
+        if weight is None or weight.dtype.itemsize < 4 or conv.attrs.data_layout != layout:  # a scale would not fit short numbers
             continue
         channels, spatial = weight.shape[axis] * (groups if axis else 1), (1,) * (weight.ndim - 2)
         if scale.size > 1 and scale.shape[-weight.ndim + 1 :] != (channels, *spatial):

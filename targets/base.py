@@ -43,7 +43,7 @@ class Target:
 
     def lanes(self, dtype: str = "float32") -> int:
         """Elements of `dtype` in one vector register."""
-        return self.vector_bits // {"float32": 32, "int32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8}[dtype]
+        return self.vector_bits // {"float32": 32, "int32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}[dtype]
 
     def peak_gflops(self, dtype: str = "float32") -> float:
         """Multiply-add rate of one core in GFLOP/s (two operations each)."""

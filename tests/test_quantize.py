@@ -191,7 +191,7 @@ def test_empty_calibration() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "int3"}, "expected one of none, int8, w8, w4"),
+        ({"format": "int3"}, "expected one of none, int8, fp8, w8, w4"),
         ({"observer": "median"}, "expected one of minmax, percentile, mse"),
         ({"smooth": 1.5}, "within 0..1"),
         ({"percentile": 40}, "above 50"),

@@ -1,6 +1,6 @@
-"""Number formats as values: how real numbers become integer codes, how codes are packed, and what that costs. The numpy reference for every kernel.
+"""Number formats as values: how real numbers become codes, how codes are packed, and what that costs. The numpy reference for every kernel.
 
-A code is an integer; value = (code - zero) * scale. Rounding is to the nearest, ties to even, as in ONNX.
+A code is an integer, or a number of few bits; value = (code - zero) * scale. Rounding is to the nearest, ties to even, as in ONNX.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from ...compiler.element_types import FLOAT8, FLOAT8_MAX, numpy_dtype
 
 #: scales below this have no reciprocal in float32
 TINY = 1e-37
@@ -19,7 +21,7 @@ COLUMNS = 128
 
 @dataclass(frozen=True)
 class Encoded:
-    """Codes with what turns them back into numbers. codes: integers of the array's shape; scale, zero: broadcast against the codes, `zero` 0 where symmetric."""
+    """Codes with what turns them back into numbers. codes: integers, or numbers of float8_e4m3fn, of the array's shape; scale, zero: broadcast against the codes, `zero` 0 where symmetric."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -27,7 +29,7 @@ class Encoded:
 
     def decode(self) -> np.ndarray:
         """The values, float32."""
-        return ((self.codes.astype(np.int32) - self.zero.astype(np.int32)) * self.scale).astype(np.float32)
+        return ((self.codes.astype(np.float32) - self.zero.astype(np.float32)) * self.scale).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ class Int8:
     axis: int | None = None
 
     def encode(self, x: np.ndarray) -> Encoded:
-        axes = tuple(axis for axis in range(x.ndim) if self.axis is None or axis != self.axis % x.ndim)
-        top = np.abs(x).max(axis=axes, keepdims=True, initial=0.0).astype(np.float32)
-        scale = _positive(top / np.float32(127))
+        scale = _positive(_top(x, self.axis) / np.float32(127))
         codes = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
         return Encoded(codes, scale, np.zeros_like(scale, np.int32))
 
@@ -76,6 +76,64 @@ class Int8:
 
     def unpack(self, packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return packed.reshape(shape)
+
+
+def float8(x: np.ndarray) -> np.ndarray:
+    """float32 -> the nearest numbers of float8_e4m3fn; what is larger than all of them, infinities too, becomes the largest one, NaN stays NaN."""
+    limit = np.float32(FLOAT8_MAX)
+    return np.clip(x.astype(np.float32), -limit, limit).astype(numpy_dtype(FLOAT8))
+
+
+@dataclass(frozen=True)
+class Float8:
+    """float8_e4m3fn (4 bits of exponent, 3 of mantissa, no infinity; Micikevicius et al., "FP8 Formats for Deep Learning", 2022) times a scale, by which the largest
+    number of a slice is the largest one of the format. axis: as of `Int8`."""
+
+    axis: int | None = None
+
+    def encode(self, x: np.ndarray) -> Encoded:
+        scale = np.maximum(_top(x, self.axis) * np.float32(1 / FLOAT8_MAX), np.float32(TINY))
+        return Encoded(float8(x / scale), scale, np.zeros_like(scale, np.int32))
+
+
+@dataclass(frozen=True)
+class ScaledFloat8:
+    """The range of one tensor: float8_e4m3fn times a scale. zero: of its codes, as of `Affine`."""
+
+    scale: float
+    zero: int = 0
+
+    @staticmethod
+    def of_range(low: float, high: float) -> ScaledFloat8:
+        """The farther end of [low, high] is the largest number."""
+        scale = float(np.float32(max(abs(low), abs(high)) / FLOAT8_MAX))
+        return ScaledFloat8(scale if scale >= TINY else 1.0)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        """Numbers of float8_e4m3fn; out-of-range values saturate."""
+        return float8(x.astype(np.float32) * np.float32(1 / self.scale))
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return codes.astype(np.float32) * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
+class SlicedFloat8:
+    """float8_e4m3fn with a scale, as that of `Float8`, for every slice of a tensor, found while the model runs. axes: those that a slice has whole."""
+
+    axes: tuple[int, ...] = (-1,)
+
+    def encode(self, rows: np.ndarray) -> Encoded:
+        """rows: [R, K], each taken for a slice."""
+        return Float8(axis=0).encode(rows)
+
+    def decode(self, encoded: Encoded) -> np.ndarray:
+        return encoded.decode()
+
+
+#: how codes cover a range that was observed; how they cover an activation
+Range = Affine | ScaledFloat8
+Covering = Range | SlicedFloat8
 
 
 @dataclass(frozen=True)
@@ -176,6 +234,12 @@ def _squared_error(values: np.ndarray, codes: np.ndarray, scale: np.ndarray, zer
 
 def _usable(scale: np.ndarray) -> np.ndarray:
     return np.where(np.abs(scale) >= TINY, scale, 1.0).astype(np.float32)
+
+
+def _top(x: np.ndarray, axis: int | None) -> np.ndarray:
+    """The largest magnitude of every slice along an axis, or of all, with the dims kept."""
+    axes = tuple(position for position in range(x.ndim) if axis is None or position != axis % x.ndim)
+    return np.abs(x).max(axis=axes, keepdims=True, initial=0.0).astype(np.float32)
 
 
 def _positive(scale: np.ndarray) -> np.ndarray:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...compiler.errors import UsageError
-from .formats import Affine
+from .formats import Affine, Range
 
 OBSERVERS = ("minmax", "percentile", "mse")
 #: values kept of one tensor, over all samples
@@ -46,8 +47,8 @@ class Statistics:
         return np.maximum(np.abs(self.low), np.abs(self.high))
 
 
-def chosen_range(kind: str, many: list[Statistics], percentile: float = 99.99) -> Affine:
-    """The range of a tensor that was seen through several views.
+def chosen_range(kind: str, many: list[Statistics], percentile: float = 99.99, covering: Callable[[float, float], Range] = Affine.of_range) -> Range:
+    """The range of a tensor that was seen through several views. covering: the codes over a range.
 
     minmax: all that was seen. percentile: all but the outer 100 - percentile per cent on either side of the sample. mse: the part of the range with the least mean squared error of
     the sample (Banner et al., "Post training 4-bit quantization", 2019, by search instead of a model of the distribution).
@@ -56,10 +57,10 @@ def chosen_range(kind: str, many: list[Statistics], percentile: float = 99.99) -
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UsageError("quantize: the model gives NaN or infinity on the calibration data; take such samples out, or leave it unquantized")
     if kind == "minmax":
-        return Affine.of_range(low, high)
+        return covering(low, high)
     sample = np.concatenate([s.sample.reshape(-1) for s in many])
     if kind == "percentile":
-        return Affine.of_range(np.percentile(sample, 100 - percentile), np.percentile(sample, percentile))
+        return covering(float(np.percentile(sample, 100 - percentile)), float(np.percentile(sample, percentile)))
     if sample.size > 1 << 16:
         sample = sample[:: -(-sample.size // (1 << 16))]
     bounds = [low, high]
@@ -68,7 +69,7 @@ def chosen_range(kind: str, many: list[Statistics], percentile: float = 99.99) -
         tried = [bounds[end] * (1 - step / 40) for step in range(36)]
         errors = []
         for value in tried:
-            affine = Affine.of_range(*((value, bounds[1]) if end == 0 else (bounds[0], value)))
-            errors.append(float(np.mean((affine.decode(affine.encode(sample)) - sample) ** 2)))
+            tried_range = covering(*((value, bounds[1]) if end == 0 else (bounds[0], value)))
+            errors.append(float(np.mean((tried_range.decode(tried_range.encode(sample)) - sample) ** 2)))
         bounds[end] = tried[int(np.argmin(errors))]
-    return Affine.of_range(*bounds)
+    return covering(*bounds)

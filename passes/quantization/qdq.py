@@ -1,6 +1,6 @@
 """ONNX graphs that carry their quantization as QuantizeLinear and DequantizeLinear nodes, run in integers.
 
-    matmul(dequantize(x_codes), dequantize(w_codes)) + bias     becomes the product of `rewrite.integer_product`
+    matmul(dequantize(x_codes), dequantize(w_codes)) + bias     becomes the product of `integers.integer_product`
     dequantize, view, quantize with the same parameters          becomes the view of the codes
 
 Codes of activations are u8 throughout: int8 ones are shifted by 128 together with their zero point, which changes no value. Sums of integers are exact, so results differ
@@ -21,7 +21,7 @@ from ..base import Pass, PassContext
 from ..products import VIEWS, Graph, Site, analyze, constant_value, operator, product_bias
 from ..rewriting import emit_as
 from .formats import Affine, Encoded
-from .rewrite import dequantized, integer_product, quantized
+from .integers import dequantized, integer_product, quantized
 
 #: operators that give codes for codes: they move elements, or take the largest
 _MOVES = (*VIEWS, "relax.permute_dims", "relax.nn.max_pool2d", "relax.take", "relax.strided_slice")

@@ -1,27 +1,34 @@
-"""The pass `quantize`: post-training quantization to static int8, or of the weights alone."""
+"""The pass `quantize`: post-training quantization of products to int8 or fp8, or of the weights alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from ...compiler.element_types import FLOAT8
 from ...compiler.errors import UsageError, VerificationError
 from ...compiler.metrics import checked, drop
 from ...compiler.program import Program
 from ..base import Pass, PassContext
 from ..observing import returning
 from ..products import Graph, Site, analyze, is_static, operator, patches
-from .formats import Affine
+from .formats import Covering, SlicedFloat8
+from .fp8 import Fp8
+from .integers import Integers
 from .observe import KEPT, OBSERVERS, Statistics, chosen_range
-from .rewrite import Quantizer, simulation, weight_format
+from .rewrite import Quantizer, simulation
+from .schemes import Scheme
 from .smooth import smooth
 from .weight_only import WEIGHT_ONLY, quantize_weights
 
-FORMATS = ("int8", *WEIGHT_ONLY)
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Integers(), Fp8())}
+FORMATS = (*SCHEMES, *WEIGHT_ONLY)
+#: in place of an observer: scales are found while the model runs
+DYNAMIC = "dynamic"
 #: rows of an operand on which a layer's own error is measured
 ERROR_ROWS = 256
 #: samples on which single layers are tried
@@ -30,10 +37,11 @@ TRIED_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Matrix products and convolutions by constant weights in integers.
+    """Matrix products and convolutions by constant weights in few bits.
 
-    format: "int8" (weights symmetric per output channel, activations u8, both observed on calibration data), or weights alone in groups along K: "w8", "w4", and for single ones
-    `group`. observer: how the range of an activation is found, "minmax" | "percentile" | "mse". smooth: 0 (off) .. 1, how much of the activations' spread moves
+    format: "int8" (weights symmetric per output channel, activations u8, both observed on calibration data), "fp8" (both float8_e4m3fn, depthwise convolutions left in float32), or weights
+    alone in groups along K: "w8", "w4", and for single ones `group`. observer: how the range of an activation is found, "minmax" | "percentile" | "mse"; for fp8 also "dynamic", which
+    it is without calibration data: a scale per row of a matrix product, or image of a convolution, found while the model runs. smooth: 0 (off) .. 1, how much of the activations' spread moves
     into the weights (SmoothQuant). max_drop, metric: the loss up to which layers are quantized, those with the most loss first left in float32; None: the compilation's own
     limit. skip: layers (node names) to leave in float32.
     """
@@ -55,8 +63,10 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         if self.format not in ("none", *FORMATS):
             raise UsageError(f"quantize: unknown format '{self.format}', expected one of none, {', '.join(FORMATS)}")
-        if self.observer not in OBSERVERS:
-            raise UsageError(f"quantize: unknown observer '{self.observer}', expected one of {', '.join(OBSERVERS)}")
+        if self.observer not in (*OBSERVERS, DYNAMIC):
+            raise UsageError(f"quantize: unknown observer '{self.observer}', expected one of {', '.join((*OBSERVERS, DYNAMIC))}")
+        if self.observer == DYNAMIC and self.format != "fp8":
+            raise UsageError(f"quantize: observer {DYNAMIC} is for fp8, not for {self.format}")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"quantize: percentile must be above 50 and at most 100, not {self.percentile}")
         if not 0 <= self.smooth <= 1:
@@ -74,20 +84,28 @@ class Quantize(Pass):
             return program
         if self.format in WEIGHT_ONLY:
             return quantize_weights(program, context, WEIGHT_ONLY[self.format], self.group, self.symmetric, self.skip)
-        if "int8" not in context.target.formats and context.target.kind != "cpu":
-            raise UsageError(
-                f"quantize: target {context.target.text} computes in {', '.join(sorted(context.target.formats))}, not in int8; try w8 or w4"
-            )
-        if "int8" not in context.target.formats:
-            context.note(f"target {context.target.text} has no instruction for int8: weights take half of the memory, products run at float32's rate")
-        return _Static(self, program, context).run()
+        self._note_target(context)
+        return _Products(self, SCHEMES[self.format], program, context).run()
+
+    def _note_target(self, context: PassContext) -> None:
+        """UsageError where a target cannot compute in the format; a note where nothing is faster there."""
+        target, own = context.target, {"int8": "int8", "fp8": FLOAT8}[self.format]
+        if own in target.formats:
+            return
+        if target.kind != "cpu" and (self.format, target.kind) != ("fp8", "cuda"):
+            other = "w8 or w4" if self.format == "int8" else "int8"
+            raise UsageError(f"quantize: target {target.text} computes in {', '.join(sorted(target.formats))}, not in {self.format}; try {other}")
+        held = "weights take" if self.format == "int8" else "its numbers are held in 16 bits, weights take"
+        rate = "bfloat16" if self.format == "fp8" and "bfloat16" in target.formats else "float32"
+        context.note(f"target {target.text} has no instruction for {self.format}: {held} half of the memory, products run at {rate}'s rate")
 
 
 @dataclass
-class _Static:
-    """One run of static int8."""
+class _Products:
+    """One run of a scheme."""
 
     options: Quantize
+    scheme: Scheme
     program: Program
     context: PassContext
     generator: np.random.Generator = field(init=False)
@@ -104,16 +122,21 @@ class _Static:
         if not sites:
             self.context.note("no product by constant weights was found")
             return self.program
-        if not self.context.calibration:
+        name, reference = self.options.format, []
+        if self.context.calibration:
+            reference = self._observe(graph, sites)
+        elif name != "fp8" or self.options.observer not in ("minmax", DYNAMIC) or self.options.smooth:
+            other = "observer minmax or dynamic, and smooth 0" if name == "fp8" else "w8 or w4"
             raise UsageError(
-                "quantize: int8 needs data to observe activations on: give --calibration DATA.npz (Python: calibration=...), or use w8 or w4"
+                f"quantize: {name} needs data to observe activations on: give --calibration DATA.npz (Python: calibration=...), or use {other}"
             )
-        reference = self._observe(graph, sites)
         if self.options.smooth:
             graph, sites = self._smoothed(graph)
+        if self._dynamic:  # scales of the very operand: a view may have other rows
+            sites = [replace(site, source=site.x) for site in sites]
         ranges = self._ranges(sites)
         rows = {site.var: self._row(site, ranges[site.source]) for site in sites}
-        chained = _chained(graph, sites)
+        chained = self._chained(graph, sites)
         limit = self.options.max_drop
         if limit is None and self.context.accuracy is not None:
             limit = self.context.accuracy.max_drop
@@ -122,16 +145,24 @@ class _Static:
             kept = self._within(graph, ranges, sites, chained, limit, reference, rows)
         names = {site.var for site in kept}
         for site in sites:
-            rows[site.var]["runs in"] = "int8" if site.var in names else "float32"
+            rows[site.var]["runs in"] = name if site.var in names else "float32"
         self.context.table("quantized layers", list(rows.values()))
         self.context.matched(**{kind: sum(site.kind == kind for site in kept) for kind in ("matmul", "conv2d")}, fallback=len(sites) - len(kept))
-        return Quantizer(graph, ranges, kept, _chained(graph, kept)).apply()
+        return Quantizer(graph, self.scheme, ranges, kept, self._chained(graph, kept)).apply()
+
+    @property
+    def _dynamic(self) -> bool:
+        return self.options.observer == DYNAMIC or not self.context.calibration
+
+    def _chained(self, graph: Graph, sites: Sequence[Site]) -> frozenset[Any]:
+        return _chained(graph, sites) if self.scheme.chained else frozenset()
 
     def _wanted(self, graph: Graph) -> list[Site]:
         unknown = set(self.options.skip) - {site.name for site in graph.sites}
         if unknown:
             raise UsageError(f"quantize: skip names no layer {', '.join(sorted(unknown))}; there are {', '.join(site.name for site in graph.sites)}")
-        return [site for site in graph.sites if site.name not in self.options.skip]
+        # a depthwise convolution has one product per lane, which numbers of eight bits do not make faster
+        return [site for site in graph.sites if site.name not in self.options.skip and not (site.depthwise and self.scheme.name == "fp8")]
 
     def _observe(self, graph: Graph, sites: Sequence[Site]) -> list[tuple[np.ndarray, ...]]:
         """Fill the statistics of every operand; the outputs on every sample."""
@@ -173,49 +204,61 @@ class _Static:
         self.statistics, self.shapes, self.operands, self.program = statistics, shapes, operands, program
         return after, self._wanted(after)
 
-    def _ranges(self, sites: Sequence[Site]) -> dict[Any, Affine]:
+    def _ranges(self, sites: Sequence[Site]) -> dict[Any, Covering]:
+        if self._dynamic:
+            images = {site.source for site in sites if site.kind == "conv2d"}
+            return {site.source: SlicedFloat8((1, 2, 3) if site.source in images else (-1,)) for site in sites}
         seen: dict[Any, dict[Any, Statistics]] = {}
         for site in sites:
             seen.setdefault(site.source, {})[site.x] = self.statistics[site.x]
-        return {source: chosen_range(self.options.observer, list(found.values()), self.options.percentile) for source, found in seen.items()}
+        return {
+            source: chosen_range(self.options.observer, list(found.values()), self.options.percentile, self.scheme.covering)
+            for source, found in seen.items()
+        }
 
-    def _row(self, site: Site, affine: Affine) -> dict[str, Any]:
-        """A layer's own error on sampled rows of its operand, and the least time its multiply-adds take."""
+    def _row(self, site: Site, covering: Covering) -> dict[str, Any]:
+        """A layer's own error on sampled rows of its operand, and the least time its multiply-adds take; without data, what it is."""
+        row: dict[str, Any] = {"layer": site.name, "kind": site.kind, "weight": "x".join(str(size) for size in site.weight.shape)}
+        scale = {"scale": _scale(covering), "zero": getattr(covering, "zero", 0)}
+        if site.var not in self.operands:
+            return {**row, **scale}
         x = np.concatenate(self.operands[site.var])
         exact = site.product(x, site.weight)
-        ours = site.product(affine.decode(affine.encode(x)), weight_format(site).encode(site.weight).decode())
+        codes: Any = covering.encode(x)
+        ours = site.product(covering.decode(codes), self.scheme.weight(site).decode())
         power, noise = float(np.mean(exact**2)), float(np.mean((exact - ours) ** 2))
         ratio = 10 * math.log10(power / noise) if power and noise else math.inf if power else 0.0
         work = 2 * site.multiplications(self.shapes[site.x]) / 1e3
         target = self.context.target
-        # one product per lane and instruction is all that a depthwise convolution has
-        int8 = target.peak_gflops("float32" if site.depthwise else "int8")
         return {
-            "layer": site.name,
-            "kind": site.kind,
-            "weight": "x".join(str(size) for size in site.weight.shape),
+            **row,
             "sqnr_db": round(min(ratio, 200.0), 2),
             "relative_error": round(math.sqrt(noise / power), 6) if power else 0.0,
-            "scale": float(f"{affine.scale:.6g}"),
-            "zero": affine.zero,
+            **scale,
             "fp32_bound_us": round(work / target.peak_gflops("float32") / target.cores, 2),
-            "int8_bound_us": round(work / int8 / target.cores, 2),
+            f"{self.scheme.name}_bound_us": round(work / target.peak_gflops(self._rate(site)) / target.cores, 2),
         }
+
+    def _rate(self, site: Site) -> str:
+        """The type at whose rate a layer runs."""
+        if self.scheme.name == "int8":
+            return "float32" if site.depthwise else "int8"  # one product per lane and instruction is all that a depthwise convolution has
+        return next((name for name in (FLOAT8, "bfloat16") if name in self.context.target.formats), "float32")
 
     def _within(
         self,
         graph: Graph,
-        ranges: Mapping[Any, Affine],
+        ranges: Mapping[Any, Covering],
         sites: list[Site],
         chained: frozenset[Any],
         limit: float,
         reference: list[tuple[np.ndarray, ...]],
         rows: Mapping[Any, dict[str, Any]],
     ) -> list[Site]:
-        """The sites that stay in integers so that the loss holds: those with the most loss, each tried alone, are left out, as few as a search by halves finds."""
+        """The sites that stay in few bits so that the loss holds: those with the most loss, each tried alone, are left out, as few as a search by halves finds."""
         accuracy = self.context.measured()
         metric = self.options.metric or accuracy.metric
-        call = self.context.executor(simulation(graph, ranges, sites, chained))
+        call = self.context.executor(simulation(graph, self.scheme, ranges, sites, chained))
         samples = list(accuracy.calibration)
 
         def loss(on: set[Any], count: int = len(samples)) -> float:
@@ -228,7 +271,7 @@ class _Static:
         for site in sites:
             rows[site.var]["drop_alone"] = float(f"{alone[site.var]:.4g}")
         ranked = sorted(sites, key=lambda site: (-alone[site.var], rows[site.var]["sqnr_db"]))
-        # a little below the limit: sums are rounded differently in integers
+        # a little below the limit: sums are rounded differently in few bits
         goal = limit * 0.98
         low, high = 0, len(ranked)
         while low < high:
@@ -240,11 +283,18 @@ class _Static:
         if low == len(ranked):
             worst = "; ".join(f"{site.name} {alone[site.var]:.3g} ({rows[site.var]['sqnr_db']} dB)" for site in ranked[:5])
             raise VerificationError(
-                f"quantize: no layer can run in int8 within max_drop {limit:g} ({metric}) on the calibration data; loss of the worst layers alone: {worst}. "
+                f"quantize: no layer can run in {self.scheme.name} within max_drop {limit:g} ({metric}) on the calibration data; loss of the worst layers alone: {worst}. "
                 "Allow more, try observer mse or percentile, or smooth 0.5"
             )
         out = {site.var for site in ranked[:low]}
         return [site for site in sites if site.var not in out]
+
+
+def _scale(covering: Covering) -> float | str:
+    """What the report says of it."""
+    if isinstance(covering, SlicedFloat8):
+        return "per row" if covering.axes == (-1,) else "per image"
+    return float(f"{covering.scale:.6g}")
 
 
 def _chained(graph: Graph, sites: Sequence[Site]) -> frozenset[Any]:

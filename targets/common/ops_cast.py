@@ -11,7 +11,10 @@ from .legalize import default_legalization, legalizer
 @legalizer("relax.astype")
 def astype(builder: Any, call: Any) -> relax.Expr:
     """float32 -> bfloat16 rounds to nearest, ties to even; NaN stays a (quiet) NaN."""
-    if (str(call.args[0].ty.dtype), str(call.attrs.dtype)) != ("float32", "bfloat16"):
+    types = str(call.args[0].ty.dtype), str(call.attrs.dtype)
+    if types == ("bfloat16", "float32"):  # in integers as well: where both are in one kernel, TVM would take the bits for a number
+        return builder.call_te(lambda x: te.compute(x.shape, lambda *axes: widened(x[axes]), name="float32"), call.args[0], primfunc_name_hint="cast")
+    if types != ("float32", "bfloat16"):
         return default_legalization(builder, call)
     return builder.call_te(lambda x: te.compute(x.shape, lambda *axes: rounded(x[axes]), name="bfloat16"), call.args[0], primfunc_name_hint="cast")
 
@@ -19,6 +22,11 @@ def astype(builder: Any, call: Any) -> relax.Expr:
 def rounded(value: Any) -> Any:
     """A float32 as bfloat16."""
     return tirx.reinterpret("bfloat16", tirx.Cast("uint16", rounded_bits(value) >> _bits(16)))
+
+
+def widened(value: Any) -> Any:
+    """A bfloat16 as float32."""
+    return tirx.reinterpret("float32", tirx.Cast("uint32", tirx.reinterpret("uint16", value)) << _bits(16))
 
 
 def rounded_bits(value: Any, kind: str = "uint32") -> Any:

@@ -16,6 +16,7 @@ from ...compiler.tvm import relax, tirx
 from ...passes.fusion import FuseEpilogues
 from ...passes.memory import PlanMemory
 from ..common import legalize as definitions
+from ..common.float8 import held
 from . import build as cpu_build
 from . import determinant, recurrent, selection
 from . import guards as cpu_guards
@@ -112,7 +113,7 @@ def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]], 
 
 
 def _legalize(program: Program, target: Target) -> Any:
-    module = Running(relax.transform.DecomposeOpsForInference()(program.module)).apply()
+    module = Running(relax.transform.DecomposeOpsForInference()(held(program.module, "bfloat16"))).apply()
     module = ReadInPlace(relax.backend.DispatchSortScan()(module)).apply()
     module = definitions.legalize(module, {**OWN, **selection.OWN, **determinant.OWN, **recurrent.own(target)})
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))

@@ -10,7 +10,7 @@ them up in their order, so that equal inputs give equal bits, and runs the epilo
 
 A convolution is the same product over the windows of its image, whose addresses are computed (implicit GEMM): nothing is copied in global memory.
 
-uint8 times int8, bfloat16 and float16 are the same product of words: four or two consecutive k of an activation lie in one already, and constant weights are packed to words
+uint8 times int8, float8_e4m3fn, bfloat16 and float16 are the same product of words: four or two consecutive k of an activation lie in one already, and constant weights are packed to words
 [K / 4][N] or [K / 2][N]. Copies, tiles and fragments do not care what a word holds; only `mma.sync` does.
 
 Groups of a convolution are a batch: each a product of its channels of every window by its columns of the weights.
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.element_types import FLOAT8
 from ...compiler.tvm import tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable
@@ -38,7 +39,7 @@ from .words import GROUPS
 #: fewer columns of a group leave part of every fragment empty
 _LEAST_COLUMNS = 8
 #: types of A -> number policy of include/tcompile.cuh of what lies in words; fp32 products have the policy that was asked for
-_POLICIES = {"uint8": "U8S8", "bfloat16": "Bf16x2", "float16": "Fp16x2"}
+_POLICIES = {"uint8": "U8S8", "bfloat16": "Bf16x2", "float16": "Fp16x2", FLOAT8: "E4m3x4"}
 
 
 #: prints where a batch begins, by a function that gives the C of a size

@@ -51,11 +51,11 @@ def gemm(
     return plan(HopperGemm, fused, target, policy, constants, tile, rounded, known)
 
 
-def least_cycles(shape: GemmShape, target: Target) -> float:
+def least_cycles(shape: GemmShape, target: Target, policy: str = "") -> float:
     """Predicted cycles of this template's best tile for a product of matrices in words; infinite where it takes none."""
     if target.name not in TARGETS or shape.k % _ALIGNED or shape.m < _ROWS:
         return math.inf
-    return predicted_cycles(shape, best_tile(shape, target), target)
+    return predicted_cycles(shape, best_tile(shape, target, policy), target)
 
 
 class HopperGemm(Gemm):
@@ -88,7 +88,7 @@ class HopperGemm(Gemm):
         return self._best(self.shape)
 
     def _best(self, shape: GemmShape) -> HopperSchedule:
-        return best_tile(self._in_steps(shape), self.target)
+        return best_tile(self._in_steps(shape), self.target, self.policy)
 
     def cycles(self, tile: HopperSchedule, rows: int) -> float:
         return predicted_cycles(self._in_steps(self._shape(rows)), tile, self.target)
@@ -106,7 +106,7 @@ class HopperGemm(Gemm):
     def _faster(self, shape: GemmShape) -> bool:
         """It is predicted to take less time than gemm.py."""
         mma = schedule.predicted_cycles(shape, super()._best(shape), self.target, self.policy)
-        return mma > least_cycles(self._in_steps(shape), self.target)
+        return mma > least_cycles(self._in_steps(shape), self.target, self.policy)
 
     def resident(self, tile: HopperSchedule) -> int:
         return tile.resident

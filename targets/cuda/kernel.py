@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.element_types import FLOAT8
 from ...compiler.tvm import tirx
 from .sizes import Unsupported, simplified, times
 
@@ -27,9 +28,11 @@ CTYPES = {
     "bool": "bool",
     "float16": "tc::float16",
     "bfloat16": "tc::bfloat16",
+    FLOAT8: "tc::float8",
 }
-#: numbers of two bytes that are computed with as float
-SHORT = ("float16", "bfloat16")
+#: numbers of two bytes, and of one too, that are computed with as float
+HALF = ("float16", "bfloat16")
+SHORT = (*HALF, FLOAT8)
 #: the largest count of elements or threads along x: positions are 32-bit
 MAX_ELEMENTS = 2**31 - 1
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 
+from ...compiler.element_types import FLOAT8
 from ..base import Target
 
 _KB, _MB = 1024, 1024 * 1024
 
 
-def _gpu(name: str, *, cores: int, ghz: float, fma: float, gbs: float, l1: int, l2: int, shared: int) -> Target:
-    """cores: SMs. fma: multiply-adds of tf32 by mma.sync per SM and cycle. l1, shared: KB of an SM, and the most of them that one block may have; l2: MB."""
+def _gpu(name: str, *, cores: int, ghz: float, fma: float, gbs: float, l1: int, l2: int, shared: int, float8: bool = True) -> Target:
+    """cores: SMs. fma: multiply-adds of tf32 by mma.sync per SM and cycle. l1, shared: KB of an SM, and the most of them that one block may have; l2: MB. float8: its tensor cores multiply
+    float8_e4m3fn."""
     return Target(
         kind="cuda",
         name=name,
@@ -23,15 +25,15 @@ def _gpu(name: str, *, cores: int, ghz: float, fma: float, gbs: float, l1: int, 
         fma_per_cycle=fma,
         bandwidth_gbs=gbs,
         shared_bytes=shared * _KB,
-        formats=frozenset({"float32", "tf32", "float16", "bfloat16", "int8"}),
+        formats=frozenset({"float32", "tf32", "float16", "bfloat16", "int8"} | ({FLOAT8} if float8 else set())),
     )
 
 
 MACHINES: dict[str, Target] = {
     target.name: target
     for target in (
-        _gpu("sm_80", cores=108, ghz=1.41, fma=512.0, gbs=1555.0, l1=192, l2=40, shared=163),  # A100 SXM
-        _gpu("sm_86", cores=72, ghz=1.695, fma=256.0, gbs=600.0, l1=128, l2=6, shared=99),  # A10
+        _gpu("sm_80", cores=108, ghz=1.41, fma=512.0, gbs=1555.0, l1=192, l2=40, shared=163, float8=False),  # A100 SXM
+        _gpu("sm_86", cores=72, ghz=1.695, fma=256.0, gbs=600.0, l1=128, l2=6, shared=99, float8=False),  # A10
         _gpu("sm_89", cores=142, ghz=2.52, fma=256.0, gbs=864.0, l1=128, l2=96, shared=99),  # L40S
         _gpu("sm_90a", cores=132, ghz=1.755, fma=640.0, gbs=3352.0, l1=256, l2=50, shared=227),  # H100 SXM; mma.sync does half of what wgmma does
         _gpu(

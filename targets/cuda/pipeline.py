@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...compiler.dialect import attention as dialect
 from ...compiler.dialect.bitcast import NAME as BITCAST
+from ...compiler.element_types import FLOAT8
 from ...compiler.errors import UsageError
 from ...compiler.progress import stage
 from ...compiler.tvm import mutator, operator_attrs, relax
 from ...passes.fusion import FuseEpilogues
 from ...passes.products import analyze, operator
 from ..common import legalize as definitions
+from ..common.float8 import held
 from . import attention, scatter, toolchain
 from .host import sources
 from .kernel import SHORT
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ...compiler.program import Program
     from ...compiler.steps import Steps
     from ...passes.base import PassContext
+    from ..base import Target
 
 #: number policies of products by the name of `--precision`: how fp32 operands reach the tensor cores, and what that means
 PRECISIONS = {
@@ -50,7 +53,7 @@ def lower(steps: Steps) -> Lowered:
         raise UsageError(f"{steps.target.text}: there are sources for it, but no library; give --emit-only")
     nvcc = None if options.emit_only else toolchain.find_nvcc()
     policy, meaning = PRECISIONS[precision]
-    steps.step("legalize", lambda p, _: p.with_module(_legalize(p)))
+    steps.step("legalize", lambda p, _: p.with_module(_legalize(p, steps.target)))
     refuse_sizes_of_data(steps.program)
     steps.step("fuse_epilogues", FuseEpilogues().run)
     launches = Launches()
@@ -99,15 +102,16 @@ def rows(launches: Launches) -> list[dict[str, Any]]:
     ]
 
 
-def _legalize(program: Program) -> Any:
-    module = relax.transform.CanonicalizeBindings()(relax.transform.DecomposeOpsForInference()(program.module))
+def _legalize(program: Program, target: Target) -> Any:
+    module = program.module if FLOAT8 in target.formats else held(program.module, "float16")
+    module = relax.transform.CanonicalizeBindings()(relax.transform.DecomposeOpsForInference()(module))
     module = _Prepare(program.with_module(module)).apply()
     module = definitions.legalize(module, {"relax.astype": definitions.default_legalization, BITCAST: _bits}, keep=(dialect.NAME, *scatter.OPERATORS))
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
 
 
 def _bits(builder: Any, call: Any) -> Any:
-    """Bits that are read as numbers of two bytes stay where they are."""
+    """Bits that are read as short floating-point numbers stay where they are."""
     return call if str(call.ty.dtype) in SHORT else definitions.default_legalization(builder, call)
 
 

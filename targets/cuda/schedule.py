@@ -15,7 +15,7 @@ from ..base import Target
 #: k elements per stage
 BK = 32
 #: multiply-adds of words per cycle and SM that mma.sync does by policy, as a fraction of `Target.fma_per_cycle` (which counts tf32)
-_RATE = {"Fp32": 1 / 3, "Tf32": 1.0, "Fp16": 2.0, "Bf16": 2.0, "U8S8": 1.0, "Fp16x2": 1.0, "Bf16x2": 1.0}
+_RATE = {"Fp32": 1 / 3, "Tf32": 1.0, "Fp16": 2.0, "Bf16": 2.0, "U8S8": 1.0, "Fp16x2": 1.0, "Bf16x2": 1.0, "E4m3x4": 1.0}
 SHARED_BYTES_PER_CYCLE = 128.0
 _L2_BYTES_PER_CYCLE = 48.0
 #: cycles that a block waits per k step where nothing hides them, and around its loop
@@ -29,7 +29,7 @@ _SQUEEZE = 1.05
 #: registers that one thread may have, and those of a multiprocessor
 THREAD_REGISTERS, FILE_REGISTERS = 255, 65536
 #: 32-bit registers of a fragment of A and of B by number policy (struct A and B in include/tcompile.cuh)
-_FRAGMENTS = {"Fp32": (16, 8), "Tf32": (8, 4), "Fp16": (4, 2), "Bf16": (4, 2), "U8S8": (8, 4), "Fp16x2": (8, 4), "Bf16x2": (8, 4)}
+_FRAGMENTS = {"Fp32": (16, 8), "Tf32": (8, 4), "Fp16": (4, 2), "Bf16": (4, 2), "U8S8": (8, 4), "Fp16x2": (8, 4), "Bf16x2": (8, 4), "E4m3x4": (8, 4)}
 #: counters, pointers and positions; an address and a predicate per copy of a step (rounded from the points in autotune/pretrained/cuda-points.jsonl.gz)
 _OTHER_REGISTERS, _COPY_REGISTERS = 32, 2
 
@@ -80,7 +80,9 @@ class TileSchedule:
 
 Tile = TypeVar("Tile", bound=TileSchedule)
 #: policies of operands that reach the tensor cores as they lie in memory
-_IN_WORDS = ("U8S8", "Fp16x2", "Bf16x2")
+_IN_WORDS = ("U8S8", "Fp16x2", "Bf16x2", "E4m3x4")
+#: policies whose products of a step are summed apart (`blocked` in include/tcompile.cuh)
+BLOCKED = ("Fp32", "E4m3x4")
 
 
 def space(target: Target, many: bool = False) -> Sequence[TileSchedule]:
@@ -105,7 +107,8 @@ def space(target: Target, many: bool = False) -> Sequence[TileSchedule]:
 def predicted_cycles(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> float:
     """Cycles from the first block to the last: waves of blocks, each as slow as the slowest of tensor cores, shared memory and L2; and the sums of parts of K."""
     per_sm = max(1, min(target.shared_bytes // tile.shared_bytes, 2048 // tile.threads, 512 // tile.threads * 2))
-    arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE[policy])
+    rate = _RATE[policy] * (0.5 if policy == "E4m3x4" and target.name == "sm_90a" else 1.0)  # there mma.sync is made of products of 16 bits
+    arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * rate)
     shared = 4.0 * BK * (tile.bm * tile.wn + tile.bn * tile.wm + tile.bm + tile.bn) / SHARED_BYTES_PER_CYCLE
     return in_waves(shape, tile, target, max(arithmetic, shared), per_sm)
 
@@ -122,11 +125,11 @@ def in_waves(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: 
 
 
 def design(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> Design:
-    """A kernel as the resource model sees it; registers are those that a thread holds or spills. Their estimate: two sets of accumulators for fp32, one
-    otherwise, the fragments of a step, its copies, and a constant."""
+    """A kernel as the resource model sees it; registers are those that a thread holds or spills. Their estimate: two sets of accumulators where those of
+    a step are summed apart, one otherwise, the fragments of a step, its copies, and a constant."""
     high, wide = tile.bm // tile.wm // 16, tile.bn // tile.wn // 8
     copies = [size * BK / width / tile.threads for size, width in ((tile.bm, shape.va), (tile.bn, shape.vb))]
-    sets, (a, b) = 2 if policy == "Fp32" else 1, _FRAGMENTS[policy]
+    sets, (a, b) = 2 if policy in BLOCKED else 1, _FRAGMENTS[policy]
     numbers = {
         "batch": math.log2(shape.batch),
         "m": math.log2(shape.m),
@@ -171,7 +174,7 @@ def fitting(shape: GemmShape, tiles: Sequence[TileSchedule], target: Target, pol
 def best_tile(shape: GemmShape, target: Target, policy: str) -> TileSchedule:
     """The tile of least predicted time, of those that are predicted to fit; of all when none is."""
     # what is neither split nor rounded leaves registers for accumulators, unless narrow copies want them for addresses
-    tiles = space(target, policy in _IN_WORDS and min(shape.va, shape.vb) == 4)
+    tiles = space(target, policy in _IN_WORDS and policy not in BLOCKED and min(shape.va, shape.vb) == 4)
     found = fitting(shape, tiles, target, policy) or tiles
     return fastest(shape, found, target, lambda tile: predicted_cycles(shape, tile, target, policy))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..base import Target
-from .schedule import BK, EXPONENTIALS, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_turns, in_waves
+from .schedule import BK, BLOCKED, EXPONENTIALS, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_turns, in_waves
 
 #: multiply-adds of words per cycle and SM by wgmma, as a fraction of `Target.fma_per_cycle` (what mma.sync does): 1024 of 640
 _RATE = 1.6
@@ -49,12 +49,16 @@ class HopperSchedule(TileSchedule):
         return f"{self.bm}x{self.bn}x{BK}, 1 warp group copies, {self.groups} multiply, {self.stages} stages{parts}"
 
 
-def space(target: Target) -> Sequence[HopperSchedule]:
-    """Tiles of at most 128 sums a thread whose stages fit the shared memory as often as blocks are to be resident."""
+def space(target: Target, sums: int = 128) -> Sequence[HopperSchedule]:
+    """Tiles of at most so many sums a thread whose stages fit the shared memory as often as blocks are to be resident."""
     one = [(bm, bn, 1) for bm, widths in ((64, (64, 128, 192)), (128, (64, 128))) for bn in widths]
     two = [(128, bn, 2) for bn in (128, 192, 256)] + [(256, 128, 2)]
     found = [HopperSchedule(bm, bn, 4 * groups, 1, stages) for bm, bn, groups in one + two for stages in (5, 4, 3)]
-    return [tile for tile in found if tile.resident * (tile.shared_bytes + _RESERVED) <= target.shared_bytes + _RESERVED]
+    return [
+        tile
+        for tile in found
+        if tile.bm * tile.bn <= 128 * tile.groups * sums and tile.resident * (tile.shared_bytes + _RESERVED) <= target.shared_bytes + _RESERVED
+    ]
 
 
 def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> float:
@@ -65,9 +69,9 @@ def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> 
     return in_waves(shape, tile, target, max(arithmetic, shared), tile.resident, _COPY_LATENCY / (tile.stages - 1))
 
 
-def best_tile(shape: GemmShape, target: Target) -> HopperSchedule:
-    """The tile of least predicted time."""
-    return fastest(shape, space(target), target, lambda tile: predicted_cycles(shape, tile, target))
+def best_tile(shape: GemmShape, target: Target, policy: str = "") -> HopperSchedule:
+    """The tile of least predicted time for operands of this policy."""
+    return fastest(shape, space(target, 96 if policy in BLOCKED else 128), target, lambda tile: predicted_cycles(shape, tile, target))
 
 
 #: keys of a step of attention: scores of 64 of them take 32 registers a thread

@@ -22,7 +22,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable
 from . import gemm_hopper, schedule
 from .gemm import Gemm, plan
-from .kernel import SHORT, Packing, Plan, Signature
+from .kernel import HALF, Packing, Plan, Signature
 from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves
 from .sizes import FIXED, Known
 
@@ -145,7 +145,7 @@ class SparseGemm(Gemm):
 
 def two_of_four(weight: np.ndarray) -> bool:
     """Whether of four consecutive rows of one matrix [..., K, N] of 16-bit numbers no column has more than two that are not zero."""
-    if weight.dtype.name not in SHORT or weight.ndim < 2 or math.prod(weight.shape[:-2]) != 1 or weight.shape[-2] < 4 or not weight.size:
+    if weight.dtype.name not in HALF or weight.ndim < 2 or math.prod(weight.shape[:-2]) != 1 or weight.shape[-2] < 4 or not weight.size:
         return False
     fours = _fours(weight.reshape(weight.shape[-2:]), 4)
     return bool((np.count_nonzero(fours & 0x7FFF, axis=1) <= 2).all())

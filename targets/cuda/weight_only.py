@@ -30,7 +30,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable
 from ..common.ops_linear import weight_only_operands
 from .gemm import vector
-from .kernel import SHORT, Kernel, Packing, Plan, Signature, ctype
+from .kernel import HALF, Kernel, Packing, Plan, Signature, ctype
 from .product import ROWS, Product, plan
 from .sizes import FIXED, Known, shown, simplified, times
 from .weight_only_schedule import COLUMNS, FEW_ROWS, FewRows, ManyRows, Shape, best
@@ -68,7 +68,7 @@ class _WeightOnly(Product):
         bits, k, n = fused.core["bits"], dims[-1], int(weights[0].shape[1])
         if not isinstance(k, int):
             raise Unfusable("open sizes other than rows")
-        half = dtype in SHORT
+        half = dtype in HALF
         if half and k % 2:
             raise Unfusable("rows of 16-bit numbers that are no whole words")
         parts, bf16 = (1, dtype == "bfloat16") if half else _PARTS[policy]

@@ -1,4 +1,4 @@
-"""Products of short numbers, made ready for the tensor-core template: numbers of two bytes are not widened for them, and zeros are put behind K where it fills no whole words."""
+"""Products of short numbers, made ready for the tensor-core template: short floating-point numbers are not widened for them, and zeros are put behind K where it fills no whole words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.dialect.bitcast import bitcast
 from ...compiler.dialect.weight_only import NAME as WEIGHT_ONLY
-from ...compiler.element_types import numpy_dtype
+from ...compiler.element_types import FLOAT8, numpy_dtype
 from ...compiler.tvm import Constant, is_constant, relax, te, tirx
 from ...passes.fusion import OPAQUE
 from ...passes.products import operator
@@ -18,7 +18,7 @@ from .kernel import SHORT
 
 _PRODUCTS = ("relax.matmul", "relax.nn.conv2d")
 #: types of a product's operands and sums -> consecutive k in a word
-GROUPS = {("uint8", "int8", "int32"): 4, ("bfloat16", "bfloat16", "float32"): 2, ("float16", "float16", "float32"): 2}
+GROUPS = {("uint8", "int8", "int32"): 4, ("bfloat16", "bfloat16", "float32"): 2, ("float16", "float16", "float32"): 2, (FLOAT8, FLOAT8, "float32"): 4}
 
 
 def narrowed(builder: Any, call: Any) -> Any:
@@ -58,7 +58,7 @@ def rounded_back(builder: Any, call: Any) -> Any:
 
 
 def _widened_from(builder: Any, x: Any) -> Any:
-    """The tensor of numbers of two bytes of which x is the float32; None where x is something else."""
+    """The tensor of short floating-point numbers of which x is the float32; None where x is something else."""
 
     def made(expr: Any, name: str) -> Any:
         call = builder.lookup_binding(expr) if isinstance(expr, relax.Var) else None

@@ -107,6 +107,7 @@ template <class P, int N> struct WgmmaRows;
 TC_WGMMAS(Bf16x2, "k16.f32.bf16.bf16", ", 1, 1, 0, 0", "+f");
 TC_WGMMAS(Fp16x2, "k16.f32.f16.f16", ", 1, 1, 0, 0", "+f");
 TC_WGMMAS(U8S8, "k32.s32.u8.s8", "", "+r");
+TC_WGMMAS(E4m3x4, "k32.f32.e4m3.e4m3", ", 1, 1", "+f");
 #define TC_WGMMA_ROWS(P, SIZE, types, names, a_names, b_name, ...)                                                                                                   \
   template <> struct WgmmaRows<P, SIZE> {                                                                                                                            \
     static TC_DEVICE void multiply(float (&c)[SIZE / 2], const uint32_t (&a)[4], uint64_t b) {                                                                       \

@@ -118,12 +118,25 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
     for (int step = 0; step < STEPS; ++step, ring.next()) {
       const uint32_t stage = ring.read();
       const uint64_t da = descriptor(stage + own * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
+      typename P::Sum block[T::MT][T::BN / 2];  // of this step, where it is summed apart
       products_begin();
 #pragma unroll
       for (int bytes = 0; bytes < T::ROW_BYTES; bytes += 32)
 #pragma unroll
-        for (int i = 0; i < T::MT; ++i) Wgmma<P, T::BN>::multiply(c[i], da + ((i * 64 * T::ROW_BYTES + bytes) >> 4), db + (bytes >> 4));
+        for (int i = 0; i < T::MT; ++i)
+          Wgmma<P, T::BN>::multiply(P::blocked ? block[i] : c[i], da + ((i * 64 * T::ROW_BYTES + bytes) >> 4), db + (bytes >> 4), !P::blocked || bytes > 0);
       products_commit();
+      if (P::blocked) {  // another warp group multiplies meanwhile
+        products_wait<0>();
+        ring.release(ring.slot);
+#pragma unroll
+        for (int i = 0; i < T::MT; ++i) {
+          products_end(block[i]);
+#pragma unroll
+          for (int e = 0; e < T::BN / 2; ++e) c[i][e] += block[i][e];
+        }
+        continue;
+      }
       products_wait<1>();  // those of the step before, whose stage may be filled again
       if (step > 0) ring.release(before);
       before = ring.slot;

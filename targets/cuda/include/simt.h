@@ -4,6 +4,7 @@
 // waited for, and shared memory starts as NaN, so that a missing wait or barrier gives wrong numbers here too. Out of shared memory: abort.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -243,6 +244,18 @@ template <bool BF16> float widen_half(uint16_t bits) {
   return (float)x;
 }
 
+TC_DEVICE uint8_t round_float8(float x) {
+  const uint32_t bits = as_bits(x), magnitude = std::min(bits & 0x7fffffffu, 0x43e00000u), sign = bits >> 24 & 0x80;
+  if (x != x) return 0x7f;
+  if (magnitude < 0x3c800000u) return sign | (uint32_t)nearbyintf(as_float(magnitude) * 512.0f);  // subnormal
+  return sign | ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+}
+TC_DEVICE float widen_float8(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, digits = bits & 7;
+  const float magnitude = (bits & 0x7f) == 0x7f ? NAN : ldexpf(exponent ? 8 + digits : digits, std::max(exponent, 1) - 10);
+  return bits & 0x80 ? -magnitude : magnitude;
+}
+
 template <bool BF16> uint32_t minus_pairs(uint32_t a, uint32_t b) {
   uint32_t r = 0;
   for (int half = 0; half < 2; ++half) r |= (uint32_t)round_half<BF16>(widen_half<BF16>(a >> 16 * half) - widen_half<BF16>(b >> 16 * half)) << 16 * half;
@@ -337,6 +350,44 @@ template <bool BF16, int SELECTOR> void mma_sparse(float (&c)[4], const uint32_t
       }
     }
     product<32>(w, full, right, 9);
+  });
+  memcpy(c, got, 16);
+}
+
+// c + a b as tensor cores add numbers of 8 bits: all terms shifted to the largest one's power of two, 13 bits behind its point, and what is below cut off, of the sum too
+// (DeepSeek-V3 technical report, 2024, section 3.3.2; Zhang et al., "SageAttention2", 2024, for sm_89).
+template <int K> float sum_of_float8(float c, const float (&a)[K], const float (&b)[K]) {
+  float terms[K + 1], total = c;
+  for (int k = 0; k < K; ++k) total += terms[k] = a[k] * b[k];
+  terms[K] = c;
+  if (!std::isfinite(total)) return total;
+  int top = -200;
+  for (float term : terms) top = term ? std::max(top, std::ilogb(term)) : top;
+  int64_t sum = 0;
+  for (float term : terms) sum += (int64_t)std::ldexp((double)term, 13 - top);
+  int shift = 0;
+  while (std::abs(sum) >> shift >= 1 << 14) ++shift;
+  return (float)std::ldexp((double)(sum / ((int64_t)1 << shift)), shift + top - 13);
+}
+TC_DEVICE void mma_e4m3(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  uint32_t give[10] = {a0, a1, a2, a3, b0, b1};
+  memcpy(give + 6, c, 16);
+  const uint32_t* got = simt::meet(give, 10, [](simt::Warp& w) {
+    float a[16][32], b[8][32];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int byte = 0; byte < 4; ++byte) {
+        auto value = [&](int i) { return widen_float8(w.in[lane][i] >> 8 * byte); };
+        const int k = 4 * t + byte;
+        a[g][k] = value(0), a[g + 8][k] = value(1), a[g][k + 16] = value(2), a[g + 8][k + 16] = value(3);
+        b[g][k] = value(4), b[g][k + 16] = value(5);
+      }
+    }
+    for (int row = 0; row < 16; ++row)
+      for (int n = 0; n < 8; ++n) {
+        const int lane = row % 8 * 4 + n / 2, place = row / 8 * 2 + n % 2;
+        w.out[lane][place] = as_bits(sum_of_float8(as_float(w.in[lane][6 + place]), a[row], b[n]));
+      }
   });
   memcpy(c, got, 16);
 }

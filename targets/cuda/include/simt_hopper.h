@@ -233,6 +233,20 @@ template <> struct Numbers<U8S8> {
   static void a(const char* from, int (&to)[K]) { std::copy_n(reinterpret_cast<const uint8_t*>(from), K, to); }
   static void b(const char* from, int (&to)[K]) { std::copy_n(reinterpret_cast<const int8_t*>(from), K, to); }
 };
+template <> struct Numbers<E4m3x4> {
+  static constexpr int K = 16;
+  static void a(const char* from, float (&to)[K]) { std::transform(from, from + K, to, [](char bits) { return widen_float8(bits); }); }
+  static void b(const char* from, float (&to)[K]) { a(from, to); }
+};
+// sum += the products of both halves of 32 bytes
+template <class P, class Sum, int K> void add_products(Sum& sum, const Sum (&a)[2][K], const Sum (&b)[2][K]) {
+  if constexpr (std::is_same_v<P, E4m3x4>) {
+    sum = sum_of_float8<2 * K>(sum, reinterpret_cast<const float(&)[2 * K]>(a), reinterpret_cast<const float(&)[2 * K]>(b));
+  } else {
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < K; ++k) sum += a[half][k] * b[half][k];
+  }
+}
 
 namespace simt {
 template <class Sum, int COUNT> void ask(Sum (&c)[COUNT], Product product, bool add) {
@@ -264,12 +278,9 @@ template <class P, int N> struct Wgmma {
       for (int e = 0; e < 2; ++e) {
         Sum sums[2];
         for (int r = 0; r < 2; ++r) memcpy(&sums[r], c + 4 * j + 2 * r + e, 4);
-        for (int half = 0; half < 2; ++half) {
-          Sum b[K];
-          Numbers<P>::b(simt::byte_of(product.b, 8 * j + 2 * t + e, 16 * half), b);
-          for (int k = 0; k < K; ++k)
-            for (int r = 0; r < 2; ++r) sums[r] += a[r][half][k] * b[k];
-        }
+        Sum b[2][K];
+        for (int half = 0; half < 2; ++half) Numbers<P>::b(simt::byte_of(product.b, 8 * j + 2 * t + e, 16 * half), b[half]);
+        for (int r = 0; r < 2; ++r) add_products<P>(sums[r], a[r], b);
         for (int r = 0; r < 2; ++r) memcpy(c + 4 * j + 2 * r + e, &sums[r], 4);
       }
   }

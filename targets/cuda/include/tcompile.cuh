@@ -56,7 +56,7 @@ template <class To, class From> TC_DEVICE To bits(From x) {
 }
 template <class T> TC_DEVICE T absolute(T x) { return x < 0 ? T(0) - x : x; }
 
-// Numbers of 16 bits as memory holds them; arithmetic is in float.
+// Numbers of 16 bits, and of 8, as memory holds them; arithmetic is in float.
 template <bool BF16> struct Short {
   uint16_t bits;
   Short() = default;
@@ -65,6 +65,12 @@ template <bool BF16> struct Short {
 };
 using float16 = Short<false>;
 using bfloat16 = Short<true>;
+struct float8 {  // e4m3: to nearest, ties to even, saturating at 448
+  uint8_t bits;
+  float8() = default;
+  TC_DEVICE float8(float x) : bits(round_float8(x)) {}
+  TC_DEVICE operator float() const { return widen_float8(bits); }
+};
 
 TC_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -101,10 +107,10 @@ template <class T> TC_DEVICE T divisor(T value, int* error, int site) {
 struct alignas(8) Pair { float x, y; };
 TC_DEVICE Pair pair(const float* p) { return *reinterpret_cast<const Pair*>(p); }
 
-// Operands of a word per value: Mma says how a value becomes a word, and multiplies 8 words of k.
-template <class Mma> struct Words {
+// Operands of a word per value: Mma says how a value becomes a word, and multiplies 8 words of k. BLOCKED: every k block is summed apart.
+template <class Mma, bool BLOCKED = false> struct Words {
   using Sum = typename Mma::Sum;
-  static constexpr bool blocked = false;
+  static constexpr bool blocked = BLOCKED;
   struct A { uint32_t r[8]; };
   struct B { uint32_t r[4]; };
   static TC_DEVICE A a(Pair g0, Pair h0, Pair g1, Pair h1) {
@@ -138,6 +144,13 @@ template <bool BF16> struct MmaHalf {  // two numbers of consecutive k lie in a 
 };
 using Fp16x2 = Words<MmaHalf<false>>;
 using Bf16x2 = Words<MmaHalf<true>>;
+
+struct MmaE4m3 {  // four numbers of float8 lie in a word, in memory already; products are exact
+  using Sum = float;
+  static TC_DEVICE uint32_t word(float x) { return as_bits(x); }
+  static TC_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_e4m3(c, a0, a1, a2, a3, b0, b1); }
+};
+using E4m3x4 = Words<MmaE4m3, true>;  // the tensor cores' sums of them have about 14 bits: those of a block of 128 are added up in fp32
 
 struct Fp32 {  // 3xTF32: x = big + small, products big*big + big*small + small*big: fp32's accuracy on tensor cores
   using Sum = float;
