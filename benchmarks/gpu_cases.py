@@ -44,6 +44,7 @@ def cases(small: bool) -> Iterator[Case]:
     if small:
         yield gemm(33, 48, 40)
         yield int8_gemm(32, 64, 48)
+        yield fp8_gemm(32, 64, 48)
         yield attention(2, 32, 37, causal=True)
         yield depthwise(1, 9, 12, 3)
         yield top_k(3, 70, 5)
@@ -54,6 +55,8 @@ def cases(small: bool) -> Iterator[Case]:
     for m, k, n in ((128, 768, 3072), (128, 3072, 768), (4093, 768, 2304), (197, 384, 1536), (1, 4096, 14336), (16, 4096, 14336)):
         yield gemm(m, k, n)
     yield int8_gemm(4096, 4096, 4096)
+    for m, k, n in ((4096, 4096, 4096), (8192, 8192, 8192), (16, 4096, 14336)):
+        yield fp8_gemm(m, k, n)
     for batch, size, channels, taps in ((1, 56, 144, 3), (32, 56, 144, 3), (32, 28, 120, 5)):
         yield depthwise(batch, size, channels, taps)
     for rows, length, count in ((32, 128256, 50), (8192, 64, 8), (64, 4096, 4096)):
@@ -161,6 +164,49 @@ def int8_gemm(m: int, k: int, n: int) -> Case:
         moved=1.0 * (m * k + k * n) + 4.0 * m * n,
         bar=1.5,
         against="torch bf16",
+    )
+
+
+def fp8_gemm(m: int, k: int, n: int) -> Case:
+    """x [m, k] float32 times constant weights by `--quantize fp8`, a scale per row found in the call; beside torch's bfloat16 product (which the bar refers to), and its float8 product of
+    rows that are scaled and rounded in the call, or were before it."""
+    weight = _normal(1, k, n) * k**-0.5
+
+    def scaled(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = x.abs().amax(dim, keepdim=True).float() / 448
+        return (x / scale).to(torch.float8_e4m3fn), scale
+
+    def peers(inputs: Tensors) -> dict[str, Call]:
+        (x,) = inputs
+        half, right = x.bfloat16(), weight.to(x.device, torch.bfloat16)
+        codes, scales = scaled(weight.to(x.device), 0)
+        by_column, before = codes.t().contiguous().t(), scaled(x, 1)
+
+        def product(left: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return torch._scaled_mm(left, by_column, scale, scales, out_dtype=torch.bfloat16)
+
+        found: dict[str, Call] = {"torch bf16": lambda: half @ right}
+        if hasattr(torch, "_scaled_mm"):
+            found |= {"torch._scaled_mm": lambda: product(*scaled(x, 1)), "torch._scaled_mm, x rounded before": lambda: product(*before)}
+        return found
+
+    return Case(
+        f"gemm fp8 {m}x{k}x{n}",
+        lambda: _graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            {"x": (TensorProto.FLOAT, (m, k))},
+            (TensorProto.FLOAT, (m, n)),
+            [numpy_helper.from_array(weight.numpy(), "w")],
+        ),
+        lambda device: [_normal(2, m, k).to(device)],
+        peers,
+        lambda inputs: inputs[0].double() @ weight.to(inputs[0].device).double(),
+        options={"quantize": "fp8"},
+        flops=2.0 * m * k * n,
+        moved=4.0 * (m * k + m * n) + 1.0 * k * n,
+        bar=1.5,
+        against="torch bf16",
+        tolerance=0.06,
     )
 
 
