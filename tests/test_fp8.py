@@ -34,8 +34,8 @@ def awkward_numbers() -> np.ndarray:
     return np.concatenate([positive, -positive])
 
 
-def cast_there_and_back(emit: Any, x: Any) -> list[Any]:
-    return [emit(op.astype(emit(op.astype(x, FLOAT8)), "float32"))]
+def cast_there_and_back(emit: Any, x: Any, dtype: str = FLOAT8) -> list[Any]:
+    return [emit(op.astype(emit(op.astype(x, dtype)), "float32"))]
 
 
 def same_bits(got: np.ndarray, x: np.ndarray) -> None:
@@ -49,6 +49,9 @@ def test_rounding_is_that_of_ml_dtypes() -> None:
     x = awkward_numbers()
     same_bits(float8(x).astype(np.float32), x)
     same_bits(compile_program(program_of(cast_there_and_back, {"x": x}), Target.parse("cpu"))(x), x)
+    # so is that to bfloat16, in which the numbers are held
+    halves = compile_program(program_of(lambda emit, x: cast_there_and_back(emit, x, "bfloat16"), {"x": x}), Target.parse("cpu"))(x)
+    np.testing.assert_array_equal(halves, x.astype(numpy_dtype("bfloat16")).astype(np.float32))
 
 
 def test_layers_are_products_of_rounded_numbers() -> None:
