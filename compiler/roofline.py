@@ -2,7 +2,7 @@
 
 Counted on the imported program, without compiling it. A layer is a node of the source. A multiply-add is two operations; an element of an element-wise
 operator or reduction is one, of a softmax or normalization five; moving data is none. A layer reads each of its operands once and writes each result that
-another layer or the caller takes once; a gather reads only what it takes. Reshapes cost nothing.
+another layer or the caller takes once; a gather reads only what it takes, a grouped product the weights of no more groups than it has rows. Reshapes cost nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..targets.base import Target
-from .dialect import attention, recurrent, weight_only
+from .dialect import attention, grouped, recurrent, weight_only
 from .element_types import numpy_dtype
 from .program import DimRange, Program
 from .tvm import Constant, relax, structural_map, tirx, tvm
@@ -114,12 +114,21 @@ def _layer(name: str, group: list[Any], maker: Mapping[Any, str], outside: set[A
         for position, operand in enumerate(_operands(call)):
             if maker.get(operand) != name:
                 taken = operator in _GATHERS and position == 0
-                read[operand] = max(read.get(operand, 0), bytes_of(binding.var.ty if taken else operand.ty, known))
+                size = bytes_of(binding.var.ty if taken else operand.ty, known)
+                if operator == grouped.NAME and position == 1:
+                    size = _of_owners(call, size, known)
+                read[operand] = max(read.get(operand, 0), size)
     free = all(operator in _FREE for operator in ("relax." + text if "." not in text or text.startswith("nn.") else text for text in operators))
     written = 0 if free else sum(bytes_of(binding.var.ty, known) for binding in group if binding.var in outside)
     moved = sum(read.values()) + written
     compute, memory = flops / (_rate(target, width) * 1e6), moved / (target.bandwidth_gbs * _memory_cores(target) * 1e6)
     return Layer(name, tuple(operators), width, flops, moved, max(compute, memory), "compute" if compute > memory else "memory")
+
+
+def _of_owners(call: Any, size: int, known: Mapping[str, int]) -> int:
+    """Bytes of the weights that a grouped product reads of so many: those of as many groups as there are rows at most."""
+    rows, groups = _shape(call.args[0].ty, known)[0], _shape(call.args[1].ty, known)[0]
+    return size // groups * min(rows, groups)
 
 
 def _rate(target: Target, dtype: str) -> float:
@@ -147,7 +156,7 @@ def _flops(call: Any, operator: str, known: Mapping[str, int]) -> int:
     if operator == attention.NAME:
         dims = attention.dims_of(*shapes[:3], attention.attrs_of(call).layouts)
         return _attention(dims)
-    if operator == weight_only.NAME:
+    if operator in (weight_only.NAME, grouped.NAME):
         return 2 * result * shapes[0][-1]
     if operator == recurrent.NAME:
         steps = math.prod(shapes[0][:2])

@@ -9,11 +9,12 @@ import numpy as np
 
 from ..compiler.dialect.attention import NAME as ATTENTION
 from ..compiler.dialect.attention import attrs_of
+from ..compiler.dialect.grouped import NAME as GROUPED
 from ..compiler.dialect.weight_only import NAME as WEIGHT_ONLY
 from ..compiler.element_types import numpy_dtype
 from ..compiler.errors import UsageError
 from ..compiler.program import Program
-from ..compiler.tvm import mutator, operator_attrs, relax, tirx
+from ..compiler.tvm import is_constant, mutator, operator_attrs, relax, tirx
 from .base import Pass, PassContext
 from .products import VIEWS, Graph, Site, analyze, operator
 from .rewriting import emit_as
@@ -25,7 +26,7 @@ FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
 
 @dataclass(frozen=True)
 class Precision(Pass):
-    """Matrix products and convolutions by constant weights, and attention, with operands rounded to 16 bits and sums in float32; everything else stays in float32.
+    """Matrix products (by group, too) and convolutions by constant weights, and attention, with operands rounded to 16 bits and sums in float32; everything else stays in float32.
 
     A tensor is rounded once, where it is made, so what products alone read is stored in 16 bits; on a GPU, that goes for what is multiplied by weights in few bits, too.
     format: "fp32" (nothing changes), "bf16" or, on a GPU, "fp16". skip: layers (node names) to leave in float32.
@@ -61,7 +62,8 @@ class Precision(Pass):
             if context.target.kind == "cuda"
             else []
         )
-        if not sites and not attentions and not codes:
+        groups = [var for var, value in graph.bindings.items() if operator(value) == GROUPED and is_constant(value.args[1]) and _in_words(value)]
+        if not sites and not attentions and not codes and not groups:
             context.note("neither a product by constant weights nor attention was found")
             return program
         if dtype not in context.target.formats:
@@ -71,7 +73,9 @@ class Precision(Pass):
         context.matched(**{kind: sum(site.kind == kind for site in sites) for kind in ("matmul", "conv2d")}, attention=len(attentions))
         if codes:
             context.matched(weight_only=len(codes))
-        return _Rewriter(graph, sites, [*attentions, *codes], dtype).apply()
+        if groups:
+            context.matched(grouped_matmul=len(groups))
+        return _Rewriter(graph, sites, [*attentions, *codes, *groups], dtype).apply()
 
 
 def _takes_words(call: Any) -> bool:
@@ -111,6 +115,8 @@ class _Rewriter(relax.PyExprMutator):
             attention = operator(call) == ATTENTION
             rounded = 3 if attention else 1
             operands = [self._round(arg, binding.var.name) if place < rounded else self.visit_expr(arg) for place, arg in enumerate(call.args)]
+            if operator(call) == GROUPED:
+                operands[1] = self._constant(call.args[1].value.numpy())
             attrs = operator_attrs(**{**asdict(attrs_of(call)), "dtype": "float32"}) if attention else call.attrs
             value = self.builder_.emit(relax.Call(call.op, operands, attrs), binding.var.name)
         else:
@@ -131,8 +137,11 @@ class _Rewriter(relax.PyExprMutator):
             self.rounded[x] = self.builder_.emit(short, name)
         return self.rounded[x]
 
+    def _constant(self, weight: np.ndarray) -> Any:
+        return relax.const(np.ascontiguousarray(weight.astype(numpy_dtype(self.dtype))), self.dtype)
+
     def _product(self, site: Site, name: str) -> Any:
-        x, weight = self._round(site.x, name), relax.const(np.ascontiguousarray(site.weight.astype(numpy_dtype(self.dtype))), self.dtype)
+        x, weight = self._round(site.x, name), self._constant(site.weight)
         if site.kind == "matmul":
             return self.builder_.emit(relax.op.matmul(x, weight, out_dtype="float32"), name)
         attrs = site.call.attrs

@@ -48,6 +48,16 @@ def test_moving_data():
     assert layers(gather)["gather"]["bytes"] < 1000
 
 
+def test_groups_read_the_weights_of_rows_at_most():
+    """Of 2 rows by 4 experts, two are counted."""
+    weights = {"w1": np.zeros((4, 50, 30), "float32"), "w2": np.zeros((4, 30, 50), "float32")}
+    experts = node("MoE", ["x", "r", "w1", "", "w2"], ["y"], domain="com.microsoft", k=1)
+    model = small([experts], {"x": [2, 30], "r": [2, 4]}, ["y"], weights)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    flops, read = counts(model, "moe")
+    assert 2 * 2 * 2 * 30 * 50 <= flops < 14000 and 4 * 2 * 2 * 30 * 50 < read < 4 * 2 * 2 * 30 * 50 + 1000
+
+
 def test_dims_and_machine():
     model = onnx_models.mlp("N", layers=2)
     summary = tcompile.inspect(model, "cpu:haswell", shapes={"x": "1..8..32x4"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...compiler.dialect.grouped import NAME as GROUPED
 from ...compiler.dialect.weight_only import NAME as WEIGHT_ONLY
 from ...compiler.dialect.weight_only import attrs_of
 from ...compiler.tvm import te, tirx
@@ -12,6 +13,8 @@ from .legalize import default_legalization, legalizer
 
 #: Relax's pattern kind "an operator whose element-wise consumers may join it"; casts of integers and the condition for padding hide it from TVM's own analysis
 OUT_ELEMENTWISE_FUSABLE = 4
+#: nothing joins it
+OPAQUE = 8
 
 
 def matmul(a: Any, b: Any, dtype: str = "") -> Any:
@@ -81,3 +84,37 @@ def weight_only_operands(fused: Fused) -> list[Any]:
     scales = next(buffer for buffer in fused.inputs[1:] if str(buffer.ty.dtype) == "float32")
     codes = [buffer for buffer in fused.inputs if str(buffer.ty.dtype) == "uint8"]
     return [fused.inputs[0], codes[0], scales, *codes[1:]]
+
+
+def owners(ends: Any, rows: Any) -> Any:
+    """ends: [E] -> int32 [S], ascending: of each row the first group that ends behind it, E where none does."""
+    e, groups = te.reduce_axis((0, ends.shape[0]), "e"), tirx.Cast("int32", ends.shape[0])
+    number = lambda row: tirx.if_then_else(ends[e] > tirx.Cast(ends.dtype, row), tirx.Cast("int32", e), groups)  # noqa: E731
+    return te.compute((rows,), lambda row: te.min(number(row), axis=e), name="owners")
+
+
+def grouped_matmul(x: Any, weight: Any, owner: Any, dtype: str) -> Any:
+    """x: [S, K], weight: [E, K, N], owner: [S] as `owners` gives it -> [S, N] of `dtype`: rows by the weight of their owner, zeros where there is none."""
+    k, groups = te.reduce_axis((0, x.shape[1]), "k"), tirx.Cast("int32", weight.shape[0])
+
+    def element(row: Any, n: Any) -> Any:
+        inside = tirx.min(owner[row], groups - 1).astype("int64")
+        products = widened(x[row, k], dtype) * widened(weight[inside, k, n], dtype)
+        return te.sum(tirx.if_then_else(owner[row] < groups, products, tirx.const(0, dtype)), axis=k)
+
+    return te.compute((x.shape[0], weight.shape[2]), element, name="grouped_matmul", attrs=core_attrs("grouped_matmul"))
+
+
+@legalizer(GROUPED)
+def _grouped_matmul(builder: Any, call: Any) -> Any:
+    x, weight, ends = call.args
+    # kernels may trust owners, which are made here whatever the ends are
+    owner = builder.emit(builder.call_te(owners, ends, x.ty.shape[0], primfunc_name_hint="owners", primfunc_attrs={"op_pattern": OPAQUE}))
+    attrs = {"op_pattern": OUT_ELEMENTWISE_FUSABLE}
+    return builder.call_te(grouped_matmul, x, weight, owner, str(call.ty.dtype), primfunc_name_hint="grouped_matmul", primfunc_attrs=attrs)
+
+
+def grouped_operands(fused: Fused) -> tuple[Any, Any, Any]:
+    """x, weights and owners of a function whose core is `grouped_matmul`, whatever the order in which the core reads them."""
+    by_rank = {len(buffer.shape): buffer for buffer in fused.inputs}
+    return by_rank[2], by_rank[3], by_rank[1]

@@ -32,6 +32,7 @@ def templates() -> list[KernelTemplate]:
     from .conv_pointwise import ConvPointwise
     from .conv_winograd import ConvWinograd
     from .gemm import Gemm
+    from .grouped import GroupedGemm
     from .sparse_blocks import GemmBlocks
     from .sparse_columns import GemmColumns
     from .weight_only import WeightOnly
@@ -39,6 +40,7 @@ def templates() -> list[KernelTemplate]:
     return [
         Gemm(),
         WeightOnly(),
+        GroupedGemm(),
         GemmBlocks(),
         GemmColumns(),
         ConvDepthwise(),

@@ -47,7 +47,7 @@ Offset = Callable[[Callable[[Any], str]], str]
 
 
 @dataclass(frozen=True)
-class _Operand:
+class Operand:
     """A source of include/tcompile.cuh: its type, words per copy, the offset of a batch, and the open sizes that it holds."""
 
     source: str
@@ -91,7 +91,8 @@ class Gemm(Product):
 
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
         super().__init__(fused, target, policy, constants, rounded, known)
-        types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
+        self.factors = self._factors()
+        types = tuple(str(buffer.ty.dtype) for buffer in (*self.factors, fused.accumulator))
         if types != ("float32",) * 3 and types not in GROUPS:
             raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
         self.groups = fused.core.get("groups", 1)
@@ -107,6 +108,10 @@ class Gemm(Product):
         #: the sizes of a product of matrices are known
         self.fixed = all(isinstance(size, int) for size in (self.m, self.k, self.n, *self.a.sizes))
         self.shape = self._shape(known.typical(self.m))
+
+    def _factors(self) -> tuple[Any, Any]:
+        """What is multiplied: activations, weights."""
+        return self.fused.inputs[0], self.fused.inputs[1]
 
     def _shape(self, rows: int) -> GemmShape:
         """The product of so many rows, its other sizes as they are expected."""
@@ -149,19 +154,30 @@ class Gemm(Product):
         lines += [f"  {line}" for line in value] + ["});"]
         return signature.kernel(
             lines,
-            grid=(blocks(self.n, tile.bn), blocks(self.m, tile.bm), times([self.batch, tile.parts])),
+            grid=(blocks(self.n, tile.bn), self._row_blocks(tile), times([self.batch, tile.parts])),
             threads=tile.threads,
             resident=self.resident(tile),
             shared_bytes=tile.shared_bytes,
             kind=self.kind,
-            workload=f"{self.kind.split()[0]} {shown(self.batch)}x{shown(self.m)}x{shown(times([self.k, self.group]))}x{shown(self.n)} {self.policy}",
+            workload=f"{self._sizes_text()} {self.policy}",
             schedule=str(tile),
         )
 
+    def _row_blocks(self, tile: TileSchedule) -> Any:
+        """Blocks along y."""
+        return blocks(self.m, tile.bm)
+
+    def _sizes_text(self) -> str:
+        return f"{self.kind.split()[0]} {shown(self.batch)}x{shown(self.m)}x{shown(times([self.k, self.group]))}x{shown(self.n)}"
+
+    def _data(self, signature: Signature) -> list[str]:
+        """Where activations and weights, packed ones if there are any, lie in memory."""
+        operands = [self.factors[0], self.packings[0].buffer if self.packings else self.factors[1]]
+        return [signature.name(buffer) if self.group == 1 else f"tc::words({signature.name(buffer)})" for buffer in operands]
+
     def _operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
         """Declarations of what the call reads."""
-        operands = [self.fused.inputs[0], self.packings[0].buffer if self.packings else self.fused.inputs[1]]
-        names = (signature.name(buffer) if self.group == 1 else f"tc::words({signature.name(buffer)})" for buffer in operands)
+        names = self._data(signature)
         return [operand.declared(side, name, signature) for side, name, operand in zip("ab", names, (self.a, self.b), strict=True)]
 
     def _call(self, tile: TileSchedule, signature: Signature) -> str:
@@ -183,7 +199,7 @@ class Gemm(Product):
         return size // self.group if self.group > 1 else size
 
     def _packing(self, constants: frozenset[int]) -> Packing:
-        weight = self.fused.inputs[1]
+        weight = self.factors[1]
         if list(self.fused.params).index(weight) not in constants:
             raise Unfusable("weights that are computed")
         shape = [simplified(dim) for dim in weight.shape]
@@ -192,7 +208,7 @@ class Gemm(Product):
         buffer = tirx.decl_buffer((*shape[:-2], shape[-2] // self.group, shape[-1]), "int32", "weights")
         return Packing(weight, buffer, lambda array: packed(array.reshape(shape), self.group))
 
-    def _matrices(self) -> tuple[list[Any], list[Any], Any, _Operand, _Operand]:
+    def _matrices(self) -> tuple[list[Any], list[Any], Any, Operand, Operand]:
         a, b = ([simplified(dim) for dim in buffer.shape] for buffer in self.fused.inputs)
         a[-1] = b[-2] = self._in_words(a[-1])
         k, n = b[-2:]
@@ -220,7 +236,7 @@ class Gemm(Product):
 
         return terms
 
-    def _windows(self) -> tuple[int, _Operand, _Operand]:
+    def _windows(self) -> tuple[int, Operand, Operand]:
         core = self.fused.core
         batch, height, width, _ = (simplified(dim) for dim in self.fused.inputs[0].shape)
         taps_h, taps_w, depth, features = (simplified(dim) for dim in self.fused.inputs[1].shape)
@@ -241,22 +257,22 @@ class Gemm(Product):
         numbers = (batch, height, width, depth, self.dims[1], self.dims[2], taps_h, taps_w, stride_h, stride_w, top, left, dilate_h, dilate_w)
         pixel = f", {depth * self.groups}"
         if all(isinstance(size, int) for size in numbers):
-            return k, _Operand(f"tc::Windows<{', '.join(map(str, numbers))}{pixel if self.groups > 1 else ''}>", vector(depth), first), weights
+            return k, Operand(f"tc::Windows<{', '.join(map(str, numbers))}{pixel if self.groups > 1 else ''}>", vector(depth), first), weights
         extents = (*numbers[:3], *numbers[4:6])
         types = ", ".join("int" if isinstance(size, int) else "tc::Size" for size in extents)
         source = f"tc::OpenWindows<{', '.join(map(str, (depth, *numbers[6:])))}{pixel}, {types}>"
-        return k, _Operand(source, vector(depth), first, extents), weights
+        return k, Operand(source, vector(depth), first, extents), weights
 
 
 def _at(offset: str) -> Offset:
     return lambda size: offset
 
 
-def _matrix(rows: Any, columns: Any, offset: Offset, distance: Any) -> _Operand:
+def _matrix(rows: Any, columns: Any, offset: Offset, distance: Any) -> Operand:
     """distance: from row to row."""
     if isinstance(rows, int) and isinstance(columns, int):
-        return _Operand(f"tc::Matrix<{rows}, {columns}{'' if distance == columns else f', {distance}'}>", vector(columns), offset)
-    return _Operand("tc::OpenMatrix", vector(columns), offset, (rows, columns, distance))
+        return Operand(f"tc::Matrix<{rows}, {columns}{'' if distance == columns else f', {distance}'}>", vector(columns), offset)
+    return Operand("tc::OpenMatrix", vector(columns), offset, (rows, columns, distance))
 
 
 def packed(codes: np.ndarray, group: int) -> np.ndarray:

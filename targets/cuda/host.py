@@ -20,6 +20,7 @@ MODEL = "model.cu"
 INCLUDED = (
     "tcompile.cuh",
     "attention.cuh",
+    "grouped.cuh",
     "weight_only.cuh",
     "sparse.cuh",
     "sort.cuh",

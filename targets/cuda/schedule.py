@@ -36,7 +36,8 @@ _OTHER_REGISTERS, _COPY_REGISTERS = 32, 2
 
 @dataclass(frozen=True)
 class GemmShape:
-    """batch x m x k x n, k in words of 4 bytes; va, vb: words per copy of A and B; windows: A is read through a convolution's windows."""
+    """batch x m x k x n, k in words of 4 bytes; va, vb: words per copy of A and B; windows: A is read through a convolution's windows. groups: the m rows are in so many
+    groups, about equally many in each, and a block has rows of one of them."""
 
     batch: int
     m: int
@@ -45,6 +46,7 @@ class GemmShape:
     va: int = 4
     vb: int = 4
     windows: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,8 @@ def fastest(shape: GemmShape, tiles: Sequence[Tile], target: Target, cycles: Cal
 
 
 def _blocks(shape: GemmShape, tile: TileSchedule) -> int:
-    return math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn) * shape.batch * tile.parts
+    high = shape.groups * math.ceil(shape.m / shape.groups / tile.bm)
+    return high * math.ceil(shape.n / tile.bn) * shape.batch * tile.parts
 
 
 def _parts(k: int) -> list[int]:

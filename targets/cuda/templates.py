@@ -15,6 +15,7 @@ from ..common.fused import Unfusable, analyze, static
 from ..common.stages import Unreadable, read_stages, reads_in_place
 from . import attention, attention_hopper, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
 from .gemm import gemm
+from .grouped import grouped
 from .kernel import SHORT, Plan, Unsupported
 from .sizes import FIXED, Known
 from .symbols import dims_of
@@ -23,7 +24,7 @@ from .weight_only import weight_only
 #: templates of products in the order in which they are asked; those of core operators that others do not take
 DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm, depthwise.conv)
 ATTENTION: tuple[Callable[..., Plan], ...] = (attention_hopper.kernel, attention.kernel)
-TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,)}
+TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,), "grouped_matmul": (grouped,)}
 #: Relax operators that are kernels of their own: call -> its plan
 WHOLE: dict[str, Callable[[Any], Plan]] = {name: part.kernel for part in (scan, scatter, sort) for name in part.OPERATORS}
 

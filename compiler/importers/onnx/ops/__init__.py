@@ -7,6 +7,7 @@ from . import (  # noqa: F401
     control,
     convolution,
     elementwise,
+    experts,
     fourier,
     group_query_attention,
     host_arithmetic,

@@ -6,27 +6,21 @@ from typing import Any
 
 from torch import fx
 
+from ....dialect.grouped import grouped_matmul
 from ....tvm import relax
 from .shape import argument
 
 
 def grouped_mm(translator: Any, node: fx.Node) -> relax.Expr:
-    """x: [S, K], weight: [E, K, N], ends: [E] -> [S, N]: rows ends[e - 1] .. ends[e] - 1 by weight[e]; rows behind the last end are zeros.
-
-    Computed by every expert for every row and selected, so that no size depends on the data.
-    """
-    x, weight, ends = translator.value(node.args[:3])
+    """x: [S, K], weight: [E, K, N], ends: [E] -> [S, N]: rows ends[e - 1] .. ends[e] - 1 by weight[e]; rows behind the last end, which torch leaves open, are zeros."""
+    x, weight = translator.value(node.args[:2])
+    ends = translator.value(argument(node, 2, "offs"))
     if x.ty.ndim != 2 or weight.ty.ndim != 3 or ends is None:
         raise NotImplementedError("a grouped product is computed for rows of one matrix only")
-    emit, op = translator.emit, relax.op
-    (count,), rows = ends.ty.shape, x.ty.shape[0]
-    ends = emit(op.reshape(emit(op.astype(ends, "int64")), [count, 1]))
-    starts = emit(op.concat([relax.const([[0]], "int64"), emit(op.strided_slice(ends, [0], [0], [count - 1]))], axis=0))
-    numbers = emit(op.reshape(emit(op.arange(0, rows, 1, "int64")), [1, rows]))
-    inside = emit(op.logical_and(emit(op.greater_equal(numbers, starts)), emit(op.less(numbers, ends))))
-    products = emit(op.matmul(emit(op.expand_dims(x, [0])), weight))
-    chosen = emit(op.where(emit(op.expand_dims(inside, [2])), products, relax.const(0, str(products.ty.dtype.dtype))))
-    return emit(op.sum(chosen, axis=[0]))
+    if argument(node, 3, "bias") is not None:
+        raise NotImplementedError("a grouped product with a bias")
+    product, dtype = translator.emit(grouped_matmul(x, weight, ends)), translator.out_dtype(node)
+    return product if str(product.ty.dtype) == dtype else translator.emit(relax.op.astype(product, dtype))
 
 
 def histc(translator: Any, node: fx.Node) -> relax.Expr:
