@@ -23,6 +23,8 @@ from .cost_model import AnalyticModel, Candidate, CostModel, Machine, ResourceMo
 PRETRAINED = Path(__file__).parent / "pretrained"
 #: candidates of one kernel whose TIR is looked at
 LEADERS = 8
+#: microseconds; a kernel that is predicted to take less is chosen by the first stage alone: what the second gains there (0.1 % of its time) is not worth emitting candidates
+SMALL_US = 5.0
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,27 @@ class LearnedModel:
         others = [candidate for candidate in candidates if family(candidate) not in self.schema.families]
         if not known:
             return self._analytic.choose(others, machine)
-        leaders = self.leaders(known, machine, LEADERS)
-        predicted = self.predict(leaders, machine)
-        index = min(range(len(leaders)), key=predicted.__getitem__)
-        best, latency = leaders[index], predicted[index]
+        best, latency = self._best(known, machine)
         if others:  # one yardstick for both sides: the analytic model's favourites, as it may think little of what the trees prefer
             rival, rival_us = self._analytic.choose(others, machine)
             if rival_us < self._analytic.choose(known, machine)[1]:
                 return rival, rival_us
         return best, latency
 
+    def _best(self, candidates: Sequence[Candidate], machine: Machine) -> tuple[Candidate, float]:
+        """Among families that the trees know."""
+        predicted = self.shortlist(candidates, machine)
+        if min(predicted) >= SMALL_US:
+            candidates = self._leaders(candidates, predicted, machine, LEADERS)
+            predicted = self.predict(candidates, machine)
+        index = min(range(len(candidates)), key=predicted.__getitem__)
+        return candidates[index], predicted[index]
+
     def leaders(self, candidates: Sequence[Candidate], machine: Machine, count: int) -> list[Candidate]:
         """The `count` candidates that the first stage puts in front, the analytic model's favourite among them."""
-        first = self.shortlist(candidates, machine)
+        return self._leaders(candidates, self.shortlist(candidates, machine), machine, count)
+
+    def _leaders(self, candidates: Sequence[Candidate], first: Sequence[float], machine: Machine, count: int) -> list[Candidate]:
         order = sorted(range(len(candidates)), key=first.__getitem__)[:count]
         favourite, _ = self._analytic.choose(candidates, machine)
         chosen = [candidates[index] for index in order]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ...autotune.cost_model import CostModel
+from ...autotune.cost_model import AnalyticModel, CostModel
 from ...autotune.database import Database
 from ...autotune.learned import default_model
 from ...autotune.tuner import TunedModel
@@ -75,8 +75,8 @@ def lower(steps: Steps) -> Lowered:
 
 
 def cost_model(steps: Steps) -> CostModel:
-    """What chooses among candidates: the learned model, behind the winners of a tuning database where one was given."""
-    model, path = default_model("cpu"), steps.options.tuning_db
+    """What chooses among candidates: the learned model, behind the winners of a tuning database where one was given; the analytic one where it has to be quick."""
+    model, path = AnalyticModel() if steps.options.quick else default_model("cpu"), steps.options.tuning_db
     if path is None:
         return model
     from .tasks import hardware
