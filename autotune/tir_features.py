@@ -13,6 +13,9 @@ from typing import Any
 
 from ..compiler.tvm import TensorLoad, tirx, tvm
 
+#: annotation of a loop whose body prefetches and then does a group of steps; here it counts as the one loop over all steps
+PREFETCH = "prefetch"
+
 #: what an extent known only at run time is taken for
 TYPICAL = 64
 #: share of executions that a branch takes whose condition says nothing: guards of the inner part come first, edges last
@@ -122,10 +125,16 @@ class _Walk:
 
     def _for(self, node: Any, weight: float, lanes: int, depth: int) -> None:
         extent = self._extent(node.extent)
+        groups = 1.0
+        if PREFETCH in node.annotations:
+            self.ranges[node.loop_var] = (0.0, max(0.0, extent - 1.0))
+            groups, node = extent, next(child for child in node.body.seq if isinstance(child, tirx.For))
+            extent = self._extent(node.extent)
         if node.kind == tirx.ForKind.VECTORIZED:
             self.statement(node.body, weight, lanes * max(1, int(extent)), depth)
             return
         self.ranges[node.loop_var] = (0.0, max(0.0, extent - 1.0))
+        extent *= groups
         found = self.found
         self.counts["loop_entries"] += weight
         self.counts["loop_steps"] += weight * extent

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from machines import runnable
+from tcompile.autotune.tir_features import tir_features
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import analyze
@@ -85,3 +87,19 @@ def test_inner_loop_is_fma_without_spills(machine, schedule, register):
     hot = re.split(r"\n\tj", hot)[0]  # up to the back edge: the epilogue follows
     assert len(re.findall(rf"vfmadd\w+ps.*%{register}", hot)) >= schedule[0] * schedule[1]
     assert "(%rsp)" not in hot
+
+
+@pytest.mark.parametrize(
+    ("machine", "k", "rows", "prefetched"),
+    [("haswell", 256, 8, True), ("cascadelake", 257, 9, True), ("haswell", 256, 4, False), ("haswell", 8192, 8, False)],
+)
+def test_the_next_panel_is_prefetched_where_tiles_share_one(machine, k, rows, prefetched):
+    """Not for a tile by itself, nor where two panels are more than the second-level cache. The features of the learned model see one loop over k either way."""
+    target = replace(Target.parse(f"cpu:{machine}"), l2_bytes=512 * 1024)
+    func = fused((), rows, k, 48)
+    workload = Gemm().workload(func, frozenset([1]))
+    kernel = Gemm().build(func, workload, GemmSchedule(4, 3, 8, 0), target)
+    assert ("prefetcht1" in compiled(kernel, target).mod.inspect_source("asm")) == prefetched
+    found = tir_features(kernel.func)
+    plain = tir_features(Gemm().build(func, workload, GemmSchedule(4, 3, 8, 0), replace(target, l2_bytes=0)).func)
+    assert found.depth == plain.depth and found.loop_steps == plain.loop_steps

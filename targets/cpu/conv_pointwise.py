@@ -13,6 +13,7 @@ from .conv_common import ConvWorkload, conv_workload, vector_lanes
 from .dot import dot_for
 from .emit import Rows, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
+from .prefetch import panels_ahead
 from .template import Kernel
 
 
@@ -45,7 +46,7 @@ class ConvPointwise:
             flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
             address = _reader(workload, x, pixels)
             operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), flat, address, buffers[w], True, dot)
-            GemmEmitter(fused, buffers, schedule, operands).emit()
+            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packing, buffers[w], dot, target)).emit()
         return Kernel(builder.get(), (packing,))
 
 

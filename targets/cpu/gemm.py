@@ -3,7 +3,7 @@
     for (mo, jo) in parallel:                # mc rows x one panel of NR = nv * lanes columns
         [run-time B: panel[K][NR] = B[:, jo]]
         for io in mc / mr:                   # one register tile: mr x nv accumulators
-            for k in K:
+            for k in K:                      # and every few steps a line of B[:, jo + 1] is prefetched
                 acc[i][v] += A[io*mr + i, k] * panel[k][v]      # nv loads of B, mr broadcasts of A, mr * nv FMAs
             C = epilogue(acc)
 
@@ -14,19 +14,21 @@ The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...autotune.cost_model import KernelFeatures
+from ...autotune.tir_features import PREFETCH
 from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks
+from .prefetch import FEWEST_TILES, Ahead, panels_ahead, steps
 from .template import Kernel, Packing
 
 
@@ -147,7 +149,7 @@ class Gemm:
             flat = T.decl_buffer((product([*batch, *rows]), a.shape[-1]), dot.activation, data=buffers[a].data)
             weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
             operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], flat, lambda row: lambda k: (row, k), weights, workload.packed, dot)
-            GemmEmitter(fused, buffers, schedule, operands).emit()
+            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packings[0], weights, dot, target) if packings else None).emit()
         return Kernel(builder.get(), packings)
 
 
@@ -204,7 +206,9 @@ class GemmOperands:
 class GemmEmitter:
     """Emits one GEMM; see the module for the loop nest."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands):
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands, ahead: Ahead | None = None):
+        """ahead: prefetch of packed weights, if they are worth it."""
+        self._ahead, self._prefetch = ahead, None
         self.fused, self.schedule, self.packed = fused, schedule, operands.packed
         self.k, self.n, self.a, self.b, self.dot = operands.k, operands.n, operands.a, operands.b, operands.dot
         self.address = operands.address
@@ -304,7 +308,9 @@ class GemmEmitter:
         # a rest of more than half a tile is worth a whole one
         whole = T.bind(T.if_then_else(m >= mr, T.floordiv(m + max(0, mr - half - 1), T.int64(mr)), T.int64(0)))
         with T.serial(whole) as io:
+            self._prefetch = self._sharing(io, None)
             self._tile(batch, T.min(io * mr, m - mr), mr, jo, panel, columns, limit)
+            self._prefetch = None
         if mr == 1:
             return
         if half > 1:
@@ -318,8 +324,36 @@ class GemmEmitter:
         tiles = balanced(rows, self.schedule.mr)
         for size in sorted({size for _, size in tiles}, reverse=True):
             starts = [start for start, length in tiles if length == size]
+            before = sum(start < starts[0] for start, _ in tiles)
             with T.serial(T.int64(len(starts))) as io:
+                self._prefetch = self._sharing(io + before, len(tiles)) if len(tiles) >= FEWEST_TILES else None
                 self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
+                self._prefetch = None
+
+    def _sharing(self, tile: Any, tiles: int | None) -> tuple[Any, int] | None:
+        """How a register tile, one of so many that pass a panel, asks for the next panel: the first line, and steps of k between lines."""
+        known = static(self.k)
+        if self._ahead is None or known is None:
+            return None
+        between = steps(tiles, self.nr)
+        return tile * T.int64(-(-self.dot.words(known) // between)), between
+
+    def _ks(self, jo: Any, start: Any, count: Any) -> Iterator[Any]:
+        """Emits the loop over `count` k from `start`: yields k where its body belongs."""
+        if self._prefetch is None:
+            with T.serial(count) as step:
+                yield start + step
+            return
+        assert self._ahead is not None
+        line, between = self._prefetch
+        whole = T.floordiv(count, T.int64(between))
+        with T.serial(whole, annotations={PREFETCH: 1}) as few:
+            self._ahead(jo + 1, line + T.floordiv(start, T.int64(between)) + few)
+            with T.serial(T.int64(between)) as step:
+                yield start + few * between + step
+        if static(count) is None or static(count) % between:
+            with T.serial(count - whole * between) as step:
+                yield start + whole * between + step
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes = self.schedule.lanes
@@ -340,9 +374,8 @@ class GemmEmitter:
         rows = [self.address(first + i) for i in range(mr)]
 
         def multiply(part: Accumulators, start: Any, count: Any) -> None:
-            with T.serial(count) as step:
-                k = start + step
-                part.multiply(range(mr), lambda i: dot.read(self.a, rows[i], k * dot.group), [T.bind(panel(k, v)) for v in range(nv)])
+            for k in self._ks(jo, start, count):
+                part.multiply(range(mr), lambda i: dot.read(self.a, rows[i], k * dot.group), [T.bind(panel(k, v)) for v in range(nv)])  # noqa: B023
 
         if dot.grouped:
             assert known is not None

@@ -1,0 +1,49 @@
+"""Software prefetch of weights: while rows of an activation pass one packed panel, the next panel comes from memory.
+
+Every call reads all weights, from memory once they are more than the last-level cache holds. Hardware prefetchers begin with a panel when its first rows are read, and begin again at
+every page, so that the first register tile of each panel waits for memory. Here every tile asks for its share of the next panel instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ...compiler.tvm import T
+from ..base import Target
+from .dot import Dot
+from .template import Packing
+
+#: words of a cache line
+_LINE = 16
+#: register tiles that pass a panel, at least: one alone waits for its own panel already, and more requests delay it
+FEWEST_TILES = 2
+#: steps of k between two lines asked for, at most; bursts of many lines would keep what a tile loads waiting
+STEPS = 16
+#: (panel, line): asks for one cache line of a panel
+Ahead = Callable[[Any, Any], None]
+
+
+def panels_ahead(packing: Packing, weights: Any, dot: Dot, target: Target) -> Ahead | None:
+    """Prefetch of weights packed to panels of four-byte words; None where the second-level cache does not hold a panel beside the one in use, and where a step of k is so many
+    instructions that memory does not hold it up.
+
+    A panel behind the last one may be asked for: a prefetch never faults.
+    """
+    panels, size = packing.shape[0], math.prod(packing.shape[1:])
+    if 2 * size * 4 > target.l2_bytes or dot.instructions > 1:
+        return None
+    flat, last = T.decl_buffer((panels, size), weights.dtype, data=weights.data), -(-size // _LINE) - 1
+
+    def ahead(panel: Any, line: Any) -> None:
+        place = T.address_of(flat[panel, T.min(line, T.int64(last)) * T.int64(_LINE)])
+        # to be read, kept in the second-level cache and beyond, data
+        T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id("llvm.prefetch"), place, T.int32(0), T.int32(2), T.int32(1)))
+
+    return ahead
+
+
+def steps(tiles: Any, nr: int) -> int:
+    """Steps of k between two lines, so that `tiles` register tiles (None: not known) ask for a whole panel of rows of `nr` words."""
+    return STEPS if tiles is None else max(1, min(STEPS, _LINE * tiles // nr))
