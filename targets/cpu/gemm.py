@@ -349,7 +349,7 @@ class GemmEmitter:
         whole = T.floordiv(count, T.int64(between))
         with T.serial(whole, annotations={PREFETCH: 1}) as few:
             self._ahead(jo + 1, line + T.floordiv(start, T.int64(between)) + few)
-            with T.serial(T.int64(between)) as step:
+            with T.unroll(T.int64(between)) as step:
                 yield start + few * between + step
         if static(count) is None or static(count) % between:
             with T.serial(count - whole * between) as step:

@@ -19,8 +19,9 @@ from .template import Packing
 _LINE = 16
 #: register tiles that pass a panel, at least: one alone waits for its own panel already, and more requests delay it
 FEWEST_TILES = 2
-#: steps of k between two lines asked for, at most; bursts of many lines would keep what a tile loads waiting
-STEPS = 16
+#: steps of k between two lines asked for, at most. They are unrolled: leaving a loop over so few would be predicted wrongly every time, at the cost of a tenth; and bursts of many lines
+#: would keep what a tile loads waiting
+STEPS = 8
 #: (panel, line): asks for one cache line of a panel
 Ahead = Callable[[Any, Any], None]
 
