@@ -351,7 +351,8 @@ class GemmEmitter:
             self._ahead(jo + 1, line + T.floordiv(start, T.int64(between)) + few)
             with T.unroll(T.int64(between)) as step:
                 yield start + few * between + step
-        if static(count) is None or static(count) % between:
+        known = static(count)
+        if known is None or known % between:
             with T.serial(count - whole * between) as step:
                 yield start + whole * between + step
 
