@@ -214,7 +214,7 @@ static uint16_t a[M][2 * K], b[N][2 * K];
 static float c[M][N];
 TC_KERNEL(T::THREADS, 1) product(TC_MAP first, TC_MAP second) {
   const tc::To<float> out{&c[0][0]};
-  tc::gemm_hopper<tc::Bf16x2, T, M, N, K / 32>(tc::MappedRows{first, 0}, tc::MappedRows{second, 0}, out, 0, 0, 0, [&](int, int, float sum) { return sum; });
+  tc::gemm_hopper<tc::Bf16x2, T, N>(tc::MappedRows{first, 0}, tc::MappedRows{second, 0}, out, M, 0, 0, 0, K / 32, [&](int, int, float sum) { return sum; });
 }
 int main() {
   for (int k = 0; k < 2 * K; ++k) {

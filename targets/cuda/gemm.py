@@ -154,7 +154,7 @@ class Gemm(Product):
         lines += [f"  {line}" for line in value] + ["});"]
         return signature.kernel(
             lines,
-            grid=(blocks(self.n, tile.bn), self._row_blocks(tile), times([self.batch, tile.parts])),
+            grid=self._grid(tile),
             threads=tile.threads,
             resident=self.resident(tile),
             shared_bytes=tile.shared_bytes,
@@ -162,6 +162,9 @@ class Gemm(Product):
             workload=f"{self._sizes_text()} {self.policy}",
             schedule=str(tile),
         )
+
+    def _grid(self, tile: TileSchedule) -> tuple[Any, Any, Any]:
+        return blocks(self.n, tile.bn), self._row_blocks(tile), times([self.batch, tile.parts])
 
     def _row_blocks(self, tile: TileSchedule) -> Any:
         """Blocks along y."""

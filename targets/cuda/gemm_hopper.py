@@ -33,7 +33,7 @@ TARGETS = frozenset({"sm_90a"})
 #: words of a row of 16 bytes: rows have to begin at multiples of it
 _ALIGNED = 4
 #: fewer fill less than half of the 64 of a product by wgmma; open rows count from here on
-_ROWS, _MANY = 32, 256
+ROWS, _MANY = 32, 256
 
 
 def gemm(
@@ -53,7 +53,7 @@ def gemm(
 
 def least_cycles(shape: GemmShape, target: Target, policy: str = "") -> float:
     """Predicted cycles of this template's best tile for a product of matrices in words; infinite where it takes none."""
-    if target.name not in TARGETS or shape.k % _ALIGNED or shape.m < _ROWS:
+    if target.name not in TARGETS or shape.k % _ALIGNED or shape.m < ROWS:
         return math.inf
     return predicted_cycles(shape, best_tile(shape, target, policy), target)
 
@@ -125,16 +125,19 @@ class HopperGemm(Gemm):
         return replace(packing, buffer=buffer, pack=pack)
 
     def _operands(self, tile: HopperSchedule, signature: Signature) -> list[str]:
-        a, b = self.fused.inputs[0], self.packings[0].buffer
+        a = self._rows_of_a(tile, signature, "blockIdx.y * T::BM")
+        b = self.packings[0].buffer
+        weights = signature.map(b, "encode", _rows(b), int(b.shape[-1]), tile.bn)
+        return [a, f"const tc::MappedRows b{{{weights}, (int)({self._row(b, 'blockIdx.x * T::BN', signature)})}};"]
+
+    def _rows_of_a(self, tile: HopperSchedule, signature: Signature, first: str) -> str:
+        """The declaration of a source of the rows of A from `first` on."""
+        a = self.fused.inputs[0]
         if self.image is None:
             source, described = "tc::MappedRows", signature.map(a, "encode", _rows(a), self.k, tile.bm)
         else:
             source, described = self.image.source, signature.map(a, "encode_windows", *self.image.encoding(tile.bm))
-        weights = signature.map(b, "encode", _rows(b), int(b.shape[-1]), tile.bn)
-        return [
-            f"const {source} a{{{described}, (int)({self._row(a, 'blockIdx.y * T::BM', signature)})}};",
-            f"const tc::MappedRows b{{{weights}, (int)({self._row(b, 'blockIdx.x * T::BN', signature)})}};",
-        ]
+        return f"const {source} a{{{described}, (int)({self._row(a, first, signature)})}};"
 
     def _row(self, buffer: Any, tile: str, signature: Signature) -> str:
         """The row of a map at which a block's tile begins."""
@@ -145,9 +148,7 @@ class HopperGemm(Gemm):
         steps = tile.part_of(self.steps * schedule.BK) // schedule.BK
         start = f"blockIdx.z * {steps}" if tile.parts > 1 else "0"
         place = f"blockIdx.y * T::BM, blockIdx.x * T::BN, {start}"
-        if isinstance(self.m, int):
-            return f"tc::gemm_hopper<tc::{self.policy}, T, {self.m}, {self.n}, {steps}>(a, b, out, {place}"
-        return f"tc::gemm_hopper<tc::{self.policy}, T, {self.n}, {steps}>(a, b, out, {signature.size(self.m)}, {place}"
+        return f"tc::gemm_hopper<tc::{self.policy}, T, {self.n}>(a, b, out, {signature.size(self.m)}, {place}, {steps}"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ INCLUDED = (
     "depthwise.cuh",
     "recurrent.cuh",
     "hopper.cuh",
+    "blocks.cuh",
     "attention_hopper.cuh",
     "host.cuh",
 )

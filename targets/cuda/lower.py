@@ -22,11 +22,11 @@ from ...passes.fusion import NODES
 from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
 from ..common.node_names import node_of
-from . import sparse
 from .kernel import Kernel, Packing, Plan, Unsupported, elements
 from .sizes import bind, simplified
 from .symbols import Symbols, dims_of
 from .templates import plan_of, rounded_copies, whole
+from .zeros import Zeros, zeros_of
 
 _OF_DATA = "a size that is computed from data, which the CUDA target does not wait for"
 
@@ -113,7 +113,8 @@ class _Walk:
         self.values: dict[Any, Any] = {}  # variable -> Tensor, or a list of values
         self.plans: dict[str, tuple[Plan, tuple[str, ...]]] = {}
         self.constants: dict[Any, Tensor] = {}
-        self.two_of_four: dict[Any, bool] = {}  # constant -> whether it is a weight of this pattern
+        self.zeros: dict[Any, Zeros | None] = {}  # constant -> those that templates may leave out
+        self.chosen: dict[tuple[Any, ...], str] = {}  # function, zeros of its weights -> its plan
         self.fixed = {name: constant_positions(sites) for name, sites in call_sites(module).items()}
         self.weight_bytes = 0
         self.temporaries: list[Tensor] = []
@@ -192,14 +193,15 @@ class _Walk:
         copy, dtype = self.rounded.get(var, (None, ""))
         outs = self._outs(call.ty_args[0])
         func, given = self.module[function], list(call.args[1].fields)
-        pruned = frozenset(position for position in self.fixed[function] if self._two_of_four(given[position]))
-        name = function + ("_two_of_four" if pruned else "") + (f"_and_{dtype}" if dtype else "")
+        name = function + (f"_and_{dtype}" if dtype else "")
+        zeros = {position: found for position in self.fixed[function] if (found := self._zeros(given[position])) is not None}
         nodes = tuple(str(node) for node in (func.attrs or {}).get(NODES, ()))
         try:
             values = self._bound(func, call, nodes)
-            if name not in self.plans:
-                known = self.symbols.known.bound(values)
-                self._add(name, plan_of(func, self.target, self.policy, self.fixed[function], dtype, pruned, known), nodes)
+            known = self.symbols.known.bound(values)
+            name = self._chosen(
+                name, zeros, functools.partial(plan_of, func, self.target, self.policy, self.fixed[function], dtype, zeros, known), nodes
+            )
             self._check(name, values)
         except Unsupported as reason:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
@@ -235,12 +237,24 @@ class _Walk:
             for size in (*kernel.grid, *kernel.sizes, *(kernel.when or ())[:1], *(size for each in kernel.maps for size in each.arguments)):
                 self.symbols.resolved(size, values)
 
-    def _two_of_four(self, arg: Any) -> bool:
+    def _zeros(self, arg: Any) -> Zeros | None:
         if not isinstance(arg, Constant):
-            return False
-        if arg not in self.two_of_four:
-            self.two_of_four[arg] = sparse.two_of_four(arg.value.numpy())
-        return self.two_of_four[arg]
+            return None
+        if arg not in self.zeros:
+            self.zeros[arg] = zeros_of(arg.value.numpy())
+        return self.zeros[arg]
+
+    def _chosen(self, function: str, zeros: Mapping[int, Zeros], make: Callable[[], Plan], nodes: tuple[str, ...]) -> str:
+        """The name of the plan of a function by weights with these zeros; weights for which the same kernels are best share it."""
+        key = function, tuple(sorted(zeros.items()))
+        if key not in self.chosen:
+            made = make()
+            others = list(dict.fromkeys(name for (other, _), name in self.chosen.items() if other == function))
+            same = (name for name in others if _texts(self.plans[name][0]) == _texts(made))
+            self.chosen[key] = next(same, f"{function}_other{len(others)}" if others else function)
+            if self.chosen[key] not in self.plans:
+                self._add(self.chosen[key], made, nodes)
+        return self.chosen[key]
 
     def _whole(self, call: Any, hint: str, make: Callable[[], Plan]) -> Any:
         """An operator that has a kernel of its own and takes part in no fusion; equal ones share it."""

@@ -22,11 +22,19 @@ THREADS = 256
 
 
 def plan(
-    template: type[Product], fused: Fused, target: Target, policy: str, constants: frozenset[int], schedule: Any, rounded: str, known: Known = FIXED
+    template: type[Product],
+    fused: Fused,
+    target: Target,
+    policy: str,
+    constants: frozenset[int],
+    schedule: Any,
+    rounded: str,
+    known: Known = FIXED,
+    **more: Any,
 ) -> Plan:
     """The kernels of a fused function by this template and schedule (None: the best); raises Unfusable when it is not for the template.
 
-    constants: positions of parameters that may be packed. rounded, known: see `Product`.
+    constants: positions of parameters that may be packed. rounded, known: see `Product`. more: what else the template takes.
     """
     if fused.core["op"] not in template.cores:
         raise Unfusable(f"{fused.core['op']} is none of {', '.join(template.cores)}")
@@ -36,7 +44,7 @@ def plan(
     if any(static(dim) == 0 for param in params for dim in param.shape):
         raise Unfusable("an operand without elements")
     try:
-        made = template(fused, target, policy, constants, rounded, known)
+        made = template(fused, target, policy, constants, rounded, known, **more)
         return Plan((*params, *made.copies), made.kernels(schedule), made.packings)
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason

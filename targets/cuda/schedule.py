@@ -37,7 +37,8 @@ _OTHER_REGISTERS, _COPY_REGISTERS = 32, 2
 @dataclass(frozen=True)
 class GemmShape:
     """batch x m x k x n, k in words of 4 bytes; va, vb: words per copy of A and B; windows: A is read through a convolution's windows. groups: the m rows are in so many
-    groups, about equally many in each, and a block has rows of one of them."""
+    groups, about equally many in each, and a block has rows of one of them. strips: words of k that are multiplied by each strip of a tile's columns, the longest first, where that
+    is not all of them."""
 
     batch: int
     m: int
@@ -47,6 +48,7 @@ class GemmShape:
     vb: int = 4
     windows: bool = False
     groups: int = 1
+    strips: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,15 @@ def predicted_cycles(shape: GemmShape, tile: TileSchedule, target: Target, polic
 def in_waves(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: float, per_sm: int, latency: float = 0.0) -> float:
     """`predicted_cycles` of blocks of which `per_sm` fit a multiprocessor, whose steps take so many cycles of tensor cores and shared memory; latency: what one takes at least."""
     blocks = _blocks(shape, tile)
-    steps = math.ceil(tile.part_of(shape.k) / BK)
     resident = min(per_sm, math.ceil(blocks / target.cores))
     waves = math.ceil(blocks / (target.cores * resident))
+    steps = waves * math.ceil(tile.part_of(shape.k) / BK)
+    if shape.strips:  # a wave takes as long as its first block, whose strip is the longest of them
+        firsts = (shape.strips[block * len(shape.strips) // blocks] for block in range(0, blocks, target.cores * resident))
+        steps = sum(math.ceil(tile.part_of(k) / BK) for k in firsts)
     level2 = 4.0 * BK * (tile.bm + tile.bn) / _L2_BYTES_PER_CYCLE
     sums = _SUMS_LATENCY + 4.0 * (tile.parts + 1) * shape.m * shape.n / (target.cores * _L2_BYTES_PER_CYCLE) if tile.parts > 1 else 0.0
-    return waves * (_BLOCK_LATENCY + steps * (max(max(step_cycles, level2) * resident, latency) + _STEP_LATENCY)) + sums
+    return waves * _BLOCK_LATENCY + steps * (max(max(step_cycles, level2) * resident, latency) + _STEP_LATENCY) + sums
 
 
 def design(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> Design:
@@ -173,10 +178,11 @@ def fitting(shape: GemmShape, tiles: Sequence[TileSchedule], target: Target, pol
     return [tile for tile, has, may in zip(tiles, taken, limits, strict=True) if all(has[name] <= limit for name, limit in may.items())]
 
 
-def best_tile(shape: GemmShape, target: Target, policy: str) -> TileSchedule:
-    """The tile of least predicted time, of those that are predicted to fit; of all when none is."""
+def best_tile(shape: GemmShape, target: Target, policy: str, width: int | None = None) -> TileSchedule:
+    """The tile of least predicted time, of those that are predicted to fit; of all when none is. width: the columns that it has to have."""
     # what is neither split nor rounded leaves registers for accumulators, unless narrow copies want them for addresses
     tiles = space(target, policy in _IN_WORDS and policy not in BLOCKED and min(shape.va, shape.vb) == 4)
+    tiles = [tile for tile in tiles if tile.bn == (width or tile.bn)]
     found = fitting(shape, tiles, target, policy) or tiles
     return fastest(shape, found, target, lambda tile: predicted_cycles(shape, tile, target, policy))
 

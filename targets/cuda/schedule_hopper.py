@@ -49,10 +49,10 @@ class HopperSchedule(TileSchedule):
         return f"{self.bm}x{self.bn}x{BK}, 1 warp group copies, {self.groups} multiply, {self.stages} stages{parts}"
 
 
-def space(target: Target, sums: int = 128) -> Sequence[HopperSchedule]:
-    """Tiles of at most so many sums a thread whose stages fit the shared memory as often as blocks are to be resident."""
+def space(target: Target, sums: int = 128, width: int | None = None) -> Sequence[HopperSchedule]:
+    """Tiles of at most so many sums a thread whose stages fit the shared memory as often as blocks are to be resident. width: where all have to be as narrow, high ones are among them."""
     one = [(bm, bn, 1) for bm, widths in ((64, (64, 128, 192)), (128, (64, 128))) for bn in widths]
-    two = [(128, bn, 2) for bn in (128, 192, 256)] + [(256, 128, 2)]
+    two = [(128, bn, 2) for bn in (128, 192, 256)] + [(256, 128, 2)] + ([(256, 64, 2)] if width == 64 else [])
     found = [HopperSchedule(bm, bn, 4 * groups, 1, stages) for bm, bn, groups in one + two for stages in (5, 4, 3)]
     return [
         tile
@@ -69,9 +69,10 @@ def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> 
     return in_waves(shape, tile, target, max(arithmetic, shared), tile.resident, _COPY_LATENCY / (tile.stages - 1))
 
 
-def best_tile(shape: GemmShape, target: Target, policy: str = "") -> HopperSchedule:
-    """The tile of least predicted time for operands of this policy."""
-    return fastest(shape, space(target, 96 if policy in BLOCKED else 128), target, lambda tile: predicted_cycles(shape, tile, target))
+def best_tile(shape: GemmShape, target: Target, policy: str = "", width: int | None = None) -> HopperSchedule:
+    """The tile of least predicted time for operands of this policy. width: the columns that it has to have."""
+    tiles = [tile for tile in space(target, 96 if policy in BLOCKED else 128, width) if tile.bn == (width or tile.bn)]
+    return fastest(shape, tiles, target, lambda tile: predicted_cycles(shape, tile, target))
 
 
 #: keys of a step of attention: scores of 64 of them take 32 registers a thread

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...compiler.dialect import attention as attention_dialect
@@ -13,15 +14,17 @@ from ...passes.products import operator
 from ..base import Target
 from ..common.fused import Unfusable, analyze, static
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, attention_hopper, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
+from . import attention, attention_hopper, blocks, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
 from .gemm import gemm
 from .grouped import grouped
 from .kernel import SHORT, Plan, Unsupported
 from .sizes import FIXED, Known
 from .symbols import dims_of
 from .weight_only import weight_only
+from .zeros import Zeros
 
-#: templates of products in the order in which they are asked; those of core operators that others do not take
+#: templates of products in the order in which they are asked: by weights that have zeros in whole tiles, by any; those of core operators that others do not take
+SPARSE: tuple[Callable[..., Plan], ...] = (blocks.gemm_on_hopper, blocks.gemm)
 DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm, depthwise.conv)
 ATTENTION: tuple[Callable[..., Plan], ...] = (attention_hopper.kernel, attention.kernel)
 TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,), "grouped_matmul": (grouped,)}
@@ -35,12 +38,12 @@ def plan_of(
     policy: str,
     constants: frozenset[int] = frozenset(),
     rounded: str = "",
-    pruned: frozenset[int] = frozenset(),
+    zeros: Mapping[int, Zeros] | None = None,
     known: Known = FIXED,
 ) -> Plan:
     """The kernels of one fused function: a template where one takes it, the generic scheduler otherwise. Raises Unsupported when neither does.
 
-    constants: positions of parameters that are known at compile time; pruned: of those that are weights of the 2:4 pattern. rounded: a type of two bytes in which the
+    constants: positions of parameters that are known at compile time; zeros: those of them that templates may leave out. rounded: a type of two bytes in which the
     float32 result is written, too, as a last parameter. known: what is known of the function's symbols.
     """
     try:
@@ -48,8 +51,10 @@ def plan_of(
     except Unfusable as problem:
         return generic.schedule(func, str(problem), rounded, known)
     reason, templates = "", TEMPLATES.get(fused.core["op"], DENSE)
-    if len(fused.inputs) > 1 and fused.param_index(fused.inputs[1]) in pruned:
-        templates = (sparse.gemm, *templates)
+    pattern = (zeros or {}).get(fused.param_index(fused.inputs[1])) if len(fused.inputs) > 1 else None
+    if pattern is not None:
+        of_blocks = (functools.partial(template, pattern=pattern) for template in SPARSE)
+        templates = (*of_blocks, *((sparse.gemm,) if pattern.two_of_four else ()), *templates)
     for template in templates:
         try:
             return template(fused, target, policy, constants, rounded=rounded, known=known)

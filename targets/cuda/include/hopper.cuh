@@ -87,9 +87,9 @@ template <int C, int OH, int OW, int KW, int SH, int SW, int TOP, int LEFT, int 
   }
 };
 
-// out[m0.., n0..] [rows][N] = value(row, column, sum) for the elements of A B' over STEPS steps of k, from step `first` on.
-template <class P, class T, int N, int STEPS, class Source, class Out, class Value>
-TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int rows, int m0, int n0, int first, const Value& value) {
+// out[m0.., n0..] [rows][N] = value(row, column, sum) for the elements of A B' over `steps` steps of k, from step `first` on.
+template <class P, class T, int N, class SourceA, class SourceB, class Out, class Value>
+TC_DEVICE void gemm_hopper(const SourceA& a, const SourceB& b, const Out& out, int rows, int m0, int n0, int first, int steps, const Value& value) {
   TC_SHARED(char, shared);
   char* const stages = shared + (-shared_address(shared) & 1023);
   Ring<T::STAGES, T::STAGE_BYTES> ring(stages, stages + T::STAGES * T::STAGE_BYTES);
@@ -103,7 +103,7 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
     give_registers<T::COPYING>();
     if (threadIdx.x == 0) {
 #pragma unroll 1
-      for (int step = 0; step < STEPS; ++step, ring.next()) {
+      for (int step = 0; step < steps; ++step, ring.next()) {
         char* const stage = ring.fill(T::STAGE_BYTES);
         a.bring(stage, first + step, ring.full + ring.slot);
         b.bring(stage + T::A_BYTES, first + step, ring.full + ring.slot);
@@ -115,7 +115,7 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
     typename P::Sum c[T::MT][T::BN / 2] = {};
     int before = 0;
 #pragma unroll 1
-    for (int step = 0; step < STEPS; ++step, ring.next()) {
+    for (int step = 0; step < steps; ++step, ring.next()) {
       const uint32_t stage = ring.read();
       const uint64_t da = descriptor(stage + own * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
       typename P::Sum block[T::MT][T::BN / 2];  // of this step, where it is summed apart
@@ -158,12 +158,6 @@ TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out,
       }
     }
   }
-}
-
-// The same for rows whose number is known.
-template <class P, class T, int M, int N, int STEPS, class Source, class Out, class Value>
-TC_DEVICE void gemm_hopper(const Source& a, const MappedRows& b, const Out& out, int m0, int n0, int first, const Value& value) {
-  gemm_hopper<P, T, N, STEPS>(a, b, out, M, m0, n0, first, value);
 }
 
 }  // namespace tc

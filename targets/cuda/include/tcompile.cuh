@@ -310,19 +310,17 @@ template <int STAGES, class Fill, class Use> TC_DEVICE void in_stages(int steps,
   }
 }
 
-// out[m0.., n0..] [rows][columns] = value(row, column, sum) for the elements of A B, where A is rows x depth and B is depth x columns, both from k0 on. VA, VB: floats per copy. distance: from
-// row to row of out.
-template <class P, class T, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
-TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int rows, int columns, int depth, int distance, int m0, int n0, int k0, const Value& value) {
+// out[m0.., n0..] [rows][columns] = value(row, column, sum) for the elements of A B, of so many steps of BK of K, in their order: bring(a, b, step) asks for the copies of a step's tiles of A
+// and B. distance: from row to row of out.
+template <class P, class T, class Bring, class Out, class Value>
+TC_DEVICE void gemm_steps(int steps, const Bring& bring, const Out& out, int rows, int columns, int distance, int m0, int n0, const Value& value) {
   TC_SHARED(float, shared);
-  const int steps = (depth + T::BK - 1) / T::BK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int wm = warp / T::WN * (T::MT * 16), wn = warp % T::WN * (T::NT * 8);
   typename P::Sum c[T::MT][T::NT][4] = {};
   auto fill = [&](int step) {
     float* slot = shared + step % T::STAGES * T::STAGE_FLOATS;
-    stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(slot, a, m0, k0 + step * T::BK);
-    stage<T::BK, T::BN, T::LDB, T::THREADS, VB>(slot + T::A_FLOATS, b, k0 + step * T::BK, n0);
+    bring(slot, slot + T::A_FLOATS, step);
   };
   in_stages<T::STAGES>(steps, fill, [&](int step) {
     const float* as = shared + step % T::STAGES * T::STAGE_FLOATS;
@@ -362,6 +360,15 @@ TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int rows
         const int m = m0 + wm + i * 16 + g + r * 8, n = n0 + wn + j * 8 + 2 * t;
         if (m < rows) put(out, (size_t)m * distance, n, columns, distance, [&](int e) { return value(m, n + e, c[i][j][2 * r + e]); });
       }
+}
+// The same where A is rows x depth and B is depth x columns, both from k0 on. VA, VB: floats per copy.
+template <class P, class T, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
+TC_DEVICE void gemm(const SourceA& a, const SourceB& b, const Out& out, int rows, int columns, int depth, int distance, int m0, int n0, int k0, const Value& value) {
+  auto bring = [&](float* as, float* bs, int step) {
+    stage<T::BM, T::BK, T::LDA, T::THREADS, VA>(as, a, m0, k0 + step * T::BK);
+    stage<T::BK, T::BN, T::LDB, T::THREADS, VB>(bs, b, k0 + step * T::BK, n0);
+  };
+  gemm_steps<P, T>((depth + T::BK - 1) / T::BK, bring, out, rows, columns, distance, m0, n0, value);
 }
 // The same for sizes that are known.
 template <class P, class T, int M, int N, int K, int VA, int VB, int LD = N, class SourceA, class SourceB, class Out, class Value>
