@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import tcompile
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tcompile.compiler.element_types import numpy_dtype
 from tcompile.models import text
 from tcompile.models.zoo import ZOO
+from tcompile.passes.sparsity.patterns import parse
 
 Call = Callable[[], Any]
 Tensors = list[torch.Tensor]
@@ -45,6 +47,7 @@ def cases(small: bool) -> Iterator[Case]:
         yield gemm(33, 48, 40)
         yield int8_gemm(32, 64, 48)
         yield fp8_gemm(32, 64, 48)
+        yield sparse_gemm(33, 96, 80, "block16x32:0.5", "cpu")
         yield attention(2, 32, 37, causal=True)
         yield depthwise(1, 9, 12, 3)
         yield top_k(3, 70, 5)
@@ -57,6 +60,8 @@ def cases(small: bool) -> Iterator[Case]:
     yield int8_gemm(4096, 4096, 4096)
     for m, k, n in ((4096, 4096, 4096), (8192, 8192, 8192), (16, 4096, 14336)):
         yield fp8_gemm(m, k, n)
+    for size, pattern, bar in ((4096, "block64x128:0.5", 1.5), (8192, "block64x128:0.5", 1.5), (4096, "block64x64:0.5", None)):
+        yield sparse_gemm(size, size, size, pattern, "cuda", bar)
     for batch, size, channels, taps in ((1, 56, 144, 3), (32, 56, 144, 3), (32, 28, 120, 5)):
         yield depthwise(batch, size, channels, taps)
     for rows, length, count in ((32, 128256, 50), (8192, 64, 8), (64, 4096, 4096)):
@@ -207,6 +212,36 @@ def fp8_gemm(m: int, k: int, n: int) -> Case:
         bar=1.5,
         against="torch bf16",
         tolerance=0.06,
+    )
+
+
+def sparse_gemm(m: int, k: int, n: int, pattern: str, target: str, bar: float | None = None) -> Case:
+    """x [m, k] times constant weights [k, n] with blocks of zeros, all bfloat16; beside torch's dense product of the same weights, and ours of weights that are no less than 1e-30."""
+    wanted = parse(pattern)
+    weight = (_normal(1, k, n) * k**-0.5).bfloat16().float()
+    weight = weight * torch.from_numpy(wanted.mask(weight.abs().numpy(), wanted.level))
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    kind = TensorProto.BFLOAT16
+
+    def model(values: torch.Tensor) -> ModelProto:
+        return _graph([node], {"x": (kind, (m, k))}, (kind, (m, n)), [_bfloat16("w", values)])
+
+    def peers(inputs: Tensors) -> dict[str, Call]:
+        (x,) = inputs
+        right = weight.to(x.device, torch.bfloat16)
+        dense = tcompile.compile(model(torch.where(weight == 0, torch.tensor(1e-30), weight)), target=target)
+        return {"torch": lambda: x @ right, "tcompile dense": lambda: dense(x)}
+
+    return Case(
+        f"gemm bf16 {m}x{k}x{n}, {pattern}",
+        lambda: model(weight),
+        lambda device: [_normal(2, m, k).to(device, torch.bfloat16)],
+        peers,
+        lambda inputs: inputs[0].double() @ weight.to(inputs[0].device).double(),
+        flops=2.0 * m * k * n * (1 - wanted.level),
+        moved=2.0 * (m * k + k * n * (1 - wanted.level) + m * n),
+        bar=bar,
+        against="tcompile dense",
     )
 
 

@@ -202,7 +202,7 @@ class HopperBlockGemm(BlockGemm, gemm_hopper.HopperGemm):
         return shape.m >= gemm_hopper.ROWS and self._least(shape) < min(self._others(shape), mma._least(shape))
 
     def _best_of(self, shape: GemmShape, width: int) -> TileSchedule:
-        return schedule_hopper.best_tile(shape, self.target, width)
+        return schedule_hopper.best_tile(shape, self.target, self.policy, width)
 
     def _cycles(self, shape: GemmShape, tile: Any) -> float:
         return schedule_hopper.predicted_cycles(shape, tile, self.target)

@@ -50,5 +50,3 @@ def merged(flags: np.ndarray, k: int, columns: int) -> np.ndarray:
     """Whether any is set in each tile of k x columns of [K, N]; those at the ends may be smaller."""
     rows = np.logical_or.reduceat(flags, np.arange(0, flags.shape[0], k), axis=0)
     return np.logical_or.reduceat(rows, np.arange(0, flags.shape[1], columns), axis=1)
-
-

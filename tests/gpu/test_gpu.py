@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tcompile
 import test_cuda_attention_hopper
+import test_cuda_blocks
 import test_cuda_depthwise
 import test_cuda_dynamic
 import test_cuda_half
@@ -158,6 +159,22 @@ def test_sparse(gpu, monkeypatch, precision):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
     test_cuda_sparse.check(precision, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "int8"])
+def test_sparse_blocks(gpu, monkeypatch, precision):
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    test_cuda_blocks.check(test_cuda_blocks.blocks.BlockGemm, test_cuda_blocks.CASES, precision, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_sparse_blocks_on_hopper(gpu, monkeypatch, precision):
+    if gpu != test_cuda_blocks.HOPPER:
+        pytest.skip(f"no wgmma on {gpu}")
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    test_cuda_blocks.check_on_hopper(test_cuda_blocks.ON_HOPPER, precision, monkeypatch)
 
 
 @pytest.mark.networks
