@@ -29,7 +29,7 @@ def test_a_rehearsal_writes_a_table_of_all_kinds(tmp_path, monkeypatch, capsys):
     )
     gpu.main()
     rows = json.loads(result.read_text())["cases"]
-    assert [row["case"].split()[0] for row in rows] == ["gemm", "gemm", "gemm", "attention", "depthwise", "top-5"]
+    assert [row["case"].split()[0] for row in rows] == ["gemm", "gemm", "gemm", "gemm", "attention", "depthwise", "top-5"]
     for row in rows:
         assert {name for name in row["refused"] if "_scaled_mm" not in name} <= {"torch cudnn", "torch efficient"} and len(
             row["ms"]
