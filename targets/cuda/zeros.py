@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import sparse
+from .kernel import HALF
 
-#: types of weights of 16 bits that templates leave zeros out of; weights in float8 are taken whole
-_SHORT = ("float16", "bfloat16")
 #: granularity of `Zeros.tiles`: what the tiles of every template are multiples of, in k and in columns
 K, COLUMNS = 16, 32
 
@@ -29,8 +28,8 @@ class Zeros:
 
 
 def zeros_of(weight: np.ndarray) -> Zeros | None:
-    """Of weights [..., K, N] of one matrix, or of a convolution's taps [height, width, channels, N]; None where nothing can be left out."""
-    if weight.ndim < 2 or not weight.size or weight.dtype.name not in (*_SHORT, "float32", "int8"):
+    """Of weights [..., K, N] of one matrix, or of a convolution's taps [height, width, channels, N]; None where nothing can be left out, and for float8."""
+    if weight.ndim < 2 or not weight.size or weight.dtype.name not in (*HALF, "float32", "int8"):
         return None
     pattern = sparse.two_of_four(weight)
     tiles = occupied(weight)
@@ -40,7 +39,7 @@ def zeros_of(weight: np.ndarray) -> Zeros | None:
 def occupied(weight: np.ndarray) -> np.ndarray:
     """bool [ceil(K / 16), ceil(N / 32)]: whether a tile of [..., K, N], K what all but the last dim make, has a number that is not zero (of either sign)."""
     matrix = weight.reshape(-1, weight.shape[-1])
-    if matrix.dtype.name in _SHORT:
+    if matrix.dtype.name in HALF:
         matrix = matrix.view(np.uint16) & 0x7FFF
     if (corners := matrix[::K, ::COLUMNS] != 0).all():  # of dense weights that says it all
         return corners
