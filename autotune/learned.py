@@ -116,20 +116,17 @@ class LearnedModel:
         """Among families that the trees know."""
         predicted = self.shortlist(candidates, machine)
         if min(predicted) >= SMALL_US:
-            candidates = self._leaders(candidates, predicted, machine, LEADERS)
+            candidates = self._leaders(candidates, predicted, machine)
             predicted = self.predict(candidates, machine)
         index = min(range(len(candidates)), key=predicted.__getitem__)
         return candidates[index], predicted[index]
 
-    def leaders(self, candidates: Sequence[Candidate], machine: Machine, count: int) -> list[Candidate]:
-        """The `count` candidates that the first stage puts in front, the analytic model's favourite among them."""
-        return self._leaders(candidates, self.shortlist(candidates, machine), machine, count)
-
-    def _leaders(self, candidates: Sequence[Candidate], first: Sequence[float], machine: Machine, count: int) -> list[Candidate]:
-        order = sorted(range(len(candidates)), key=first.__getitem__)[:count]
+    def _leaders(self, candidates: Sequence[Candidate], first: Sequence[float], machine: Machine) -> list[Candidate]:
+        """The candidates that the first stage, which predicted `first`, puts in front, the analytic model's favourite among them."""
+        order = sorted(range(len(candidates)), key=first.__getitem__)[:LEADERS]
         favourite, _ = self._analytic.choose(candidates, machine)
         chosen = [candidates[index] for index in order]
-        return chosen if any(candidate is favourite for candidate in chosen) else [*chosen[: count - 1], favourite]
+        return chosen if any(candidate is favourite for candidate in chosen) else [*chosen[:-1], favourite]
 
     def _latency(self, booster: Any, rows: np.ndarray, candidates: Sequence[Candidate], machine: Machine) -> list[float]:
         analytic = np.asarray(self._analytic.predict(candidates, machine))

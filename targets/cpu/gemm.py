@@ -326,14 +326,14 @@ class GemmEmitter:
             starts = [start for start, length in tiles if length == size]
             before = sum(start < starts[0] for start, _ in tiles)
             with T.serial(T.int64(len(starts))) as io:
-                self._prefetch = self._sharing(io + before, len(tiles)) if len(tiles) >= FEWEST_TILES else None
+                self._prefetch = self._sharing(io + before, len(tiles))
                 self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
                 self._prefetch = None
 
     def _sharing(self, tile: Any, tiles: int | None) -> tuple[Any, int] | None:
         """How a register tile, one of so many that pass a panel, asks for the next panel: the first line, and steps of k between lines."""
         known = static(self.k)
-        if self._ahead is None or known is None:
+        if self._ahead is None or known is None or (tiles is not None and tiles < FEWEST_TILES):
             return None
         between = steps(tiles, self.nr)
         return tile * T.int64(-(-self.dot.words(known) // between)), between
