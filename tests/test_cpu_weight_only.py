@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernels import only_kernel
 from machines import runnable
-from tcompile.compiler.dialect.weight_only import reference, weight_only_matmul
+from tcompile.compiler.dialect.weight_only import reference, rows_of, weight_only_matmul
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.passes.quantization.formats import GroupedInt
 from tcompile.targets.base import Target
@@ -24,7 +24,7 @@ def fused(m: Any, k: int, n: int, made: GroupedInt) -> Any:
     """relu(x @ w + b) as Relax fuses it; m may be a symbol's name."""
     groups = made.groups(k)
     x = relax.Var("x", relax.TensorType((tirx.Var(m, "int64") if isinstance(m, str) else m, k), "float32"))
-    packed = relax.Var("w", relax.TensorType((groups * made.group * made.bits // 8, n), "uint8"))
+    packed = relax.Var("w", relax.TensorType((rows_of(groups * made.group, made.bits), n), "uint8"))
     scales = relax.Var("s", relax.TensorType((groups, n), "float32"))
     zeros = [] if made.symmetric else [relax.Var("z", relax.TensorType((groups, n), "uint8"))]
     bias = relax.Var("b", relax.TensorType((n,), "float32"))
@@ -50,14 +50,31 @@ CASES = [
     (33, 130, 40, GroupedInt(8, 128)),
     ("rows", 100, 70, GroupedInt(4, 32)),
     ("rows", 100, 128, GroupedInt(8, 32, symmetric=False)),
+    (1, 1, 5, GroupedInt(3, 2)),
+    (2, 97, 31, GroupedInt(1, 32)),
+    (9, 100, 37, GroupedInt(3, 22, symmetric=False)),
+    (1, 193, 40, GroupedInt(5, 64)),
+    ("rows", 71, 33, GroupedInt(6, 18)),
 ]
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("target", runnable())
-def test_against_the_reference(index, target):
-    m, k, n, made = CASES[index]
-    rng = np.random.default_rng(index)
+def test_against_the_reference(case, target):
+    check(*case, target)
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("target", runnable())
+def test_every_width(bits, symmetric, target):
+    for m, k, n, group in ((1, 67, 33, 32), (33, 129, 20, 48), (9, 64, 17, 2)):
+        check(m, k, n, GroupedInt(bits, group, symmetric), target)
+
+
+def check(m, k, n, made, target):
+    rng = np.random.default_rng(k)
     weight = rng.standard_normal((k, n)).astype(np.float32)
     encoded = made.encode(weight + (0 if made.symmetric else 0.7))
     arrays = [made.pack(encoded.codes), np.ascontiguousarray(encoded.scale[:, 0])]
@@ -84,7 +101,14 @@ def test_against_the_reference(index, target):
 
 
 @pytest.mark.parametrize(
-    ("machine", "bits", "instruction"), [("cascadelake", 4, "vpermps"), ("cascadelake", 8, "vpmovsxbd"), ("haswell", 4, "vpslld")]
+    ("machine", "bits", "instruction"),
+    [
+        ("cascadelake", 4, "vpermps"),
+        ("cascadelake", 3, "vpermps"),
+        ("cascadelake", 8, "vpmovsxbd"),
+        ("haswell", 4, "vpslld"),
+        ("haswell", 6, "vpslld"),
+    ],
 )
 def test_codes_become_floats_in_registers(machine, bits, instruction):
     target = Target.parse(f"cpu:{machine}")

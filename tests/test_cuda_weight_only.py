@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import types
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import tcompile
 from cuda_models import compiled, emulation, program_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcompile.compiler.dialect.weight_only import reference, weight_only_matmul
+from tcompile.compiler.dialect.weight_only import decompose, reference, weight_only_matmul
 from tcompile.compiler.tvm import relax
 from tcompile.passes.quantization.formats import GroupedInt
 from tcompile.targets.base import Target
@@ -126,12 +127,22 @@ def test_numbers_that_are_none_stay_in_their_row(precision):
 
 @needs_gxx
 def test_weights_that_are_computed_have_generic_kernels():
-    made = GroupedInt(4, 32, symmetric=False)
-    x, arrays = floats(3, 40), weights_of(40, 9, made)
-    (out,), lowered = run(
-        lambda emit, x, *arrays: [emit(weight_only_matmul(x, *arrays, bits=4, group=32))], {"x": x} | {f"w{i}": a for i, a in enumerate(arrays)}
-    )
-    assert np.abs(out - reference(x, *arrays, bits=4, group=32)).max() < 1e-5
+    """Of every kind of width: by the operator's definition, and by plain Relax operators."""
+    formats = [GroupedInt(4, 32, symmetric=False), GroupedInt(1, 16), GroupedInt(3, 6), GroupedInt(6, 10, symmetric=False)]
+    x, operands = floats(3, 43), [weights_of(43, 9, made) for made in formats]
+    arrays = {f"w{i}{j}": array for i, group in enumerate(operands) for j, array in enumerate(group)}
+
+    def build(emit, x, *flat):
+        given, results = iter(flat), []
+        for made, group in zip(formats, operands, strict=True):
+            call = weight_only_matmul(x, *(next(given) for _ in group), bits=made.bits, group=made.group)
+            results += [emit(call), emit(decompose(types.SimpleNamespace(emit=emit), call))]
+        return results
+
+    outputs, lowered = run(build, {"x": x} | arrays)
+    for i, (made, group) in enumerate(zip(formats, operands, strict=True)):
+        for out in outputs[2 * i : 2 * i + 2]:
+            assert np.abs(out - reference(x, *group, bits=made.bits, group=made.group)).max() < 1e-5, made
     assert lowered.report["kernels"][0]["reason"] == "weights that are computed"
 
 

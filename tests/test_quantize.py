@@ -220,7 +220,9 @@ def test_none_is_the_identity() -> None:
     assert Quantize("none").run(program, PassContext(CPU)) is program  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("quantize", "loss"), [("w8", 0.01), ("w4", 0.15), (Quantize("w4", group=8, symmetric=False), 0.1)])
+@pytest.mark.parametrize(
+    ("quantize", "loss"), [("w8", 0.01), ("w4", 0.15), ("w3", 0.3), ("w1", 0.8), (Quantize("w4", group=8, symmetric=False), 0.1)]
+)
 def test_weights_alone(quantize: Any, loss: float) -> None:
     net, samples = Mlp(), data((5, 20))
     model = compiled(net, samples, quantize)

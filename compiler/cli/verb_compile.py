@@ -19,7 +19,7 @@ def compile_verb(
     shape: list[str] = Shape,
     threads: int | None = Threads,
     quantize: str | None = typer.Option(
-        None, "--quantize", help="Number format of the weights (and activations): int8, w8, w4, ...; see docs/quantization.md."
+        None, "--quantize", help="Number format of the weights (and activations): int8, fp8, w8, w4, w3, ...; see docs/quantization.md."
     ),
     sparsity: str | None = typer.Option(
         None, "--sparsity", help="Zeros in the weights: 2:4, block:0.8, unstructured:0.9, ...; see docs/sparsity.md."

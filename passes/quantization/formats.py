@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...compiler.dialect.weight_only import middle, packed_codes, rows_of, unpacked
 from ...compiler.element_types import FLOAT8, FLOAT8_MAX, numpy_dtype
 
 #: scales below this have no reciprocal in float32
 TINY = 1e-37
 #: parts of a group's range that `encode_best` tries
 SHRINKS = (1.0, 0.93, 0.86, 0.79)
+#: and those that three bits and fewer want beside them
+MORE_SHRINKS = (0.72, 0.65, 0.58, 0.51, 0.44)
 #: columns that `encode_best` takes at once
 COLUMNS = 128
 
@@ -140,9 +143,9 @@ Covering = Range | SlicedFloat8
 class GroupedInt:
     """intN for weights [K, N]: groups of `group` consecutive k of one column share a scale (float32), and a zero code when not symmetric.
 
-    bits: 2..8. Codes are unsigned, 0..2^bits - 1; the zero of a symmetric group is 2^(bits-1), its range that of the codes 1..2^bits - 1. K is padded with codes
-    of value 0 to whole groups. Packed for bits 8 and 4: uint8 [Kp * bits / 8, N], of a byte with two codes the low half is the even k. Other widths: every column is a string of
-    bits, lowest first, padded to whole bytes.
+    bits: 1..8. Codes are unsigned, 0..2^bits - 1; the zero of a symmetric group is 2^(bits-1), its range that of the codes 1..2^bits - 1. One bit, symmetric, is a sign (the zero is
+    1/2) times the mean magnitude, which has the least squared error (Rastegari et al., "XNOR-Net", 2016). K is padded with codes of value 0 to whole groups, signs with any. Packed as
+    `compiler.dialect.weight_only` says: every column is a string of bits, lowest first, padded to whole bytes.
     """
 
     bits: int = 4
@@ -150,16 +153,20 @@ class GroupedInt:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8 or self.group < 1:
-            raise ValueError(f"GroupedInt: bits must be 2..8 and group at least 1, not {self.bits} and {self.group}")
+        if not 1 <= self.bits <= 8 or self.group < 1:
+            raise ValueError(f"GroupedInt: bits must be 1..8 and group at least 1, not {self.bits} and {self.group}")
 
     def groups(self, k: int) -> int:
         return -(-k // self.group)
 
     @property
     def middle(self) -> int:
-        """The zero code of a symmetric group."""
+        """The zero code of a symmetric group of two bits or more."""
         return 1 << (self.bits - 1)
+
+    @property
+    def signs(self) -> bool:
+        return self.symmetric and self.bits == 1
 
     def encode(self, w: np.ndarray) -> Encoded:
         """w: [K, N] -> codes uint8 [Kp, N], scale and zero [groups, N] as `Encoded` of shape [groups, group, N] seen through `decode`."""
@@ -168,6 +175,11 @@ class GroupedInt:
         grouped[:k] = w
         grouped = grouped.reshape(-1, self.group, n)
         top = (1 << self.bits) - 1
+        if self.signs:
+            counts = np.full((len(grouped), 1, 1), self.group, np.float32)
+            counts[-1] -= len(grouped) * self.group - k
+            scale = _positive(np.float32(2) * np.abs(grouped).sum(axis=1, keepdims=True) / counts)
+            return Encoded((grouped >= 0).astype(np.uint8), scale, np.full(scale.shape, middle(1), np.float32))
         if self.symmetric:
             scale = _positive(np.abs(grouped).max(axis=1, keepdims=True) / np.float32(self.middle - 1))
             zero = np.full(scale.shape, self.middle, np.int32)
@@ -185,6 +197,8 @@ class GroupedInt:
             parts = [self.encode_best(w[:, start : start + COLUMNS]) for start in range(0, w.shape[1], COLUMNS)]
             return Encoded(*(np.concatenate([getattr(part, name) for part in parts], axis=2) for name in ("codes", "scale", "zero")))
         best = self.encode(w)
+        if self.signs:
+            return best
         grouped = np.zeros((best.codes.shape[0] * self.group, w.shape[1]), np.float32)
         grouped[: len(w)] = w
         grouped = grouped.reshape(best.codes.shape)
@@ -194,7 +208,7 @@ class GroupedInt:
             bases.append(np.where(np.abs(largest) >= TINY * self.middle, largest / np.float32(-self.middle), best.scale).astype(np.float32))
         codes, scale, error = best.codes, best.scale, _squared_error(grouped, best.codes, best.scale, best.zero)
         for base in bases:
-            for shrink in SHRINKS:
+            for shrink in SHRINKS if self.bits > 3 else (*SHRINKS, *MORE_SHRINKS):
                 tried = _usable(base * np.float32(shrink))
                 now = np.clip(np.rint(grouped / tried) + best.zero, 0, (1 << self.bits) - 1).astype(np.uint8)
                 found = _squared_error(grouped, now, tried, best.zero)
@@ -208,23 +222,15 @@ class GroupedInt:
 
     def pack(self, codes: np.ndarray) -> np.ndarray:
         """codes: [groups, group, N] or [Kp, N] -> uint8 [bytes, N]."""
-        flat = codes.reshape(-1, codes.shape[-1]).astype(np.uint8)
-        if self.bits == 8:
-            return flat
-        spread = (flat[:, None, :] >> np.arange(self.bits, dtype=np.uint8)[None, :, None]) & 1
-        return np.packbits(spread.reshape(-1, flat.shape[1]), axis=0, bitorder="little")
+        return packed_codes(codes.reshape(-1, codes.shape[-1]).astype(np.uint8), self.bits)
 
     def unpack(self, packed: np.ndarray, k: int) -> np.ndarray:
         """uint8 [bytes, N] -> codes [Kp, N] for K weights per column."""
-        count = self.groups(k) * self.group
-        if self.bits == 8:
-            return packed[:count]
-        spread = np.unpackbits(packed, axis=0, bitorder="little")[: count * self.bits].reshape(count, self.bits, -1)
-        return (spread << np.arange(self.bits, dtype=np.uint8)[None, :, None]).sum(axis=1).astype(np.uint8)
+        return unpacked(packed, self.groups(k) * self.group, self.bits)
 
     def size_bytes(self, k: int, n: int) -> int:
         """Packed codes, scales, and zeros (a byte each) where there are any."""
-        return n * (-(-self.groups(k) * self.group * self.bits // 8) + self.groups(k) * (4 if self.symmetric else 5))
+        return n * (rows_of(self.groups(k) * self.group, self.bits) + self.groups(k) * (4 if self.symmetric else 5))
 
 
 def _squared_error(values: np.ndarray, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:

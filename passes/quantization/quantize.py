@@ -40,7 +40,7 @@ class Quantize(Pass):
     """Matrix products and convolutions by constant weights in few bits.
 
     format: "int8" (weights symmetric per output channel, activations u8, both observed on calibration data), "fp8" (both float8_e4m3fn, depthwise convolutions left in float32), or weights
-    alone in groups along K: "w8", "w4", and for single ones `group`. observer: how the range of an activation is found, "minmax" | "percentile" | "mse"; for fp8 also "dynamic", which
+    alone in groups of `group` along K: "w1" .. "w8", by their bits. observer: how the range of an activation is found, "minmax" | "percentile" | "mse"; for fp8 also "dynamic", which
     it is without calibration data: a scale per row of a matrix product, or image of a convolution, found while the model runs. smooth: 0 (off) .. 1, how much of the activations' spread moves
     into the weights (SmoothQuant). max_drop, metric: the loss up to which layers are quantized, those with the most loss first left in float32; None: the compilation's own
     limit. skip: layers (node names) to leave in float32.

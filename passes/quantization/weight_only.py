@@ -15,7 +15,7 @@ from ..products import Site, analyze
 from .formats import GroupedInt
 
 #: option -> bits
-WEIGHT_ONLY = {"w8": 8, "w4": 4}
+WEIGHT_ONLY = {f"w{bits}": bits for bits in range(1, 9)}
 
 
 def quantize_weights(program: Program, context: PassContext, bits: int, group: int, symmetric: bool, skip: Sequence[str]) -> Program:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...compiler.dialect.grouped import NAME as GROUPED
 from ...compiler.dialect.weight_only import NAME as WEIGHT_ONLY
-from ...compiler.dialect.weight_only import attrs_of
+from ...compiler.dialect.weight_only import attrs_of, middle
 from ...compiler.tvm import te, tirx
 from .fused import Fused, core_attrs
 from .legalize import default_legalization, legalizer
@@ -64,12 +64,26 @@ def weight_only_matmul(x: Any, packed: Any, scales: Any, *rest: Any, bits: int, 
 
     def element(*axes: Any) -> Any:
         *lead, n = axes
-        code = packed[k, n] if bits == 8 else (packed[k // 2, n] >> ((k % 2) * 4).astype("uint8")) & tirx.const(15, "uint8")
-        zero = rest[0][k // group, n].astype("float32") if rest else tirx.const(float(1 << (bits - 1)), "float32")
+        code = code_at(packed, k, n, bits)
+        zero = rest[0][k // group, n].astype("float32") if rest else tirx.const(middle(bits), "float32")
         return te.sum(widened(x[(*lead, k)], "float32") * (scales[k // group, n] * (code.astype("float32") - zero)), axis=k)
 
     attrs = core_attrs("weight_only_matmul", bits=bits, group=group)
     return te.compute((*x.shape[:-1], packed.shape[1]), element, name="weight_only_matmul", attrs=attrs)
+
+
+def code_at(packed: Any, k: Any, n: Any, bits: int) -> Any:
+    """Code k of column n of `packed`, uint8; see `compiler.dialect.weight_only`."""
+    if bits == 8:
+        return packed[k, n]
+    mask = tirx.const((1 << bits) - 1, "uint8")
+    if 8 % bits == 0:
+        per_byte = 8 // bits
+        return (packed[k // per_byte, n] >> ((k % per_byte) * bits).astype("uint8")) & mask
+    # it may lie in two bytes
+    byte, last = k * bits // 8, packed.shape[0] - 1
+    high = packed[tirx.min(byte + 1, last), n].astype("uint16")
+    return ((packed[byte, n].astype("uint16") | high << tirx.const(8, "uint16")) >> (k * bits % 8).astype("uint16")).astype("uint8") & mask
 
 
 @legalizer(WEIGHT_ONLY)

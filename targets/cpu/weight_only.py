@@ -1,28 +1,30 @@
-"""Weight-only GEMM template: y = epilogue(x [.., M, K] float32 @ (code - zero) * scale), codes of 8 or 4 bits, a scale (and zero) per group of k and column.
+"""Weight-only GEMM template: y = epilogue(x [.., M, K] float32 @ (code - zero) * scale), codes of 1 to 8 bits, a scale (and zero) per group of k and column.
 
 Few rows: the codes go from memory to registers and are floats only there,
 
     for panel in parallel:                               # NR = nv * lanes columns
         for rows in tiles of mr:
             for g in groups:
-                for k in group:                          # 4 bits: words of 8 codes, one shift and one table look-up (vpermps) each
+                for k in group:                          # up to 4 bits: one shift and one table look-up (vpermps) each; other widths: two shifts, or a mask, and a conversion
                     part[i][v] += x[i, k] * float(code[k, v])
                     xs[i] += x[i, k]                     # only with zeros: the sum of (code - zero) x = the sum of code x - zero times the sum of x
                 total[i][v] += scale[g, v] * (part[i][v] - zero[g, v] * xs[i])
 
 many rows: a panel is unpacked to float32 once per chunk of rows, which the plain GEMM then multiplies. With M known only at run time the kernel holds both.
-Codes are kept signed (code minus half the range), so that sums do not cancel.
+Codes are kept signed (code minus half the range), so that sums do not cancel. A column's codes of a group are a string of bits in words of 32, of which few codes lie in two; 8 bits are bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ...autotune.cost_model import KernelFeatures
+from ...compiler.dialect.weight_only import unpacked
 from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
@@ -34,6 +36,11 @@ from .template import Kernel, Packing
 
 #: rows up to which codes are unpacked in registers where M is known only at run time
 FEW_ROWS = 8
+
+
+def rows_of(codes: int, bits: int) -> int:
+    """Words, or of 8 bits bytes, that so many codes take."""
+    return codes if bits == 8 else -(-codes * bits // 32)
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,17 @@ class WeightOnlyWorkload:
         return GemmWorkload(1, self.m, self.k, self.n, False, self.epilogue)
 
     @property
+    def groups(self) -> int:
+        return -(-self.k // self.group)
+
+    @property
+    def rows(self) -> int:
+        """Words (of 8 bits: bytes) of a column that hold a group's codes."""
+        return rows_of(self.group, self.bits)
+
+    @property
     def weight_bytes(self) -> float:
-        groups = -(-self.k // self.group)
-        return self.n * (groups * self.group * self.bits / 8 + groups * (5 if self.zeros else 4))
+        return self.n * self.groups * (self.rows * (1 if self.bits == 8 else 4) + (5 if self.zeros else 4))
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,8 @@ class WeightOnly:
         if str(x.ty.dtype) != "float32":
             raise Unfusable(f"activations in {x.ty.dtype}")
         k, n, bits, group = static(x.shape[-1]), static(weights[0].shape[1]), fused.core["bits"], fused.core["group"]
-        if k is None or n is None or group % (32 // bits):
-            raise Unfusable("groups that are not whole words, or a run-time K")
+        if k is None or n is None:
+            raise Unfusable("a run-time K")
         return WeightOnlyWorkload(static(product(x.shape[:-1])), k, n, bits, group, len(weights) == 3, fused.epilogue_text())
 
     def space(self, workload: WeightOnlyWorkload, target: Target) -> Sequence[WeightOnlySchedule]:
@@ -121,9 +136,10 @@ class WeightOnly:
     @staticmethod
     def _unpack_steps(workload: WeightOnlyWorkload, target: Target) -> int:
         """Vector instructions that make one vector of floats from codes."""
-        if workload.bits == 8:
+        bits = workload.bits
+        if bits == 8:
             return 2
-        return 2 if target.vector_bits == 512 else 3
+        return 2 if bits <= 4 and target.vector_bits == 512 else 3
 
     def build(self, fused: Fused, workload: WeightOnlyWorkload, schedule: WeightOnlySchedule, target: Target) -> Kernel:
         nr = schedule.tiles.nv * schedule.tiles.lanes
@@ -140,27 +156,39 @@ class WeightOnly:
 
 
 def _packings(fused: Fused, workload: WeightOnlyWorkload, nr: int) -> tuple[Packing, ...]:
-    """Panels of NR columns: codes [panel][k][NR] int8, or [panel][k / 8][NR] words of eight 4-bit codes, k upwards; scales and zeros [panel][group][NR]."""
+    """Panels of NR columns: codes [panel][k][NR] int8, or [panel][group][words][NR], bits of codes of k upwards; scales and zeros [panel][group][NR]."""
     _, *weights = weight_only_operands(fused)
-    panels, groups, half = -(-workload.n // nr), -(-workload.k // workload.group), 1 << (workload.bits - 1)
-    rows = groups * workload.group * workload.bits // (8 if workload.bits == 8 else 32)
+    panels, groups, bits, half = -(-workload.n // nr), workload.groups, workload.bits, 1 << (workload.bits - 1)
 
     def codes(packed: np.ndarray) -> np.ndarray:
-        if workload.bits == 8:
+        if bits == 8:
             return pack_panels((packed ^ 128).view(np.int8), nr)
-        plain = np.stack([packed & 15, packed >> 4], axis=1).reshape(rows, 8, packed.shape[1]).astype(np.uint32) ^ 8
-        words = (plain << (4 * np.arange(8, dtype=np.uint32))[None, :, None]).sum(axis=1, dtype=np.uint32)
-        return pack_panels(words.view(np.int32), nr)
+        plain = unpacked(packed, groups * workload.group, bits) ^ np.uint8(half)
+        return pack_panels(strings(plain.reshape(groups, workload.group, -1), bits), nr)
 
     def zeros(values: np.ndarray) -> np.ndarray:
         return pack_panels((values.astype(np.int16) - half).astype(np.int8), nr)
 
     found = []
-    for buffer, pack, depth, key in zip(weights, (codes, lambda scales: pack_panels(scales, nr), zeros), (rows, groups, groups), "csz", strict=False):
+    for buffer, pack, depth, key in zip(
+        weights, (codes, lambda scales: pack_panels(scales, nr), zeros), (groups * workload.rows, groups, groups), "csz", strict=False
+    ):
         position = fused.param_index(buffer)
         assert position is not None
         found.append(Packing(position, (panels, depth, nr), pack, f"weight_only{workload.bits}{key}{nr}"))
     return tuple(found)
+
+
+def strings(codes: np.ndarray, bits: int) -> np.ndarray:
+    """codes: [groups, k, N] uint8 -> int32 [groups * words, N]: those of a group one behind the other, the first in the lowest bits."""
+    groups, k, n = codes.shape
+    words = np.zeros((groups, rows_of(k, bits) + 1, n), np.uint64)
+    for i in range(k):
+        word, place = divmod(i * bits, 32)
+        shifted = codes[:, i].astype(np.uint64) << np.uint64(place)
+        words[:, word] |= shifted & np.uint64(0xFFFFFFFF)
+        words[:, word + 1] |= shifted >> np.uint64(32)
+    return words[:, :-1].astype(np.uint32).reshape(-1, n).view(np.int32)
 
 
 class _Emitter(GemmEmitter):
@@ -178,6 +206,8 @@ class _Emitter(GemmEmitter):
     ):
         super().__init__(fused, buffers, schedule.tiles, operands)
         self.workload, self.panel, self.table = workload, schedule.panel, target.vector_bits == 512
+        # one bit without zeros is half of a sign
+        self.halves = workload.bits == 1 and not workload.zeros
         self.codes, self.scales, self.zeros = weights[0], weights[1], (weights[2] if workload.zeros else None)
 
     def _panel(self, batch: Any, jo: Any) -> Any:
@@ -198,25 +228,64 @@ class _Emitter(GemmEmitter):
 
     # -- codes to floats ---------------------------------------------------------------------------------------------------------------------------
 
-    def _floats(self, jo: Any, word: Any, v: int) -> list[Any]:
-        """The signed codes of the k in one row of the packed panel, as vectors of float32."""
-        lanes = self.schedule.lanes
-        value = self.codes[jo, word, vector(T.int64(v * lanes), lanes)]
-        if self.workload.bits == 8:
-            return [T.cast(T.cast(value, f"int32x{lanes}"), f"float32x{lanes}")]
-        value = T.bind(value)
-        return [self._nibble(value, i) for i in range(8)]
+    @property
+    def _step(self) -> tuple[int, int]:
+        """(codes, words) of a step, which begins and ends with a word."""
+        bits = self.workload.bits
+        return (1, 1) if bits == 8 else (32 // math.gcd(bits, 32), bits // math.gcd(bits, 32))
 
-    def _nibble(self, word: Any, i: int) -> Any:
-        """Code i of a vector of words: a table look-up takes the low four bits of every lane; without one they are shifted up and down again."""
-        lanes = self.schedule.lanes
-        if self.table and lanes == 16:
-            count = T.ramp(T.int32(0), T.int32(1), 16)
-            table = T.cast((count ^ splat(T.int32(8), 16)) - splat(T.int32(8), 16), "float32x16")
-            index = word >> splat(T.int32(4 * i), 16) if i else word
-            return T.call_llvm_pure_intrin("float32x16", T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512"), table, index)
-        up = word << splat(T.int32(28 - 4 * i), lanes) if i < 7 else word
-        return T.cast(up >> splat(T.int32(28), lanes), f"float32x{lanes}")
+    def _steps(self, jo: Any, group: Any, count: int, nv: int) -> Iterator[tuple[Any, list[list[Any]]]]:
+        """Emits the loop over the first `count` k of a group, in steps: yields where the body belongs, with the place of the step's first k in the group, and the step's signed codes as
+        vectors of float32."""
+        codes, words = self._step
+        steps, rest = divmod(count, codes)
+        start = T.bind(group * T.int64(self.workload.rows))
+        if steps:
+            with T.serial(T.int64(steps)) as step:
+                yield step * T.int64(codes), self._floats(jo, start + step * T.int64(words), codes, nv)
+        if rest:
+            yield T.int64(steps * codes), self._floats(jo, start + T.int64(steps * words), rest, nv)
+
+    def _floats(self, jo: Any, row: Any, count: int, nv: int) -> list[list[Any]]:
+        """The signed codes of `count` k whose first word is in this row of the packed panel: of every k nv vectors of float32."""
+        lanes, bits = self.schedule.lanes, self.workload.bits
+        words = [
+            [T.bind(self.codes[jo, row + i if i else row, vector(T.int64(v * lanes), lanes)]) for v in range(nv)] for i in range(rows_of(count, bits))
+        ]
+        if bits == 8:
+            return [[T.cast(T.cast(value, f"int32x{lanes}"), f"float32x{lanes}") for value in words[0]]]
+        found = []
+        for i in range(count):
+            word, place = divmod(i * bits, 32)
+            parts = words[word : word + (1 if place + bits <= 32 else 2)]
+            found.append([self._code([part[v] for part in parts], place) for v in range(nv)])
+        return found
+
+    def _code(self, words: Sequence[Any], place: int) -> Any:
+        """The code that begins at a bit of a vector of words, and may end in a second one. A table look-up takes the low bits of every lane, and its entries recur; without one, codes are
+        shifted up and down again."""
+        lanes, bits = self.schedule.lanes, self.workload.bits
+        by = lambda count: splat(T.int32(count), lanes)  # noqa: E731
+        parted = len(words) > 1
+        low = T.reinterpret(f"int32x{lanes}", T.reinterpret(f"uint32x{lanes}", words[0]) >> splat(T.uint32(place), lanes)) if parted else None
+        if self.table and lanes == 16 and bits <= 4:
+            index = low | words[1] << by(32 - place) if parted else words[0] >> by(place) if place else words[0]
+            return T.call_llvm_pure_intrin("float32x16", T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512"), self._table(), index)
+        if parted:
+            up = low << by(32 - bits) | words[1] << by(64 - place - bits)
+        else:
+            up = words[0] << by(32 - bits - place) if place + bits < 32 else words[0]
+        value = T.cast(up >> by(32 - bits), f"float32x{lanes}")
+        return value + splat(T.float32(0.5), lanes) if self.halves else value
+
+    def _table(self) -> Any:
+        """The signed codes as float32, by the low four bits of a lane."""
+        bits = self.workload.bits
+        half = splat(T.int32(1 << (bits - 1)), 16)
+        code = T.ramp(T.int32(0), T.int32(1), 16)
+        code = code & splat(T.int32((1 << bits) - 1), 16) if bits < 4 else code
+        table = T.cast((code ^ half) - half, "float32x16")
+        return table + splat(T.float32(0.5), 16) if self.halves else table
 
     def _row_of(self, source: Any, jo: Any, group: Any, v: int) -> Any:
         """Scales or zeros of a group as a vector."""
@@ -224,25 +293,18 @@ class _Emitter(GemmEmitter):
         value = source[jo, group, vector(T.int64(v * lanes), lanes)]
         return value if source is self.scales else T.cast(T.cast(value, f"int32x{lanes}"), f"float32x{lanes}")
 
-    @property
-    def _codes_per_row(self) -> int:
-        return 1 if self.workload.bits == 8 else 8
-
     def _unpacked(self, jo: Any) -> Any:
         """The panel in float32; a function (k, v) -> vector."""
-        workload, lanes, step = self.workload, self.schedule.lanes, self._codes_per_row
-        groups = -(-workload.k // workload.group)
-        panel = T.alloc_buffer((T.int64(groups * workload.group), T.int64(self.nr)), "float32")
-        per_group = workload.group // step
-        with T.serial(T.int64(groups)) as group:
+        workload, lanes = self.workload, self.schedule.lanes
+        panel = T.alloc_buffer((T.int64(workload.groups * workload.group), T.int64(self.nr)), "float32")
+        with T.serial(T.int64(workload.groups)) as group:
             scales = [T.bind(self._row_of(self.scales, jo, group, v)) for v in range(self.schedule.nv)]
             zeros = [T.bind(self._row_of(self.zeros, jo, group, v)) for v in range(self.schedule.nv)] if workload.zeros else []
-            with T.serial(T.int64(per_group)) as row:
-                word = group * T.int64(per_group) + row
-                for v in range(self.schedule.nv):
-                    for i, code in enumerate(self._floats(jo, word, v)):
+            for k, codes in self._steps(jo, group, workload.group, self.schedule.nv):
+                for i, vectors in enumerate(codes):
+                    for v, code in enumerate(vectors):
                         value = (code - zeros[v] if zeros else code) * scales[v]
-                        T.buffer_store(panel, value, [word * T.int64(step) + i, vector(T.int64(v * lanes), lanes)])
+                        T.buffer_store(panel, value, [group * T.int64(workload.group) + k + i, vector(T.int64(v * lanes), lanes)])
         return lambda k, v: panel[k, vector(T.int64(v * lanes), lanes)]
 
     # -- few rows --------------------------------------------------------------------------------------------------------------------------------------
@@ -279,24 +341,14 @@ class _Emitter(GemmEmitter):
 
     def _group(self, first: Any, jo: Any, group: Any, count: int, part: Accumulators, sums: Accumulators) -> None:
         """part += x * codes over the first `count` k of a group."""
-        workload, step = self.workload, self._codes_per_row
-        rows, rest = divmod(count, step)
-
-        def row(word: Any, codes: int) -> None:
-            vectors = [self._floats(jo, word, v)[:codes] for v in range(part.nv)]
-            for i in range(codes):
-                weights = [T.bind(floats[i]) for floats in vectors]
-                k = word * T.int64(step) + i
+        workload = self.workload
+        start = T.bind(group * T.int64(workload.group))
+        for k, codes in self._steps(jo, group, count, part.nv):
+            for i, vectors in enumerate(codes):
+                weights = [T.bind(code) for code in vectors]
                 for m in range(part.mr):
-                    value = T.bind(splat(self.a[first + m, k], part.lanes))
+                    value = T.bind(splat(self.a[first + m, start + k + i], part.lanes))
                     for v in range(part.nv):
                         part.fma(m, v, value, weights[v])
                     if workload.zeros:
                         sums.store(m, 0, sums.load(m, 0) + value)
-
-        start = T.bind(group * T.int64(workload.group // step))
-        if rows:
-            with T.serial(T.int64(rows)) as r:
-                row(start + r, step)
-        if rest:
-            row(start + T.int64(rows), rest)

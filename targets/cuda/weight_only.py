@@ -66,6 +66,8 @@ class _WeightOnly(Product):
             raise Unfusable("weights that are computed")
         dims, dtype = [simplified(dim) for dim in self.x.shape], str(self.x.ty.dtype)
         bits, k, n = fused.core["bits"], dims[-1], int(weights[0].shape[1])
+        if bits not in (4, 8):
+            raise Unfusable(f"codes of {bits} bits")
         if not isinstance(k, int):
             raise Unfusable("open sizes other than rows")
         half = dtype in HALF

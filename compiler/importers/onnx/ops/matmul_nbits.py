@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ....dialect.weight_only import weight_only_matmul
+from ....dialect.weight_only import packed_codes, weight_only_matmul
 from ....tvm import relax
 from ..compose import contributed
 from ..node import Node
@@ -54,14 +54,10 @@ def _product(node: Node, x: relax.Expr, codes: np.ndarray, scales: np.ndarray, z
         shift = np.float32(1 << (bits - 1)) if zeros is None else zeros[:, given].astype(np.float32)
         weight = (codes[:, :k].astype(np.float32) - shift) * scales[:, given]
         return relax.op.matmul(x, node.array(weight.T, "float32"))
-    if zeros is None and bits == 2:
-        zeros = np.full(scales.shape, 2)
-    columns = codes.T
-    rows = columns if bits != 4 else columns[0::2] | columns[1::2] << 4
-    operands = [x, node.array(rows, "uint8"), node.array(scales.T, "float32")]
+    operands = [x, node.array(packed_codes(np.ascontiguousarray(codes.T), bits), "uint8"), node.array(scales.T, "float32")]
     if zeros is not None:
         operands.append(node.array(zeros.T, "uint8"))
-    return weight_only_matmul(*operands, bits=4 if bits == 4 else 8, group=block)
+    return weight_only_matmul(*operands, bits=bits, group=block)
 
 
 def _zeros(node: Node, n: int, blocks: int, bits: int) -> np.ndarray | None:
