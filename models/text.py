@@ -115,7 +115,7 @@ def smollm2(attention: str = "sdpa") -> nn.Module:
 
 def decode_step(decoder: nn.Module) -> nn.Module:
     """One token behind a cache, of what `llama` or `smollm2` gives. input_ids: [N, 1] int64, keys, values: [layers, N, kv heads, T, D] -> (logits: [N, 1, vocabulary], the
-    token's own keys and values: [layers, N, kv heads, 1, D])."""
+    token's own keys and values: [layers, N, kv heads, 1, D]). T may be open."""
     torch, transformers = require("torch"), require("transformers")
 
     class Step(torch.nn.Module):

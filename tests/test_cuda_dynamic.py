@@ -21,6 +21,7 @@ from tcompile.compiler.dialect.weight_only import reference as weight_only
 from tcompile.compiler.dialect.weight_only import weight_only_matmul
 from tcompile.compiler.program import DimRange
 from tcompile.compiler.tvm import relax
+from tcompile.models import text
 from tcompile.models.zoo import ZOO
 from tcompile.targets.cuda import gemm_hopper, sparse
 from test_cuda_kernels import convolution
@@ -202,6 +203,7 @@ def test_everything_else_with_open_sizes():
             emit(op.nn.conv2d(image, relax.const(depthwise), 1, 1, 1, 8, *same)),
             emit(op.nn.conv2d(image, relax.const(kernel[:1, :1]), 1, 0, 1, 1, *same)),
             emit(op.mean(image, axis=[1, 2], keepdims=True)),
+            emit(op.arange(x.ty.shape[1], x.ty.shape[1] + more.ty.shape[1])),
         ]
 
     model = emulation(compiled(program_of(build, inputs)))
@@ -214,7 +216,7 @@ def test_everything_else_with_open_sizes():
             exact.mean(1), exact.max((0, 2)), exact.transpose(2, 0, 1), np.concatenate([x, more], 1), x[:, at], exact.cumsum(1),
             np.maximum(convolution(image, kernel, 2, 1, 1), 0),
             sum(wide[:, i : i + h, j : j + w] * depthwise[i, j, 0] for i in range(3) for j in range(3)),
-            convolution(image, kernel[:1, :1], 1, 0, 1), image.mean((1, 2), keepdims=True, dtype="float64"),
+            convolution(image, kernel[:1, :1], 1, 0, 1), image.mean((1, 2), keepdims=True, dtype="float64"), np.arange(t, t + u),
         ]  # fmt: skip
         for position, axis in ((0, -1), (1, 1)):
             expected[position] /= expected[position].sum(axis, keepdims=True)
@@ -337,6 +339,33 @@ def test_networks_with_open_sizes_agree_with_onnxruntime(name, runs):
     if name == "minilm":
         kinds = [row["template"] for row in code.report["kernels"] for _ in range(row["calls"])]
         assert kinds.count("attention") == 6 and kinds.count("gemm") >= 36
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("name", ["llama", "smollm2"])
+def test_one_artifact_decodes_behind_caches_of_every_length(name):
+    """Positions, the mask and the place of the new token are sizes that kernels take."""
+    torch = pytest.importorskip("torch")
+    decoder = getattr(text, name)()
+    step, sizes = text.decode_step(decoder), decoder.model.config
+    layers, heads, width = sizes.num_hidden_layers, sizes.num_key_value_heads, sizes.hidden_size // sizes.num_attention_heads
+    cache = f"{layers}x1x{heads}x1..7..200x{width}"
+    code = compiled(import_model(step, example_inputs=token_and_cache(layers, heads, 7, width), shapes={"keys": cache, "values": cache}))
+    model = emulation(code)
+    for length in (1, 2, 33, 131, 200) if name == "llama" else (1, 68):
+        feeds = token_and_cache(layers, heads, length, width)
+        with torch.no_grad():
+            wanted = step(*map(torch.from_numpy, feeds))
+        for mine, want in zip(model(*feeds), wanted, strict=True):
+            close(mine, want.numpy(), 5e-6)
+    with pytest.raises(Exception, match=r"1\.\.200"):
+        model(*token_and_cache(layers, heads, 201, width))
+
+
+def token_and_cache(layers, heads, length, width):
+    """A token, and keys and values of those before it."""
+    shape = layers, 1, heads, length, width
+    return RANDOM.integers(0, 256, (1, 1)), 0.3 * floats(*shape), 0.3 * floats(*shape)
 
 
 @pytest.mark.networks

@@ -75,3 +75,20 @@ def test_as_many_positions_as_a_dim_says():
         x = torch.rand(rows, 5)
         for ours, eager in zip(model(x), Sorted()(x), strict=True):
             np.testing.assert_allclose(ours, eager, rtol=1e-5)
+
+
+class Repeated(torch.nn.Module):
+    """Heads of a cache and a token, each twice."""
+
+    def forward(self, past, own):
+        heads = torch.cat([past, own], 2)
+        return heads[:, :, None].expand(-1, -1, 2, -1, -1).reshape(1, 4, -1, 8)
+
+
+def test_claims_about_sizes_that_torch_leaves_open_are_decided_at_import():
+    model = tcompile.compile(Repeated().eval(), example_inputs=(torch.rand(1, 2, 3, 8), torch.rand(1, 2, 1, 8)), shapes={"past": "1x2x1..50x8"})
+    for length in (1, 7, 50):
+        past, own = torch.rand(1, 2, length, 8), torch.rand(1, 2, 1, 8)
+        np.testing.assert_array_equal(model(past, own), Repeated()(past, own))
+    with pytest.raises(tcompile.UnsupportedModel, match="torch.export failed"):  # only multiples of four
+        tcompile.compile(Groups().eval(), example_inputs=(torch.rand(12, 5),), shapes={"x": "4..36x5"})

@@ -207,7 +207,8 @@ class _Walk:
             self.blockers.append(Blocker(", ".join(nodes[:3]), "", f"no CUDA kernel for '{name}': {reason}"))
             return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
         packed = {packing.param: packing for packing in self.plans[name][0].packings}
-        operands = [self._packed(arg, packed[param]) if param in packed else self._value(arg) for arg, param in zip(given, func.params, strict=False)]
+        tensors = [(arg, param) for arg, param in zip(given, func.params, strict=False) if hasattr(param, "shape")]
+        operands = [self._packed(arg, packed[param]) if param in packed else self._value(arg) for arg, param in tensors]
         copies = [self._temporary(simplified(outs[0].size_bytes // 2))] if dtype else []
         self._launch(name, [*operands, *outs, *copies], values)
         if dtype:
@@ -215,18 +216,22 @@ class _Walk:
         return outs if isinstance(call.ty_args[0], relax.TupleType) else outs[0]
 
     def _bound(self, func: Any, call: Any, nodes: Sequence[str]) -> dict[Any, Any]:
-        """The symbols of a function in terms of the model's, where it is called."""
+        """The symbols of a function in terms of the model's, where it is called. Its parameters are tensors and, among them and behind them, sizes."""
         kinds = call.ty_args[0].fields if isinstance(call.ty_args[0], relax.TupleType) else [call.ty_args[0]]
-        given = [*(arg.ty for arg in call.args[1].fields), *kinds]
-        buffers = [param for param in func.params if hasattr(param, "shape")]
-        numbers = [param for param in func.params if not hasattr(param, "shape")]
-        if len(buffers) != len(given):
-            raise Unsupported("parameters that are no tensors")
-        shapes = [(list(param.shape), dims_of(kind)) for param, kind in zip(buffers, given, strict=True)]
+        given = [*call.args[1].fields, *(relax.Var("out", kind) for kind in kinds), *(call.args[2].values if len(call.args) > 2 else [])]
+        shapes: list[tuple[Any, Any]] = []
+        numbers: tuple[list[Any], list[Any]] = [], []
+        for param, arg in zip(func.params, given, strict=True):
+            if hasattr(param, "shape") and isinstance(arg.ty, relax.TensorType):
+                shapes.append((list(param.shape), dims_of(arg.ty)))
+                continue
+            if hasattr(param, "shape") or not str(getattr(arg.ty, "dtype", "")).startswith("int"):
+                raise Unsupported("parameters that are neither tensors nor sizes")
+            numbers[0].append(param)
+            numbers[1].append(self.symbols.resolved(arg))
         if any(dims is None for _, dims in shapes):
             raise Unsupported("a tensor whose shape is known only at run time")
-        extra = list(call.args[2].values) if len(call.args) > 2 else []
-        values, checks = bind([*shapes, (numbers, extra)])  # pyright: ignore[reportArgumentType]
+        values, checks = bind([*shapes, numbers])  # pyright: ignore[reportArgumentType]
         for own, size in checks:
             self.symbols.equal(size, own, f"node '{nodes[0] if nodes else call.args[0].name_hint}': a dim")
         return values

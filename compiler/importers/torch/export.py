@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
 from torch.utils import _pytree as pytree
 
@@ -33,23 +34,56 @@ def export_module(
         names = list(inspect.signature(module.forward).parameters)
         dynamic_shapes = _dynamic_shapes(shapes, [*names[: len(arguments)], *keywords])
 
-    def export(dims: Any) -> torch.export.ExportedProgram:
+    def export(dims: Any, **options: bool) -> torch.export.ExportedProgram:
         with torch.no_grad():
-            return torch.export.export(module, arguments, keywords, dynamic_shapes=dims, strict=False)
+            return torch.export.export(module, arguments, keywords, dynamic_shapes=dims, strict=False, **options)
 
     try:
         try:
             exported = export(dynamic_shapes)
         except torch._dynamo.exc.UserError:
-            if not shapes:
-                raise
-            # the module wants some of the dims equal, as those of a mask and of the ids that it masks
-            probe = {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in dynamic_shapes.items()}
-            dynamic_shapes = _joined(export(probe), dynamic_shapes)
-            exported = export(dynamic_shapes)
+            joined = dynamic_shapes
+            if shapes:
+                # the module wants some of the dims equal, as those of a mask and of the ids that it masks
+                probe = {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in dynamic_shapes.items()}
+                joined = _joined(export(probe), dynamic_shapes)
+            try:
+                exported = export(joined)
+            except torch._dynamo.exc.UserError:
+                # torch asks of some strides what it cannot prove, as where heads of a cache are repeated; left for the run, it can be looked at here
+                exported = export(joined, prefer_deferred_runtime_asserts_over_guards=True)
+                if not all(_holds(*claim) for claim in _claims(exported)):
+                    raise
+            dynamic_shapes = joined
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise UnsupportedModel([Blocker("", type(module).__name__, f"torch.export failed: {_first_lines(error)}")]) from error
     return exported, _dim_names(exported, dynamic_shapes)
+
+
+def _claims(exported: torch.export.ExportedProgram) -> Iterator[tuple[sympy.Basic, Mapping[sympy.Symbol, Any]]]:
+    """What an exported program checks of its sizes while running, and the ranges of their symbols."""
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        checked = node.args[0].meta["val"] if isinstance(node.args[0], torch.fx.Node) else node.args[0]
+        yield (checked.node.expr if isinstance(checked, torch.SymBool) else sympy.sympify(bool(checked))), exported.range_constraints
+
+
+def _holds(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, Any]) -> bool:
+    """Whether a comparison of sizes is true for all of their ranges, as far as can be told: a polynomial without negative coefficients, from the least sizes on, is not negative."""
+    from_least = {symbol: sympy.Dummy(nonnegative=True, integer=True) + ranges[symbol].lower for symbol in expr.free_symbols if symbol in ranges}
+
+    def at_most(small: Any, large: Any) -> bool:
+        difference = sympy.expand((large - small).subs(from_least))
+        return all(term.as_coeff_Mul()[0] >= 0 for term in sympy.Add.make_args(difference)) and difference.is_polynomial(*difference.free_symbols)
+
+    if isinstance(expr, sympy.Eq):
+        for least, other in (expr.args, expr.args[::-1]):
+            if other in least.args and type(least).__name__ == "Min":
+                return all(at_most(other, each) for each in least.args)
+    if isinstance(expr, sympy.LessThan):
+        return at_most(expr.lhs, expr.rhs)
+    if isinstance(expr, sympy.GreaterThan):
+        return at_most(expr.rhs, expr.lhs)
+    return expr == sympy.true
 
 
 def _first_lines(error: Exception, limit: int = 600) -> str:
