@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention.fuse import FuseAttention
+from .attention.quantized import QuantizedAttention
 from .base import Pass
 from .canonicalize import Canonicalize
 from .convolutions import Convolutions
@@ -22,6 +23,7 @@ PASSES: dict[str, type[Pass]] = {
         RecognizeQdq,
         RecognizeNormalizations,
         FuseAttention,
+        QuantizedAttention,
         TokenPruning,
         Sparsify,
         Quantize,

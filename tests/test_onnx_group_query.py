@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import tcompile
 from onnx_microsoft import build, check, floats
@@ -51,6 +52,26 @@ def test_rotary_embedding(kind: str) -> None:
     queries, _, seen, _ = STEPS[kind]
     positions = np.random.default_rng(0).integers(0, 6, (len(seen), queries))  # of a prompt, onnxruntime takes the first alone
     check("GroupQueryAttention", step(*STEPS[kind], {**tables, 9: positions}), "y k v", do_rotary=1, **SIZES)
+
+
+QUANTIZED = [(kind, bits) for kind in ("fixed", "growing", "several tokens", "prompt into a fixed cache") for bits in (8, 4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [pytest.param(*case, marks=() if case in QUANTIZED[1:5:2] else pytest.mark.networks) for case in QUANTIZED]
+)
+def test_quantized_caches(kind: str, bits: int) -> None:
+    """Codes that come out are those of onnxruntime; scales per tensor and per channel, as inputs and as constants."""
+    inputs = step(*STEPS[kind])
+    code = np.int8 if bits == 8 else np.uint8
+    shape = [*inputs[3].shape[:3], 16 * bits // 8]
+    inputs[3], inputs[4] = (np.random.default_rng(seed).integers(-100 if bits == 8 else 0, 100, shape).astype(code) for seed in (3, 4))
+    form = "PER_TENSOR" if kind in ("fixed", "several tokens") else "PER_CHANNEL"
+    scales = [(np.abs(floats(*([1] if form == "PER_TENSOR" else [1, 2, 1, 16]), seed=seed)) + 0.5) * (0.02 if bits == 8 else 0.3) for seed in (5, 6)]
+    inputs += [None] * (12 - len(inputs)) + scales
+    kinds = dict.fromkeys("kv", onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.UINT8)
+    options = {"k_quant_type": form, "v_quant_type": form, "kv_cache_bit_width": bits, "kinds": kinds, **SIZES}
+    check("GroupQueryAttention", inputs, "y k v", constant=(12, 13) if kind == "growing" else (), **options)
 
 
 def test_part_of_a_head_is_turned() -> None:

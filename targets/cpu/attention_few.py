@@ -30,7 +30,7 @@ from .emit import kernel
 from .template import Kernel
 
 #: keys between two rescalings: their values, and the keys before them, fit L1 together, so that each row after the first finds them there
-_BLOCK = 64
+BLOCK = 64
 #: keys assumed where they are known at run time only
 _KEYS = 512
 #: most queries that are rows of a task
@@ -73,7 +73,7 @@ class AttentionFew:
             raise Unfusable("heads that are not whole vectors")
         lanes = fits[0]
         columns = min(workload.width // lanes, 8)
-        return [FewSchedule(lanes, columns, _BLOCK)]
+        return [FewSchedule(lanes, columns, BLOCK)]
 
     def features(self, workload: AttentionWorkload, schedule: FewSchedule, target: Target) -> KernelFeatures:
         lanes, batch, keys = schedule.lanes, workload.batch or 1, float(workload.keys or _KEYS)

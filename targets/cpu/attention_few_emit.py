@@ -27,8 +27,8 @@ class FewEmitter(AttentionEmitter):
         super().__init__(fused, buffers, schedule, dot)  # pyright: ignore[reportArgumentType]
         self.rows, self.few = self.groups * (workload.queries or 1), workload.queries or 1
         self.plan = schedule
-        #: floats that a vector read from memory holds are `parts` vectors
-        self.parts = 1 if workload.kind == "f32" else 2
+        #: floats that a vector read from memory holds are so many vectors
+        self.key_parts = self.value_parts = 1 if workload.kind == "f32" else 2
         self.everything = vector(T.int64(0), self.lanes)
 
     def emit(self) -> None:
@@ -71,10 +71,26 @@ class FewEmitter(AttentionEmitter):
             return kv * T.int64(self.groups) + row, T.int64(0)
         return T.bind(kv * T.int64(self.groups) + T.floordiv(row, T.int64(self.few))), T.bind(T.floormod(row, T.int64(self.few)))
 
+    def _query_floats(self, b: Any, h: Any, s: Any, d: Any) -> list[Any]:
+        """`key_parts` vectors of floats of q from d on."""
+        return self._floats(self.q, lambda d: self._index(0, b, h, s, d), d)
+
+    def _key_floats(self, b: Any, kv: Any, key: Any, d: Any) -> list[Any]:
+        """As many of a key."""
+        return self._floats(self.k, lambda d: self._index(1, b, kv, key, d), d)
+
+    def _value_floats(self, b: Any, kv: Any, key: Any, e: Any) -> list[Any]:
+        """`value_parts` vectors of floats of a value from e on."""
+        return self._floats(self.v, lambda e: self._index(2, b, kv, key, e), e)
+
+    def _weight(self, weight: Any, b: Any, kv: Any, key: Any) -> Any:
+        """What a value is multiplied by, from the probability of its key."""
+        return weight
+
     def _floats(self, buffer: Any, address: Callable[[Any], tuple[Any, ...]], place: Any) -> list[Any]:
-        """`parts` vectors of floats from `place` on: the numbers in a row, or the even ones and the odd ones."""
+        """Vectors of floats from `place` on: the numbers in a row, or the even ones and the odd ones."""
         lanes = self.lanes
-        if self.parts == 1:
+        if self.key_parts == 1:
             return [T.bind(buffer[address(vector(place, lanes))])]
         words = T.bind(T.reinterpret(f"int32x{lanes}", buffer[address(vector(place, 2 * lanes))]))
         halves = (words << splat(T.int32(16), lanes), words & splat(T.int32(-65536), lanes))
@@ -82,12 +98,12 @@ class FewEmitter(AttentionEmitter):
 
     def _take(self, b: Any, kv: Any, row: Any, query: Any) -> None:
         """query[row] = scale * q, in the order of `_floats`."""
-        lanes, parts = self.lanes, self.parts
+        lanes, parts = self.lanes, self.key_parts
         h, s = self._query_of(kv, row)
         scale = splat(T.float32(float(self.core["scale"])), lanes)
         with T.serial(T.int64(self.depth // (lanes * parts))) as d:
             place = T.bind(d * T.int64(lanes * parts))
-            for part, value in enumerate(self._floats(self.q, lambda d: self._index(0, b, h, s, d), place)):
+            for part, value in enumerate(self._query_floats(b, h, s, place)):
                 T.buffer_store(query, value * scale, [row, vector(place + T.int64(part * lanes), lanes)])
 
     def _score(self, b: Any, kv: Any, query: Any, scores: Any, start: Any, place: Any, tail: bool) -> None:
@@ -95,15 +111,22 @@ class FewEmitter(AttentionEmitter):
         lanes = self.lanes
         first = T.bind(start + place)
         keys = [T.bind(T.min(first + T.int64(i), self.keys - T.int64(1))) if tail else first + T.int64(i) for i in range(lanes)]
+        read = self._keys(b, kv, keys)
         if self.rows > _UNROLLED:
             with T.serial(T.int64(self.rows)) as row:
-                self._score_row(b, kv, row, keys, first, query, scores, place, tail)
+                self._score_row(b, kv, row, read, first, query, scores, place, tail)
             return
         for row in range(self.rows):
-            self._score_row(b, kv, T.int64(row), keys, first, query, scores, place, tail)
+            self._score_row(b, kv, T.int64(row), read, first, query, scores, place, tail)
 
-    def _score_row(self, b: Any, kv: Any, row: Any, keys: list[Any], first: Any, query: Any, scores: Any, place: Any, tail: bool) -> None:
-        lanes, parts = self.lanes, self.parts
+    def _keys(self, b: Any, kv: Any, keys: list[Any]) -> list[Callable[[Any], list[Any]]]:
+        """What reads each of the keys, from one of its dims on."""
+        return [lambda d, key=key: self._key_floats(b, kv, key, d) for key in keys]
+
+    def _score_row(
+        self, b: Any, kv: Any, row: Any, keys: list[Callable[[Any], list[Any]]], first: Any, query: Any, scores: Any, place: Any, tail: bool
+    ) -> None:
+        lanes, parts = self.lanes, self.key_parts
         sums = [T.alloc_buffer((lanes,), "float32") for _ in keys]
         for total in sums:
             T.buffer_store(total, splat(T.float32(0), lanes), [self.everything])
@@ -111,7 +134,7 @@ class FewEmitter(AttentionEmitter):
             d = T.bind(v * T.int64(lanes * parts))
             own = [T.bind(query[row, vector(d + T.int64(part * lanes), lanes)]) for part in range(parts)]
             for total, key in zip(sums, keys, strict=True):
-                for mine, theirs in zip(own, self._floats(self.k, lambda d: self._index(1, b, kv, key, d), d), strict=True):  # noqa: B023
+                for mine, theirs in zip(own, key(d), strict=True):
                     T.buffer_store(total, fma(mine, theirs, total[self.everything], lanes), [self.everything])
         h, s = self._query_of(kv, row)
         T.buffer_store(scores, self._visible(self._across(sums), b, h, s, first, tail), [row, vector(place, lanes)])
@@ -126,7 +149,7 @@ class FewEmitter(AttentionEmitter):
             for one, other in zip(parts[::2], parts[1::2], strict=True):
                 pair = [one[self.everything], other[self.everything]]
                 fresh.append(T.alloc_buffer((lanes,), "float32"))
-                halves = [_shuffled(pair, order) for order in (low, high)]
+                halves = [shuffled(pair, order) for order in (low, high)]
                 T.buffer_store(fresh[-1], halves[0] + halves[1], [self.everything])
             parts, step = fresh, 2 * step
         return parts[0][self.everything]
@@ -184,7 +207,7 @@ class FewEmitter(AttentionEmitter):
 
     def _sums(self, b: Any, kv: Any, scores: Any, start: Any, count: Any, out: Any, shrink: Any) -> None:
         """out[row, e] = out[row, e] * shrink[row] + sum over keys of p[row, key] * v[key, e], e in the order of `_floats`."""
-        lanes, parts = self.lanes, self.parts
+        lanes, parts = self.lanes, self.value_parts
         slabs = [(first * parts, size * parts) for first, size in balanced(self.wide // parts, self.plan.columns // parts)]
         with T.serial(T.int64(self.rows)) as row:
             for edge, columns in slabs:
@@ -193,14 +216,14 @@ class FewEmitter(AttentionEmitter):
                 acc.fill(lambda _, e: out[row, vector(places[e], lanes)] * splat(shrink[row], lanes))  # noqa: B023
                 with T.serial(count) as j:
                     key = T.bind(start + j)
-                    values = [part for place in places[::parts] for part in self._floats(self.v, lambda e: self._index(2, b, kv, key, e), place)]  # noqa: B023
-                    acc.multiply(range(1), lambda _: scores[row, j], values)
+                    values = [part for place in places[::parts] for part in self._value_floats(b, kv, key, place)]
+                    acc.multiply(range(1), lambda _: self._weight(scores[row, j], b, kv, key), values)  # noqa: B023
                 for e in range(columns):
                     T.buffer_store(out, acc.load(0, e), [row, vector(places[e], lanes)])
 
     def _put(self, b: Any, kv: Any, row: Any, out: Any, total: Any) -> None:
         """The row's sums divided by its total, in order."""
-        lanes, parts = self.lanes, self.parts
+        lanes, parts = self.lanes, self.value_parts
         h, s = self._query_of(kv, row)
         inverse = T.float32(1) / total[row]
         factor = T.bind(tirx.Select(total[row] == T.float32(0), T.float32(0), inverse) if self.core["safe"] else inverse)
@@ -209,10 +232,10 @@ class FewEmitter(AttentionEmitter):
             pair = [out[row, vector(place + T.int64(part * lanes), lanes)] * splat(factor, lanes) for part in range(parts)]
             for part in range(parts):
                 order = [(lane + part * lanes) // 2 + lane % 2 * lanes for lane in range(lanes)]
-                value = pair[0] if parts == 1 else _shuffled(pair, order)
+                value = pair[0] if parts == 1 else shuffled(pair, order)
                 T.buffer_store(self.out, value, list(self._index(3, b, h, s, vector(place + T.int64(part * lanes), lanes))))
 
 
-def _shuffled(pair: list[Any], order: list[int]) -> Any:
+def shuffled(pair: list[Any], order: list[int]) -> Any:
     """Lanes of two vectors, those of the second counted on."""
     return tirx.Shuffle(pair, [tirx.const(lane, "int32") for lane in order])

@@ -113,13 +113,10 @@ def attention_kernel(builder: Any, call: Any, views: Sequence[View]) -> Any:
     types = {str(arg.ty.dtype) for arg in (q, k, v)}
     if not known or types not in ({"float32"}, {"bfloat16"}) or (types == {"bfloat16"} and int(dims.depth) % 2):
         return None
-    kind, mask = "none", None
-    if len(call.args) == 4:
-        mask = call.args[3]
-        kind = "select" if str(mask.ty.dtype) == "bool" else "add"
-        if str(mask.ty.dtype) not in ("bool", "float32") or (kind == "select" and attrs.fill == 0) or not _broadcasts(mask, dims):
-            return None
-        mask = _prepared(builder, mask, dims.queries, attrs.fill)
+    prepared = masked(builder, call.args[3] if len(call.args) == 4 else None, dims, attrs.fill)
+    if prepared is None:
+        return None
+    kind, mask = prepared
     places = {"batch": (0, 0), "heads": (0, 1), "kv_heads": (1, 1), "queries": (0, 2), "keys": (1, 2), "depth": (0, 3), "width": (2, 3)}
     about = {"op": "attention", "mask": kind, "outputs": 2 if attrs.received else 1, **asdict(attrs), "layouts": attrs.layouts}
     about["sizes"] = {name: [of, *size] if isinstance(size := views[of].size(axis), list) else size for name, (of, axis) in places.items()}
@@ -131,6 +128,16 @@ def attention_kernel(builder: Any, call: Any, views: Sequence[View]) -> Any:
     operands = [view.tensor for view in views] + ([] if mask is None else [mask])
     attributes = {WHOLE: json.dumps(about, sort_keys=True), "op_pattern": _OPAQUE}
     return builder.call_te(define, *operands, primfunc_name_hint="attention", primfunc_attrs=attributes)
+
+
+def masked(builder: Any, mask: Any, dims: AttentionDims, fill: float) -> tuple[str, Any] | None:
+    """(what it does to the scores, the mask as a kernel reads it, None without one); None where no kernel takes it."""
+    if mask is None:
+        return "none", None
+    kind = "select" if str(mask.ty.dtype) == "bool" else "add"
+    if str(mask.ty.dtype) not in ("bool", "float32") or (kind == "select" and fill == 0) or not _broadcasts(mask, dims):
+        return None
+    return kind, _prepared(builder, mask, dims.queries, fill)
 
 
 def sizes(about: Mapping[str, Any], shapes: Sequence[Sequence[Any]]) -> AttentionDims:

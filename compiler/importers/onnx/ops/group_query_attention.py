@@ -15,6 +15,7 @@ from ..symbolic import Dim
 from ..values import Refusal
 from .attention import places, size_tensor
 from .microsoft_attention import broadcasting, checked, heads, merged
+from .quantized_cache import cache_of
 from .rotary import consecutive, rotated
 
 _ATTRIBUTES = (
@@ -22,7 +23,7 @@ _ATTRIBUTES = (
     " scale sliding_window_cache smooth_softmax softcap v_quant_type"
 )
 #: inputs that only other devices take, or that change the layout of the cache
-_REFUSED = {12: "k_scale", 13: "v_scale", 16: "query_seqlens"}
+_REFUSED = {16: "query_seqlens"}
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,12 @@ def group_query_attention(node: Node) -> tuple[relax.Expr, ...]:
     """query [B, S, H * D], key and value [B, S, Hk * D] (or all three in query), past key and value [B, Hk, P, D], seqlens_k [B]: tokens of each sample after this step - 1,
     total_sequence_length: the most of these; cos and sin [positions, R / 2], positions [B, S], an attention bias, a sink per head.
 
-    The new keys of a sample follow the max(seqlens_k + 1 - S, 0) that its cache holds; the rest of it is zeros. Results: out, present key and value, of max(P, total) tokens.
+    Caches may be codes (`quantized_cache.py`). The new keys of a sample follow the max(seqlens_k + 1 - S, 0) that its cache holds; the rest of it is zeros. Results: out, present key and value, of max(P, total) tokens.
     """
     for index, name in _REFUSED.items():
         if node.has(index):
             raise Refusal(f"input '{name}' is not supported")
-    unusual = [name for name in ("k_quant_type", "v_quant_type") if node.attr(name, "NONE") != "NONE"]
-    unusual += [name for name in ("qk_output", "sliding_window_cache") if node.attr(name, 0)]
+    unusual = [name for name in ("qk_output", "sliding_window_cache") if node.attr(name, 0)]
     if unusual:
         raise Refusal(f"attribute '{unusual[0]}' is not supported")
     q, k, v = _operands(node)
@@ -56,14 +56,18 @@ def group_query_attention(node: Node) -> tuple[relax.Expr, ...]:
         q, k = (_normalized(node, value, index, name) for value, index, name in ((q, 14, "q_norm_epsilon"), (k, 15, "k_norm_epsilon")))
     if node.attr("do_rotary", 0):
         q, k = _turned(node, q, k, lengths)
+    cache = cache_of(node)
+    if cache is not None:
+        k, v = (cache.codes(value, side) for value, side in ((k, 0), (v, 1)))
     k, v = _present(node, k, v, lengths)
+    floats = (k, v) if cache is None else tuple(cache.floats(value, side) for value, side in ((k, 0), (v, 1)))
     scores = [*node.shape(q)[:3], lengths.present]
     bias = _visible(node, scores, lengths, node.dtype(q))
     scale = node.attr("scale", 0.0) or 1 / math.sqrt(node.static(node.shape(q)[3:], "the head size")[0])
     if node.attr("softcap", 0.0) or node.attr("smooth_softmax", 0) == 1 or node.has(11):
-        out = _by_steps(node, q, k, v, bias, scale)
+        out = _by_steps(node, q, *floats, bias, scale)
     else:
-        out = node.emit(attention(q, k, v, bias, scale=scale))
+        out = node.emit(attention(q, *floats, bias, scale=scale))
     return merged(node, out), k, v
 
 

@@ -1,0 +1,168 @@
+"""What keys or values are before a dequantisation: integer codes, and the scales and zeros that make floats of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...compiler.dialect.attention_quantized import CODES
+from ...compiler.tvm import is_constant, relax, tirx
+from .graph import Graph, is_unit, scalar, shape
+from .match import Miss
+
+#: codes of fewer bytes are read, as long as a dequantised operand would be written
+_INTEGERS = (*CODES, "int32")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """(codes - zero) * scales. expr: [B, Hk, T, N] codes, two to a byte where bits is 4. zero: one number; zeros: [B | 1, Hk | 1, T | 1, 1], or None. scales: each broadcasts to
+    [B, Hk, T, N]: `channels` do not change from token to token, `tokens` are one number for all of a token's channels."""
+
+    expr: Any
+    bits: int = 8
+    zero: int = 0
+    zeros: Any = None
+    tokens: tuple[Any, ...] = field(default=())
+    channels: tuple[Any, ...] = field(default=())
+
+
+def codes_of(graph: Graph, operand: Any) -> Codes | Miss | None:
+    """The codes of an operand [B, Hk, T, N]; None when it is no dequantisation, a Miss when it is one that this does not know."""
+    expr, dims = graph.root(operand), shape(operand)
+    scales: list[Any] = []
+    zero: Any = None
+    if dims is None or len(dims) != 4:
+        return None
+    while (call := graph.call(expr)) is not None and str(expr.ty.dtype) not in CODES:
+        name, args = graph.name(call), [graph.root(arg) for arg in call.args if isinstance(arg.ty, relax.TensorType)]
+        if name == "multiply" and zero is None:
+            wide = next((place for place in (0, 1) if _carries_codes(graph, args[place])), None)
+            if wide is None or not graph.same_dims(shape(args[wide]) or (), dims):
+                return None
+            scales.append(args[1 - wide])
+            expr = args[wide]
+        elif name == "subtract" and zero is None:
+            expr, zero = args[0], args[1]
+        elif name == "dequantize" and zero is None and not is_constant(args[0]):
+            axis = int(call.attrs.axis)
+            scales.append(_along(args[1], axis))
+            expr, zero = args[0], _along(args[2], axis)
+        elif name in ("astype", "reshape") and graph.same_dims(shape(args[0]) or (), dims):
+            expr = args[0]
+        else:
+            break
+    bits, packed = _packed(graph, expr)
+    if str(packed.ty.dtype) not in CODES or is_constant(packed):
+        return None
+    if zero is not None and (number := scalar(zero if is_constant(zero) else None)) is not None:
+        if number != int(number) or abs(number) > 255:
+            return Miss(f"a zero point of {number:g}")
+        signed = _before_shift(graph, packed)
+        found = Codes(packed, bits, int(number)) if signed is None else Codes(signed, bits, int(number) - 128)
+        return _sorted(graph, found, scales, dims)
+    found = Codes(packed, bits) if zero is None else _with_zeros(graph, Codes(packed, bits), zero)
+    return found if isinstance(found, Miss) else _sorted(graph, found, scales, dims)
+
+
+def _carries_codes(graph: Graph, expr: Any) -> bool:
+    """Codes are where this comes from, by what a dequantisation is made of."""
+    expr = graph.root(expr)
+    while (call := graph.call(expr, "astype", "subtract", "multiply", "reshape", "dequantize")) is not None and str(expr.ty.dtype) not in CODES:
+        expr = graph.root(call.args[0])
+    return str(expr.ty.dtype) in CODES
+
+
+def _packed(graph: Graph, expr: Any) -> tuple[int, Any]:
+    """(bits, the tensor of codes): low and high halves of bytes that were laid side by side are those bytes."""
+    flat = graph.call(expr, "reshape")
+    stack = graph.call(flat.args[0], "stack") if flat is not None else None
+    wide, narrow = shape(expr), None
+    if stack is None or wide is None:
+        return 8, expr
+    parts = _fields(graph, stack.args[0])
+    calls = [graph.call(part) for part in parts]
+    if len(parts) == 2 and all(call is not None for call in calls):
+        names, (low, high) = [graph.name(call) for call in calls], calls  # pyright: ignore[reportArgumentType]
+        whole = graph.root(low.args[0])  # pyright: ignore[reportOptionalMemberAccess]
+        narrow = shape(whole)
+        halves = (
+            names == ["bitwise_and", "right_shift"]
+            and graph.root(high.args[0]).same_as(whole)  # pyright: ignore[reportOptionalMemberAccess]
+            and (scalar(graph.root(low.args[1])), scalar(graph.root(high.args[1]))) == (15.0, 4.0)  # pyright: ignore[reportOptionalMemberAccess]
+        )
+        if halves and narrow is not None and str(whole.ty.dtype) == "uint8" and int(stack.attrs.axis) in (-1, len(narrow)):
+            if graph.same_dims([*narrow[:-1], narrow[-1] * 2], wide):
+                return 4, whole
+    return 8, expr
+
+
+def _before_shift(graph: Graph, codes: Any) -> Any:
+    """The int8 codes to which 128 was added to make these uint8 ones (by the pass `recognize-qdq`), None for others."""
+    narrowed = graph.call(codes, "astype")
+    added = graph.call(narrowed.args[0], "add") if narrowed is not None else None
+    widened = graph.call(added.args[0], "astype") if added is not None and scalar(graph.root(added.args[1])) == 128.0 else None
+    source = graph.root(widened.args[0]) if widened is not None else None
+    return source if source is not None and str(source.ty.dtype) == "int8" else None
+
+
+def _fields(graph: Graph, expr: Any) -> list[Any]:
+    while isinstance(expr, relax.Var) and expr in graph.defined:
+        expr = graph.defined[expr]
+    return list(expr.fields) if isinstance(expr, relax.Tuple) else []
+
+
+def _along(parameter: Any, axis: int) -> Any:
+    """A constant scale or zero of `relax.dequantize` as it broadcasts over four dims."""
+    if not is_constant(parameter):
+        return parameter
+    values = parameter.value.numpy()
+    return relax.const(values.reshape([-1 if place == axis % 4 else 1 for place in range(4)]) if values.ndim else values, str(parameter.ty.dtype))
+
+
+def _narrow(graph: Graph, parameter: Any) -> Any:
+    """A scale or zero without the channels over which it is repeated."""
+    parameter = graph.root(parameter)
+    while (call := graph.call(parameter, "repeat", "broadcast_to", "astype")) is not None:
+        source = graph.root(call.args[0])
+        before, after = shape(source), shape(parameter)
+        if graph.name(call) == "astype" and str(source.ty.dtype) not in _INTEGERS:
+            break
+        if graph.name(call) == "repeat" and not (before and after and is_unit(before[-1]) and graph.same_dims(before[:-1], after[:-1])):
+            break
+        parameter = source
+    return parameter
+
+
+def _aligned(parameter: Any) -> list[Any] | None:
+    dims = shape(parameter)
+    return None if dims is None or len(dims) > 4 else [tirx.const(1, "int64")] * (4 - len(dims)) + dims
+
+
+def _with_zeros(graph: Graph, codes: Codes, zero: Any) -> Codes | Miss:
+    zero = _narrow(graph, zero)
+    dims = _aligned(zero)
+    if dims is None or not is_unit(dims[3]):
+        return Miss("zero points that change from channel to channel")
+    if str(zero.ty.dtype) not in CODES:
+        return Miss(f"zero points of type {zero.ty.dtype}")
+    return Codes(codes.expr, codes.bits, zeros=zero)
+
+
+def _sorted(graph: Graph, codes: Codes, scales: Sequence[Any], dims: Sequence[Any]) -> Codes | Miss:
+    tokens, channels = [], []
+    for scale in scales:
+        narrow = _narrow(graph, scale)
+        own = _aligned(narrow)
+        if own is None or not all(is_unit(dim) or graph.equal(dim, size) for dim, size in zip(own, dims, strict=True)):
+            return Miss("scales of unknown shape")
+        if str(narrow.ty.dtype) not in ("float32", "float16"):
+            return Miss(f"scales of type {narrow.ty.dtype}")
+        if is_unit(own[2]):
+            channels.append(narrow)
+        elif is_unit(own[3]):
+            tokens.append(narrow)
+        else:
+            return Miss("scales that change from token to token and from channel to channel")
+    return Codes(codes.expr, codes.bits, codes.zero, codes.zeros, tuple(tokens), tuple(channels))

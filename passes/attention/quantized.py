@@ -1,0 +1,143 @@
+"""The pass: attention over a dequantised cache becomes attention over its codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ...compiler.dialect.attention import NAME, SWAPPED, attrs_of, dims_of
+from ...compiler.dialect.attention_quantized import attention_quantized
+from ...compiler.program import Program
+from ...compiler.tvm import is_constant, mutator, relax, tirx
+from ..base import Pass, PassContext
+from .codes import Codes, codes_of
+from .graph import Graph, is_unit, scalar, shape
+from .match import Miss
+
+#: most queries whose attention a CPU takes from codes: with more of them every float that is made serves many products
+_FEW = 8
+
+
+@dataclass(frozen=True)
+class QuantizedAttention(Pass):
+    """Keys and values that are dequantised for one attention stay codes, so that no float of them is ever in memory. Exact up to rounding.
+
+    Scales that are the same for all tokens leave the sums over tokens: those of keys go to the queries, those of values to the result. Those of tokens are factors of the
+    scores and of the probabilities.
+    """
+
+    name: ClassVar[str] = "quantized-attention"
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        if context.target.kind not in ("cpu", "cuda"):
+            return program
+        graph = Graph(program.main)
+        sites: dict[Any, tuple[relax.Call, Codes, Codes]] = {}
+        for binding in graph.bindings:
+            call = binding.value
+            if not isinstance(call, relax.Call) or graph.name(call) != NAME:
+                continue
+            found = _site(graph, call, context.target.kind == "cpu")
+            if isinstance(found, Miss):
+                context.note(
+                    f"attention at '{program.origins.get(binding.var.name, binding.var.name)}' reads dequantised keys and values: {found.reason}"
+                )
+            elif found is not None:
+                sites[binding.var] = (call, *found)
+        if not sites:
+            return program
+        context.matched(attention=len(sites))
+        return program.with_module(relax.transform.DeadCodeElimination()(_Rewriter(program.module, graph, sites).apply()))
+
+
+def _site(graph: Graph, call: relax.Call, few: bool) -> tuple[Codes, Codes] | Miss | None:
+    attrs, (k, v) = attrs_of(call), (codes_of(graph, operand) for operand in call.args[1:3])
+    if k is None and v is None:
+        return None
+    if isinstance(k, Miss) or isinstance(v, Miss):
+        return k if isinstance(k, Miss) else v
+    if k is None or v is None:
+        return Miss("only one of both is made of codes")
+    if attrs.received or attrs.layouts[1:3] != ("BHSD", "BHSD") or attrs.dtype not in ("", "float32") or str(call.args[0].ty.dtype) != "float32":
+        return Miss("received attention, other layouts than BHSD or other types than float32 are not taken from codes")
+    dims = dims_of(*(shape(arg) or () for arg in call.args[:3]), attrs.layouts)
+    if few and not (isinstance(dims.queries, tirx.IntImm) and int(dims.queries) <= _FEW):
+        return Miss(f"more than {_FEW} queries, or a number known only at run time")
+    return k, v
+
+
+@mutator
+class _Rewriter(relax.PyExprMutator):
+    def __init__(self, module: Any, graph: Graph, sites: dict[Any, tuple[relax.Call, Codes, Codes]]):
+        super().__init__(module)
+        self.module, self.graph, self.sites = module, graph, sites
+
+    def apply(self) -> Any:
+        main = self.module.get_global_var("main")
+        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
+        return self.builder_.get()
+
+    def visit_var_binding_(self, binding: Any) -> None:
+        site = self.sites.get(binding.var)
+        if site is None:
+            super().visit_var_binding_(binding)
+            return
+        self.builder_.emit_normalized(relax.VarBinding(binding.var, self.builder_.normalize(self._call(*site))))
+
+    def emit(self, expr: Any) -> Any:
+        return self.builder_.emit(expr)
+
+    def _call(self, call: relax.Call, k: Codes, v: Codes) -> relax.Expr:
+        attrs, old = attrs_of(call), call.args
+        dims = dims_of(*(shape(arg) or () for arg in old[:3]), attrs.layouts)
+        q, scale = self._plain(self.visit_expr(old[0]), attrs.layouts[0]), attrs.scale
+        for factor in k.channels:
+            if is_constant(factor) and (number := scalar(factor)) is not None:
+                scale *= number
+            else:
+                q = self._scaled(q, factor, dims)
+        optional = {"mask": self.visit_expr(old[3])} if len(old) == 4 else {}
+        for side, codes in (("k", k), ("v", v)):
+            for token in codes.tokens:
+                own = self._per_token(token, dims, "float32")
+                optional[f"{side}_scales"] = self.emit(relax.op.multiply(optional[f"{side}_scales"], own)) if f"{side}_scales" in optional else own
+            if codes.zeros is not None:
+                optional[f"{side}_zeros"] = self._per_token(codes.zeros, dims, str(codes.zeros.ty.dtype))
+        numbers = {"k_bits": k.bits, "v_bits": v.bits, "k_zero": k.zero, "v_zero": v.zero}
+        kept = {"scale": scale, "causal": attrs.causal, "fill": attrs.fill, "safe": attrs.safe}
+        out: Any = self.emit(attention_quantized(q, self.visit_expr(k.expr), self.visit_expr(v.expr), optional, **kept, **numbers))
+        for factor in v.channels:
+            out = self._scaled(out, factor, dims)
+        return self._plain(out, attrs.layouts[3])
+
+    def _plain(self, value: Any, layout: str) -> Any:
+        """BHSD of a layout, and back; a view where there is one query."""
+        if layout == "BHSD":
+            return value
+        before = shape(value) or []
+        if is_unit(before[1]) or is_unit(before[2]):
+            return self.emit(relax.op.reshape(value, [before[axis] for axis in SWAPPED]))
+        return self.emit(relax.op.permute_dims(value, list(SWAPPED)))
+
+    def _scaled(self, value: Any, factor: Any, dims: Any) -> Any:
+        """[B, H, S, N] times a factor that broadcasts to [B, Hk, 1, N]: those heads of q that share a head of keys are more rows of it."""
+        factor = self._float(self.visit_expr(factor))
+        own = list(shape(factor) or [])
+        own = [tirx.const(1, "int64")] * (4 - len(own)) + own
+        factor = self.emit(relax.op.reshape(factor, own)) if len(shape(factor) or []) != 4 else factor
+        if is_unit(own[1]) or self.graph.equal(dims.heads, dims.kv_heads):
+            return self.emit(relax.op.multiply(value, factor))
+        whole = shape(value) or []
+        rows = [dims.batch, dims.kv_heads, dims.queries * tirx.floordiv(dims.heads, dims.kv_heads), whole[3]]
+        return self.emit(relax.op.reshape(self.emit(relax.op.multiply(self.emit(relax.op.reshape(value, rows)), factor)), whole))
+
+    def _per_token(self, value: Any, dims: Any, dtype: str) -> Any:
+        """[B | 1, Hk | 1, T | 1, 1] -> [B, Hk, T]"""
+        value, wanted = self.visit_expr(value), [dims.batch, dims.kv_heads, dims.keys]
+        value = self._float(value) if dtype == "float32" else value
+        own = [*[tirx.const(1, "int64")] * (4 - len(shape(value) or [])), *(shape(value) or [])][:3]
+        value = self.emit(relax.op.reshape(value, own))
+        return value if self.graph.same_dims(own, wanted) else self.emit(relax.op.broadcast_to(value, wanted))
+
+    def _float(self, value: Any) -> Any:
+        return value if str(value.ty.dtype) == "float32" else self.emit(relax.op.astype(value, "float32"))
