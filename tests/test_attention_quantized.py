@@ -24,7 +24,7 @@ def operands(batch, heads, groups, queries, keys, depth, width, bits=(8, 8), giv
     """(q, k, v, optional operands by name, attributes)"""
     rng = np.random.default_rng(0)
     q = rng.standard_normal((batch, heads, queries, depth)).astype("float32")
-    codes, attrs = [], {"scale": 0.02 if bits[0] == 8 else 0.2}
+    codes, attrs = [], {"scale": (0.02 if bits[0] == 8 else 0.3) * depth**-0.5}
     for side, size, number in zip("kv", (depth, width), bits, strict=True):
         shape = (batch, heads // groups, keys, size * number // 8)
         attrs |= {f"{side}_bits": number, f"{side}_zero": 8 if number == 4 else 0 if signed else 131}

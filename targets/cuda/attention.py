@@ -140,24 +140,28 @@ def keys_at_once(this: Attention) -> int:
 def kernel(call: Any, target: Target, policy: str, known: Known = FIXED) -> Plan:
     """The kernel; its parameters are q, k, v, the mask where there is one, and the output. known: of the symbols in the call's shapes. Raises Unsupported as `refusal` says."""
     this = Attention.of(call, policy)
-    block = keys_at_once(this)
-    tiles, steps = blocks(this.queries, QUERIES), blocks(this.keys, block)
+    tiles, steps = blocks(this.queries, QUERIES), blocks(this.keys, keys_at_once(this))
+    return planned(this, times([tiles, this.heads, this.batch]), steps, lambda *parted: _product(this, *parted, target), target, known)
+
+
+def planned(this: Attention, number: Any, steps: Any, product: Callable[[Any, Any, Any], Kernel], target: Target, known: Known) -> Plan:
+    """All keys at once, or in parts where `number` blocks leave most of the GPU idle. product: (what it writes, steps of keys of a part, parts) -> its kernel."""
 
     def whole() -> tuple[Kernel, ...]:
-        return (_product(this, this.out, 0, 1, target),)
+        return (product(this.out, 0, 1),)
 
     def in_parts(part: Any, count: Any) -> tuple[Kernel, ...]:
         """Blocks take `part` steps of keys each, which makes `count` parts; then those are joined."""
         rows = times([this.batch, this.heads, this.queries])
         parts = tirx.decl_buffer((count, rows, this.width + 2), "float32", "parts")
-        return _product(this, parts, part, count, target), _joined(this, parts, count, rows)
+        return product(parts, part, count), _joined(this, parts, count, rows)
 
     if this.causal:
         return Plan(this.params, whole())
-    if all(isinstance(size, int) for size in (tiles, steps, this.batch)):
-        part = part_of_keys(tiles * this.heads * this.batch, steps, target)
+    if isinstance(number, int) and isinstance(steps, int):
+        part = part_of_keys(number, steps, target)
         return Plan(this.params, whole() if part == steps else in_parts(part, -(-steps // part)))
-    part = open_part_of_keys(times([tiles, this.heads, this.batch]), steps, target)
+    part = open_part_of_keys(number, steps, target)
     count = simplified(tirx.floordiv(steps + part - 1, part))
     if all(sample <= 1 for sample in known.samples(count)):
         return Plan(this.params, whole())

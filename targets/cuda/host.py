@@ -22,6 +22,7 @@ INCLUDED = (
     "attention.cuh",
     "grouped.cuh",
     "weight_only.cuh",
+    "attention_codes.cuh",
     "sparse.cuh",
     "sort.cuh",
     "depthwise.cuh",

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.dialect import attention as dialect
+from ...compiler.dialect import attention_quantized as quantized_dialect
 from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.element_types import FLOAT8
 from ...compiler.errors import UsageError
@@ -15,7 +16,7 @@ from ...passes.fusion import FuseEpilogues
 from ...passes.products import analyze, operator
 from ..common import legalize as definitions
 from ..common.float8 import held
-from . import attention, scatter, toolchain
+from . import attention, attention_codes, scatter, toolchain
 from .host import sources
 from .kernel import SHORT
 from .lower import Launches, refuse_sizes_of_data, sequence
@@ -106,7 +107,9 @@ def _legalize(program: Program, target: Target) -> Any:
     module = program.module if FLOAT8 in target.formats else held(program.module, "float16")
     module = relax.transform.CanonicalizeBindings()(relax.transform.DecomposeOpsForInference()(module))
     module = _Prepare(program.with_module(module)).apply()
-    module = definitions.legalize(module, {"relax.astype": definitions.default_legalization, BITCAST: _bits}, keep=(dialect.NAME, *scatter.OPERATORS))
+    module = definitions.legalize(
+        module, {"relax.astype": definitions.default_legalization, BITCAST: _bits}, keep=(dialect.NAME, quantized_dialect.NAME, *scatter.OPERATORS)
+    )
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
 
 
@@ -139,6 +142,8 @@ class _Prepare(relax.PyExprMutator):
             attrs = operator_attrs(**{**asdict(dialect.attrs_of(made)), "dtype": str(call.attrs.dtype)})
             call = self.builder_.normalize(relax.Call(made.op, list(made.args), attrs))
         call = super().visit_call_(call)
+        if operator(call) == quantized_dialect.NAME and attention_codes.refusal(call):
+            call = quantized_dialect.dequantize(self.builder_, call)
         if operator(call) == dialect.NAME and attention.refusal(call):
             return dialect.decompose(self.builder_, call)
         return filled(self.builder_, narrowed(self.builder_, rounded_back(self.builder_, call)))

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...compiler.dialect import attention as attention_dialect
+from ...compiler.dialect import attention_quantized as quantized_dialect
 from ...compiler.dialect import recurrent as recurrent_dialect
 from ...compiler.tvm import TensorLoad, relax, tirx
 from ...passes.products import operator
 from ..base import Target
 from ..common.fused import Unfusable, analyze, static
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, attention_hopper, blocks, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
+from . import attention, attention_codes, attention_hopper, blocks, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
 from .gemm import gemm
 from .grouped import grouped
 from .kernel import SHORT, Plan, Unsupported
@@ -68,6 +69,8 @@ def whole(call: Any, target: Target, policy: str, known: Known) -> Callable[[], 
     name = getattr(call.op, "name", str(call.op))
     if name == attention_dialect.NAME:
         return lambda: _first_of(ATTENTION, call, target, policy, known)
+    if name == quantized_dialect.NAME:
+        return lambda: attention_codes.kernel(call, target, policy, known)
     if name == recurrent_dialect.NAME:
         return lambda: recurrent.kernel(_of_known_sizes(call), target)
     if name in WHOLE:

@@ -36,7 +36,7 @@ from .sizes import FIXED, Known, shown, simplified, times
 from .weight_only_schedule import COLUMNS, FEW_ROWS, FewRows, ManyRows, Shape, best
 
 #: number policy of float32 activations -> 16-bit parts that they become, and whether those are of bf16
-_PARTS = {"Fp32": (3, True), "Tf32": (2, True), "Bf16": (1, True), "Fp16": (1, False)}
+PARTS = {"Fp32": (3, True), "Tf32": (2, True), "Bf16": (1, True), "Fp16": (1, False)}
 
 
 def weight_only(
@@ -73,7 +73,7 @@ class _WeightOnly(Product):
         half = dtype in HALF
         if half and k % 2:
             raise Unfusable("rows of 16-bit numbers that are no whole words")
-        parts, bf16 = (1, dtype == "bfloat16") if half else _PARTS[policy]
+        parts, bf16 = (1, dtype == "bfloat16") if half else PARTS[policy]
         self.row_dims = dims[:-1]
         # one group may be longer than K
         group = min(fused.core["group"], k + k % 2)
