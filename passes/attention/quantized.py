@@ -54,9 +54,10 @@ def _site(graph: Graph, call: relax.Call, few: bool) -> tuple[Codes, Codes] | Mi
     attrs, (k, v) = attrs_of(call), (codes_of(graph, operand) for operand in call.args[1:3])
     if k is None and v is None:
         return None
-    if isinstance(k, Miss) or isinstance(v, Miss):
-        return k if isinstance(k, Miss) else v
-    if k is None or v is None:
+    for side in (k, v):
+        if isinstance(side, Miss):
+            return side
+    if not isinstance(k, Codes) or not isinstance(v, Codes):
         return Miss("only one of both is made of codes")
     if attrs.received or attrs.layouts[1:3] != ("BHSD", "BHSD") or attrs.dtype not in ("", "float32") or str(call.args[0].ty.dtype) != "float32":
         return Miss("received attention, other layouts than BHSD or other types than float32 are not taken from codes")
