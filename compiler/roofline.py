@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..targets.base import Target
-from .dialect import attention, grouped, recurrent, weight_only
+from .dialect import attention, attention_quantized, grouped, recurrent, weight_only
 from .element_types import numpy_dtype
 from .program import DimRange, Program
 from .tvm import Constant, relax, structural_map, tirx, tvm
@@ -156,6 +156,8 @@ def _flops(call: Any, operator: str, known: Mapping[str, int]) -> int:
     if operator == attention.NAME:
         dims = attention.dims_of(*shapes[:3], attention.attrs_of(call).layouts)
         return _attention(dims)
+    if operator == attention_quantized.NAME:
+        return _attention(attention_quantized.dims_of(*shapes[:3], attention_quantized.attrs_of(call)))
     if operator in (weight_only.NAME, grouped.NAME):
         return 2 * result * shapes[0][-1]
     if operator == recurrent.NAME:

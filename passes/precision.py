@@ -79,7 +79,7 @@ class Precision(Pass):
 
 
 def _takes_words(call: Any) -> bool:
-    """Words of two numbers along an even depth, and no second result, whose sums over all queries are of the exact probabilities."""
+    """Words of two numbers along an even depth, and no received attention, whose sums over all queries are of the exact probabilities."""
     q = call.args[0]
     depth = q.ty.shape[3]
     return str(q.ty.dtype) == "float32" and isinstance(depth, tirx.IntImm) and int(depth) % 2 == 0 and not attrs_of(call).received

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention.fuse import FuseAttention
+from .attention.prefix import SharedPrefix
 from .attention.quantized import QuantizedAttention
 from .base import Pass
 from .canonicalize import Canonicalize
@@ -24,6 +25,7 @@ PASSES: dict[str, type[Pass]] = {
         RecognizeNormalizations,
         FuseAttention,
         QuantizedAttention,
+        SharedPrefix,
         TokenPruning,
         Sparsify,
         Quantize,

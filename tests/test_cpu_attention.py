@@ -46,7 +46,7 @@ def run(arrays, target, schedule=None, pick=1.0, types=None, **attrs):
             module.update_func(variable, generic(func, target).func)
     executable = relax.build(module, tvm_target(target), tir_pipeline=TIR_PIPELINE)
     result = relax.VirtualMachine(executable, tvm.cpu())["main"](*(tvm.runtime.tensor(array) for array in arrays))
-    return tuple(part.numpy() for part in result) if attrs.get("received") else (result.numpy(),)
+    return tuple(part.numpy() for part in result) if attrs.get("received") or attrs.get("logsum") else (result.numpy(),)
 
 
 def check(arrays, target, schedule=None, pick=1.0, types=None, **attrs):
@@ -84,6 +84,8 @@ AWKWARD = [
     (AWKWARD[0], "none", {}, 0),
     (AWKWARD[1], "rows", {"causal": True}, 1),
     (AWKWARD[2], "bool", {"received": True}, 1),
+    (AWKWARD[3], "bool", {"logsum": True}, 0),
+    (AWKWARD[4], "rows", {"received": True, "logsum": True}, 1),
     (AWKWARD[3], "padding", {}, 0),
     (AWKWARD[3], "none", {"causal": True, "received": True}, 1),
     (AWKWARD[4], "rows", {"received": True, "layout": "BSHD"}, 0.5),

@@ -272,6 +272,29 @@ def test_few_queries_take_keys_in_parts_that_are_joined_in_order():
     assert templates(lowered) == ["attention", "sums"] * len(cases)
 
 
+def test_attention_gives_the_logarithms_of_its_sums():
+    """At once, in parts, causal, and of queries that see nothing."""
+    cases = [(1, 4, 2, 3, 700, 32, 20, "bool", {"layout": "BSHD"}), (2, 2, 1, 70, 70, 16, 16, None, {"causal": True})]
+    inputs, expected = {}, []
+    for number, (b, h, hk, s, t, d, e, mask, options) in enumerate(cases):
+        given = {f"q{number}": floats(b, s, h, d) if mask else floats(b, h, s, d), f"k{number}": floats(b, t, hk, d) if mask else floats(b, hk, t, d)}
+        given[f"v{number}"] = floats(b, t, hk, e) if mask else floats(b, hk, t, e)
+        if mask:
+            given[f"m{number}"] = RANDOM.random((b, 1, s, t)) > 0.4
+            given[f"m{number}"][..., 0, :] = False
+        expected += reference(*given.values(), logsum=True, **options)
+        inputs |= given
+
+    def build(emit, *x):
+        pairs = [emit(attention(*x[:4], logsum=True, **cases[0][-1])), emit(attention(*x[4:], logsum=True, **cases[1][-1]))]
+        return [emit(relax.TupleGetItem(pair, index)) for pair in pairs for index in range(2)]
+
+    outputs, lowered = run(build, inputs)
+    for out, exact in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(out, exact, rtol=1e-5, atol=3e-6)
+    assert templates(lowered) == ["attention", "sums"] * 2
+
+
 def test_attention_that_the_kernel_refuses_is_decomposed():
     q = floats(1, 1, 5, 144)
     (out,), lowered = run(lambda emit, q: [emit(attention(q, q, q))], {"q": q})

@@ -21,7 +21,7 @@ class AttentionAttrs:
     """scale: factor of the scores. causal: query s sees keys 0..s only, whatever S and T are (torch's is_causal).
 
     fill: the score of a position that a boolean mask or `causal` hides, before the softmax. safe: a query whose scores are all -inf gives zeros, as in torch's
-    scaled_dot_product_attention, instead of NaN. received: the second output. layout: order of the dims of q, k, v and the result, "BHSD" or "BSHD", or one for each
+    scaled_dot_product_attention, instead of NaN. received, logsum: further outputs. layout: order of the dims of q, k, v and the result, "BHSD" or "BSHD", or one for each
     of the four, joined by commas. dtype: of the result; by default that of q, float32 for bfloat16.
     """
 
@@ -30,6 +30,7 @@ class AttentionAttrs:
     fill: float = -math.inf
     safe: bool = True
     received: bool = False
+    logsum: bool = False
     layout: str = "BHSD"
     dtype: str = ""
 
@@ -44,7 +45,9 @@ def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | No
     """q: [B, H, S, D], k: [B, Hk, T, D], v: [B, Hk, T, E] -> [B, H, S, E]; H is a multiple of Hk, each head of k and v serves H / Hk of q in a row.
 
     mask: broadcasts to [B, H, S, T]; float: added to the scores; bool: True where a key is seen. attrs: fields of AttentionAttrs; `scale` is 1 / sqrt(D) by default.
-    With received=True the result is a tuple (out, received [B, T]): the attention that each key receives, the mean of its probabilities over heads and queries.
+    With received=True the result is a tuple (out, received [B, T]): the attention that each key receives, the mean of its probabilities over heads and queries. With logsum=True
+    it ends with logsum [B, H, S]: the logarithm of the sum of exponentials of each query's masked scores, -inf where it sees nothing; attentions of one query to parts of its keys
+    are joined by it.
     With layout="BSHD" q, k, v and out have their second and third dims swapped. Operands of bfloat16 are multiplied as such, the probabilities rounded to it; scores, sums and
     out are float32.
     """
@@ -103,9 +106,9 @@ def _infer(builder: Any, call: Any) -> Any:
         raise ValueError(f"{NAME}: {int(q[1])} heads of q cannot share {int(k[1])} heads of k")
     dtype = attrs.dtype or working_dtype(call.args[0])
     out = relax.TensorType(_plain([*q[:3], v[3]], attrs.layouts[3]), dtype)
-    if not attrs.received:
-        return out
-    return relax.TupleType([out, relax.TensorType([q[0], k[2]], dtype)])
+    further = [relax.TensorType([q[0], k[2]], dtype)] if attrs.received else []
+    further += [relax.TensorType(q[:3], dtype)] if attrs.logsum else []
+    return relax.TupleType([out, *further]) if further else out
 
 
 def working_dtype(q: relax.Expr) -> str:
@@ -152,7 +155,19 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
         out = emit(op.astype(out, attrs.dtype))
     if attrs.layouts[3] == "BSHD":
         out = emit(op.permute_dims(out, SWAPPED))
-    return relax.Tuple([out, emit(op.mean(weights, axis=[1, 2]))]) if attrs.received else out
+    further = [emit(op.mean(weights, axis=[1, 2]))] if attrs.received else []
+    further += [_logsum(emit, scores, dtype)] if attrs.logsum else []
+    return relax.Tuple([out, *further]) if further else out
+
+
+def _logsum(emit: Any, scores: relax.Expr, dtype: str) -> relax.Expr:
+    """log(sum(exp(scores))) over the keys; TVM's max over -inf alone is not -inf."""
+    op, low = relax.op, relax.const(-math.inf, dtype)
+    seen = emit(op.astype(emit(op.not_equal(scores, low)), dtype))
+    empty = emit(op.equal(emit(op.max(seen, axis=-1)), relax.const(0.0, dtype)))
+    top = emit(op.where(empty, relax.const(0.0, dtype), emit(op.max(scores, axis=-1))))
+    powers = emit(op.exp(emit(op.subtract(scores, emit(op.expand_dims(top, -1))))))
+    return emit(op.where(empty, low, emit(op.add(top, emit(op.log(emit(op.sum(powers, axis=-1))))))))
 
 
 def _repeat(emit: Any, x: relax.Expr, heads: Any) -> relax.Expr:
@@ -186,7 +201,11 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | No
         weights = np.where(empty, 0.0, weights)
     out = weights @ v
     out = out.transpose(SWAPPED) if options.layouts[3] == "BSHD" else out
-    return (out, weights.mean((1, 2))) if options.received else out
+    with np.errstate(invalid="ignore", divide="ignore"):
+        base = np.where(empty, 0.0, top)
+        logsum = (base + np.log(np.exp(scores - base).sum(-1, keepdims=True)))[..., 0]
+    further = ([weights.mean((1, 2))] if options.received else []) + ([logsum] if options.logsum else [])
+    return (out, *further) if further else out
 
 
 OPERATOR = register_operator(NAME, ("q", "k", "v", "mask"), _infer, decompose)

@@ -81,7 +81,7 @@ def _packed(graph: Graph, expr: Any) -> tuple[int, Any]:
     wide, narrow = shape(expr), None
     if stack is None or wide is None:
         return 8, expr
-    parts = _fields(graph, stack.args[0])
+    parts = graph.fields(stack.args[0])
     calls = [graph.call(part) for part in parts]
     if len(parts) == 2 and all(call is not None for call in calls):
         names, (low, high) = [graph.name(call) for call in calls], calls  # pyright: ignore[reportArgumentType]
@@ -105,12 +105,6 @@ def _before_shift(graph: Graph, codes: Any) -> Any:
     widened = graph.call(added.args[0], "astype") if added is not None and scalar(graph.root(added.args[1])) == 128.0 else None
     source = graph.root(widened.args[0]) if widened is not None else None
     return source if source is not None and str(source.ty.dtype) == "int8" else None
-
-
-def _fields(graph: Graph, expr: Any) -> list[Any]:
-    while isinstance(expr, relax.Var) and expr in graph.defined:
-        expr = graph.defined[expr]
-    return list(expr.fields) if isinstance(expr, relax.Tuple) else []
 
 
 def _along(parameter: Any, axis: int) -> Any:

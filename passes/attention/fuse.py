@@ -121,7 +121,7 @@ class _Rewriter(relax.PyExprMutator):
 
     def _imported(self, call: relax.Call) -> relax.Expr:
         attrs = attrs_of(call)
-        if attrs.received or attrs.layout != "BHSD":
+        if attrs.received or attrs.logsum or attrs.layout != "BHSD":
             return self.visit_expr(call)
         dims = dims_of(*(shape(arg) or () for arg in call.args[:3]), attrs.layouts)
         mask = narrow(self.graph, self.emit, call.args[3]) if len(call.args) == 4 else None

@@ -41,6 +41,12 @@ class Graph:
             return value
         return None
 
+    def fields(self, expr: Any) -> list[Any]:
+        """The fields of a tuple, none of what is not known to be one."""
+        while isinstance(expr, relax.Var) and expr in self.defined:
+            expr = self.defined[expr]
+        return list(expr.fields) if isinstance(expr, relax.Tuple) else []
+
     @staticmethod
     def name(call: relax.Call) -> str:
         return getattr(call.op, "name", "").removeprefix("relax.")

@@ -220,7 +220,8 @@ def _attention(call: Any) -> Notation:
         shape = dims(call.args[3])
         full = ["b", "!h", "s", "t"][4 - len(shape) :]
         marks.append([None if same(dim, 1) and not _one(call, label) else label for dim, label in zip(shape, full, strict=True)])
-    return Notation(marks, [out, ["b", "t"]] if attention.attrs_of(call).received else [out])
+    attrs = attention.attrs_of(call)
+    return Notation(marks, [out, *([["b", "t"]] if attrs.received else []), *([["b", "!h", "s"]] if attrs.logsum else [])])
 
 
 def _one(call: Any, label: str) -> bool:

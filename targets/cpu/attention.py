@@ -50,10 +50,12 @@ class AttentionWorkload:
     causal: bool
     received: bool
     kind: str = "f32"
+    logsum: bool = False
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         extra = f"{' causal' if self.causal else ''}{f' mask {self.mask}' if self.mask != 'none' else ''}{' received' if self.received else ''}"
+        extra += " logsum" if self.logsum else ""
         return f"attention {'' if self.kind == 'f32' else f'{self.kind} '}{self.batch}x{heads}x{self.queries}x{self.keys}x{self.depth}x{self.width}{extra}"
 
 
@@ -93,6 +95,7 @@ class Attention:
             fused.core["causal"],
             fused.core["received"],
             "f32" if str(fused.inputs[0].ty.dtype) == "float32" else "bf16",
+            fused.core["logsum"],
         )
 
     def space(self, workload: AttentionWorkload, target: Target) -> Sequence[AttentionSchedule]:

@@ -27,7 +27,9 @@ class AttentionEmitter:
         self.q, self.k, self.v, *rest = (buffers[buffer] for buffer in fused.inputs)
         self.mask = rest[0] if rest else None
         outputs = [buffers[param] for param in fused.params if hasattr(param, "shape")][-fused.core["outputs"] :]
-        self.out, self.received = outputs[0], outputs[1] if len(outputs) == 2 else None
+        self.out = outputs[0]
+        self.received = outputs[1] if fused.core["received"] else None
+        self.logsum = outputs[-1] if fused.core.get("logsum") else None
         dims = sizes(fused.core, [buffer.shape for buffer in fused.inputs])
         self.batch, self.queries, self.keys = dims.batch, dims.queries, dims.keys
         self.heads, self.depth, self.width = (int(dim) for dim in (dims.heads, dims.depth, dims.width))
@@ -346,6 +348,12 @@ class AttentionEmitter:
         """Divide by the sums and store; keep what the second pass needs of every query: its maximum, and 1 / its sum, 0 for those past the end."""
         lanes, queries = self.lanes, nv * self.lanes
         zero, one, low = (splat(T.float32(value), lanes) for value in (0.0, 1.0, -math.inf))
+        if self.logsum is not None:
+            for v in range(nv):
+                place = vector(T.int64(v * lanes), lanes)
+                T.buffer_store(logsum := T.alloc_buffer((lanes,), "float32"), top[place] + T.log(total[place]), [vector(T.int64(0), lanes)])
+                with T.serial(T.bind(T.max(T.min(T.int64(lanes), self.queries - first - T.int64(v * lanes)), T.int64(0)))) as lane:
+                    T.buffer_store(self.logsum, logsum[lane], [b, h, first + T.int64(v * lanes) + lane])
         for v in range(nv):
             place = vector(T.int64(v * lanes), lanes)
             inverse = one / total[place]

@@ -63,7 +63,7 @@ class FewEmitter(AttentionEmitter):
                     self._weights(scores, row, vectors, top, total, shrink)
                 self._sums(b, kv, scores, start, count, out, shrink)
             with T.serial(T.int64(self.rows)) as row:
-                self._put(b, kv, row, out, total)
+                self._put(b, kv, row, out, top, total)
 
     def _query_of(self, kv: Any, row: Any) -> tuple[Any, Any]:
         """(head, query) of a row."""
@@ -221,10 +221,14 @@ class FewEmitter(AttentionEmitter):
                 for e in range(columns):
                     T.buffer_store(out, acc.load(0, e), [row, vector(places[e], lanes)])
 
-    def _put(self, b: Any, kv: Any, row: Any, out: Any, total: Any) -> None:
+    def _put(self, b: Any, kv: Any, row: Any, out: Any, top: Any, total: Any) -> None:
         """The row's sums divided by its total, in order."""
         lanes, parts = self.lanes, self.value_parts
         h, s = self._query_of(kv, row)
+        if self.logsum is not None:
+            # as a vector: logarithms of those are expanded
+            T.buffer_store(logs := T.alloc_buffer((lanes,), "float32"), splat(top[row], lanes) + T.log(splat(total[row], lanes)), [self.everything])
+            T.buffer_store(self.logsum, logs[0], [b, h, s])
         inverse = T.float32(1) / total[row]
         factor = T.bind(tirx.Select(total[row] == T.float32(0), T.float32(0), inverse) if self.core["safe"] else inverse)
         with T.serial(T.int64(self.wide // parts)) as e:

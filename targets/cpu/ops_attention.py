@@ -86,12 +86,14 @@ def attention(operands: Sequence[Any], mask: Any, about: Mapping[str, Any]) -> A
         out = te.compute((*shape[:3], dims.width), value, name="attention")
     else:
         out = te.compute((dims.batch, dims.queries, dims.heads, dims.width), lambda b, s, h, e: value(b, h, s, e), name="attention")
-    if about["outputs"] == 1:
-        return out
+    logsum = te.compute(shape[:3], lambda b, h, s: top(b, h, s) + te.log(total(b, h, s)), name="logsum")
+    if not about["received"]:
+        return [out, logsum] if about.get("logsum") else out
     h, s = te.reduce_axis((0, dims.heads), "h"), te.reduce_axis((0, dims.queries), "s")
     sums = te.compute((dims.batch, dims.keys), lambda b, t: te.sum(weights(b, h, s, t), axis=[h, s]), name="sums")
     count = tirx.Cast("float32", dims.heads * dims.queries)
-    return [out, te.compute((dims.batch, dims.keys), lambda b, t: sums(b, t) / count, name="received")]
+    received = te.compute((dims.batch, dims.keys), lambda b, t: sums(b, t) / count, name="received")
+    return [out, received, logsum] if about.get("logsum") else [out, received]
 
 
 def legalize_attention(builder: Any, call: Any) -> Any:
@@ -118,7 +120,7 @@ def attention_kernel(builder: Any, call: Any, views: Sequence[View]) -> Any:
         return None
     kind, mask = prepared
     places = {"batch": (0, 0), "heads": (0, 1), "kv_heads": (1, 1), "queries": (0, 2), "keys": (1, 2), "depth": (0, 3), "width": (2, 3)}
-    about = {"op": "attention", "mask": kind, "outputs": 2 if attrs.received else 1, **asdict(attrs), "layouts": attrs.layouts}
+    about = {"op": "attention", "mask": kind, "outputs": 1 + attrs.received + attrs.logsum, **asdict(attrs), "layouts": attrs.layouts}
     about["sizes"] = {name: [of, *size] if isinstance(size := views[of].size(axis), list) else size for name, (of, axis) in places.items()}
     about["rows"] = [*(view.rows for view in views), operand(q, attrs.layouts[3]).rows]
 

@@ -30,7 +30,15 @@ def legalize_codes(builder: Any, call: Any) -> Any:
     if mask is None:
         return legalize_attention(builder, dequantize(builder, call))
     kind, prepared = mask
-    about: dict[str, Any] = {"op": "attention_codes", "mask": kind, "outputs": 1, "received": False, **asdict(attrs), "layouts": ["BHSD"] * 4}
+    about: dict[str, Any] = {
+        "op": "attention_codes",
+        "mask": kind,
+        "outputs": 1,
+        "received": False,
+        "logsum": False,
+        **asdict(attrs),
+        "layouts": ["BHSD"] * 4,
+    }
     open_sizes = {"batch": (0, 0), "keys": (1, 2)}
     about["sizes"] = {name: int(dim) if isinstance(dim, tirx.IntImm) else list(open_sizes[name]) for name, dim in vars(dims).items()}
     about["rows"] = [operand(call.args[0], "BHSD").rows] * 4

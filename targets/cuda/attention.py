@@ -55,7 +55,7 @@ def refusal(call: Any) -> str:
 @dataclass(frozen=True)
 class Attention:
     """An attention that `refusal` has nothing against: q, k, v and the mask where there is one, the output, and sizes, of which `batch`, `queries` and `keys` may be open; heads of k and
-    v: own. policy: of numbers, group: how many are in a word."""
+    v: own. policy: of numbers, group: how many are in a word. logsum: the second output, None without one."""
 
     operands: tuple[Any, ...]
     out: Any
@@ -68,6 +68,7 @@ class Attention:
     keys: Any
     depth: int
     width: int
+    logsum: Any = None
 
     @staticmethod
     def of(call: Any, policy: str) -> Attention:
@@ -78,14 +79,15 @@ class Attention:
         operands = [
             tirx.decl_buffer(shape, str(arg.ty.dtype), f"arg{position}") for position, (arg, shape) in enumerate(zip(call.args, shapes, strict=True))
         ]
-        out = tirx.decl_buffer([simplified(dim) for dim in call.ty.shape], str(call.ty.dtype), "out")
+        kinds = list(call.ty.fields) if attrs.logsum else [call.ty]
+        out, *logsum = (tirx.decl_buffer([simplified(dim) for dim in kind.shape], str(kind.dtype), "out") for kind in kinds)
         dims = dims_of(*shapes[:3], attrs.layouts)
         sizes = (dims.batch, dims.heads, dims.kv_heads, dims.queries, dims.keys, dims.depth, dims.width)
-        return Attention(tuple(operands), out, attrs, POLICIES.get(str(call.args[0].ty.dtype), policy), *sizes)
+        return Attention(tuple(operands), out, attrs, POLICIES.get(str(call.args[0].ty.dtype), policy), *sizes, *logsum)
 
     @property
     def params(self) -> tuple[Any, ...]:
-        return (*self.operands, self.out)
+        return (*self.operands, self.out, *([] if self.logsum is None else [self.logsum]))
 
     @property
     def group(self) -> int:
@@ -99,7 +101,7 @@ class Attention:
     @property
     def workload(self) -> str:
         sizes = f"{shown(self.batch)}x{self.heads}({self.own})x{shown(self.queries)}x{shown(self.keys)}x{self.depth}"
-        return f"attention {sizes} {self.policy}" + (" causal" if self.attrs.causal else "")
+        return f"attention {sizes} {self.policy}" + (" causal" if self.attrs.causal else "") + (" logsum" if self.attrs.logsum else "")
 
     def score(self, signature: Signature) -> list[str]:
         """The body of (s, t, x) -> score, where `batch` and `head` are known."""
@@ -145,7 +147,10 @@ def kernel(call: Any, target: Target, policy: str, known: Known = FIXED) -> Plan
 
 
 def planned(this: Attention, number: Any, steps: Any, product: Callable[[Any, Any, Any], Kernel], target: Target, known: Known) -> Plan:
-    """All keys at once, or in parts where `number` blocks leave most of the GPU idle. product: (what it writes, steps of keys of a part, parts) -> its kernel."""
+    """All keys at once, or in parts where `number` blocks leave most of the GPU idle. product: (what it writes, steps of keys of a part, parts) -> its kernel.
+
+    Logarithms of sums come from parts, of which there is one where all keys are taken at once.
+    """
 
     def whole() -> tuple[Kernel, ...]:
         return (product(this.out, 0, 1),)
@@ -157,12 +162,14 @@ def planned(this: Attention, number: Any, steps: Any, product: Callable[[Any, An
         return product(parts, part, count), _joined(this, parts, count, rows)
 
     if this.causal:
-        return Plan(this.params, whole())
+        return Plan(this.params, whole() if this.logsum is None else in_parts(steps, 1))
     if isinstance(number, int) and isinstance(steps, int):
         part = part_of_keys(number, steps, target)
-        return Plan(this.params, whole() if part == steps else in_parts(part, -(-steps // part)))
+        return Plan(this.params, whole() if part == steps and this.logsum is None else in_parts(part, -(-steps // part)))
     part = open_part_of_keys(number, steps, target)
     count = simplified(tirx.floordiv(steps + part - 1, part))
+    if this.logsum is not None:
+        return Plan(this.params, in_parts(part, count))
     if all(sample <= 1 for sample in known.samples(count)):
         return Plan(this.params, whole())
     made = [(whole(), (count, 0, 1)), (in_parts(part, count), (count, 2, None))]
@@ -195,7 +202,7 @@ def _product(this: Attention, written: Any, part: Any, count: Any, target: Targe
         else:
             lines.append(f"const tc::OpenRows {side}{{{start}, {size(length)}, {columns // group}, {stride // group}}};")
     base, stride = place(attrs.layouts[3], this.heads, this.queries, this.width, "head", size)
-    tiles, several = blocks(this.queries, QUERIES), not (isinstance(count, int) and count == 1)
+    tiles, several = blocks(this.queries, QUERIES), written is not this.out
     if several:
         rows, stride = times([this.batch, this.heads, this.queries]), this.width + 2
         base = f"(blockIdx.x / {size(tiles)} * {size(rows)} + (size_t)(batch * {this.heads} + head) * {size(this.queries)}) * {stride}"
@@ -225,7 +232,7 @@ def _product(this: Attention, written: Any, part: Any, count: Any, target: Targe
 
 def _joined(this: Attention, parts: Any, count: Any, rows: Any) -> Kernel:
     """The result from parts of the keys: a thread per element."""
-    signature = Signature((this.out,))
+    signature = Signature(this.params[len(this.operands) :])
     size, width, total = signature.size, this.width, times([rows, this.width])
     address = "place"
     if this.attrs.layouts[3] == "BSHD":
@@ -240,5 +247,8 @@ def _joined(this: Attention, parts: Any, count: Any, rows: Any) -> Kernel:
         f"const int row = place / {width}, e = place % {width};",
         f"{signature.name(this.out)}[{address}] = {call}{given}{size(rows)}, e);",
     ]
+    if this.logsum is not None:
+        values = f"{signature.name(parts)} + (size_t)row * {width + 2}, {size(count)}, {size(rows)}"
+        lines.append(f"if (e == 0) {signature.name(this.logsum)}[row] = tc::joined_logsum<{width}>({values});")
     workload = f"sums {shown(count)} x {shown(total)} of attention"
     return signature.kernel(lines, grid=(blocks(total, THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=workload)

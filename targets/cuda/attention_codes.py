@@ -94,7 +94,7 @@ def _product(
     names, group, several = (
         [signature.name(buffer) for buffer in this.operands[:3]],
         this.heads // this.own,
-        not (isinstance(count, int) and count == 1),
+        written is not this.out,
     )
     codes = [8 if bits == 4 else 4 for bits in (attrs.k_bits, attrs.v_bits)]  # in a word
     words = [this.depth // codes[0], this.width // codes[1]]

@@ -42,6 +42,8 @@ def kernel(call: Any, target: Target, policy: str, known: Known = FIXED) -> Plan
     if target.name not in TARGETS:
         raise Unsupported(f"no wgmma on {target.name}")
     this = Attention.of(call, policy)
+    if this.attrs.logsum:
+        raise Unsupported("logarithms of the sums are asked for")
     if this.group == 1:
         raise Unsupported("operands in fp32")
     if not all(isinstance(size, int) for size in (this.batch, this.queries, this.keys)):

@@ -176,6 +176,15 @@ template <int E, bool SAFE> TC_DEVICE float joined(const float* parts, int count
   }
   return total == 0.0f ? (SAFE ? 0.0f : NAN) : sum / total;
 }
+// The logarithm of the sum of a row's exponentials, from its parts.
+template <int E> TC_DEVICE float joined_logsum(const float* parts, int count, size_t rows) {
+  const size_t stride = rows * (E + 2);
+  float top = -INFINITY, total = 0.0f;
+  for (int i = 0; i < count; ++i) top = tc::max(top, parts[i * stride + E]);
+  const float base = top == -INFINITY ? 0.0f : top;
+  for (int i = 0; i < count; ++i) total += expf(parts[i * stride + E] - base) * parts[i * stride + E + 1];
+  return base + logf(total);
+}
 template <int PARTS, int E, bool SAFE> TC_DEVICE float joined(const float* parts, size_t rows, int e) { return joined<E, SAFE>(parts, PARTS, rows, e); }
 
 }  // namespace tc
