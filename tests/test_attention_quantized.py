@@ -168,6 +168,39 @@ def expected(feeds, scales, zeros):
     return attention_reference(feeds["q"], *floats)
 
 
+def test_two_codes_in_a_byte_are_recognized_as_onnx_parts_them():
+    """Masks and shifts, halves side by side by Concat, as there is no operator that stacks."""
+    shape, kind = (1, 2, 70, 16), TensorProto.UINT8
+    inputs = [
+        helper.make_tensor_value_info("q", TensorProto.FLOAT, (1, 4, 1, 32)),
+        *(helper.make_tensor_value_info(name, kind, shape) for name in "kv"),
+    ]
+    constants = {
+        "low": np.uint8(15),
+        "four": np.uint8(4),
+        "axis": np.array([4]),
+        "whole": np.array([1, 2, 70, 32]),
+        "zero": np.float32(8),
+        "s": np.float32(0.3),
+    }
+    nodes = []
+    for x in "kv":
+        nodes += [helper.make_node("BitwiseAnd", [x, "low"], [f"{x}0"]), helper.make_node("BitShift", [x, "four"], [f"{x}1"], direction="RIGHT")]
+        nodes += [helper.make_node("Unsqueeze", [f"{x}{i}", "axis"], [f"{x}{i}5"]) for i in range(2)]
+        nodes += [helper.make_node("Concat", [f"{x}05", f"{x}15"], [f"{x}c"], axis=4), helper.make_node("Reshape", [f"{x}c", "whole"], [f"{x}w"])]
+        nodes.append(helper.make_node("Cast", [f"{x}w"], [f"{x}f"], to=TensorProto.FLOAT))
+        nodes += [helper.make_node("Sub", [f"{x}f", "zero"], [f"{x}z"]), helper.make_node("Mul", [f"{x}z", "s"], [f"{x}v"])]
+    nodes.append(helper.make_node("Attention", ["q", "kv", "vv"], ["y"]))
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 4, 1, 32))
+    graph = helper.make_graph(nodes, "g", inputs, [out], [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()])
+    ours = tcompile.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
+    (kernel,) = [kernel for kernel in ours.report()["kernels"] if kernel["template"] == "attention_codes"]
+    assert kernel["workload"].startswith("attention int4 int4 1x4/2x1x70")
+    q, codes = RANDOM.standard_normal((1, 4, 1, 32)).astype("float32"), [RANDOM.integers(0, 256, shape).astype("uint8") for _ in "kv"]
+    floats = [(np.stack([x & 15, x >> 4], -1).reshape(1, 2, 70, 32) - 8.0) * 0.3 for x in codes]
+    np.testing.assert_allclose(ours(q, *codes), attention_reference(q, *floats), rtol=1e-4, atol=1e-5)
+
+
 def test_many_queries_of_a_cpu_keep_the_dequantization():
     ours = tcompile.compile(cached(FORMS["tensor"][0], queries=9))
     (step,) = [step for step in ours.report()["passes"] if step["name"] == "quantized-attention"]

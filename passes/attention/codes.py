@@ -76,26 +76,29 @@ def _carries_codes(graph: Graph, expr: Any) -> bool:
 
 def _packed(graph: Graph, expr: Any) -> tuple[int, Any]:
     """(bits, the tensor of codes): low and high halves of bytes that were laid side by side are those bytes."""
-    flat = graph.call(expr, "reshape")
-    stack = graph.call(flat.args[0], "stack") if flat is not None else None
-    wide, narrow = shape(expr), None
-    if stack is None or wide is None:
+    flat, wide = graph.call(expr, "reshape"), shape(expr)
+    joined = graph.call(flat.args[0], "stack", "concat") if flat is not None else None
+    parts = graph.fields(joined.args[0]) if joined is not None else []
+    if joined is None or wide is None or len(parts) != 2:
         return 8, expr
-    parts = graph.fields(stack.args[0])
-    calls = [graph.call(part) for part in parts]
-    if len(parts) == 2 and all(call is not None for call in calls):
-        names, (low, high) = [graph.name(call) for call in calls], calls  # pyright: ignore[reportArgumentType]
-        whole = graph.root(low.args[0])  # pyright: ignore[reportOptionalMemberAccess]
-        narrow = shape(whole)
-        halves = (
-            names == ["bitwise_and", "right_shift"]
-            and graph.root(high.args[0]).same_as(whole)  # pyright: ignore[reportOptionalMemberAccess]
-            and (scalar(graph.root(low.args[1])), scalar(graph.root(high.args[1]))) == (15.0, 4.0)  # pyright: ignore[reportOptionalMemberAccess]
-        )
-        if halves and narrow is not None and str(whole.ty.dtype) == "uint8" and int(stack.attrs.axis) in (-1, len(narrow)):
-            if graph.same_dims([*narrow[:-1], narrow[-1] * 2], wide):
-                return 4, whole
-    return 8, expr
+    if graph.name(joined) == "concat":
+        parts = [_before_unit(graph, part) for part in parts]
+    low, high = (graph.call(part) for part in parts)
+    if low is None or high is None or [graph.name(low), graph.name(high)] != ["bitwise_and", "right_shift"]:
+        return 8, expr
+    whole, numbers = graph.root(low.args[0]), [scalar(graph.root(call.args[1])) for call in (low, high)]
+    narrow = shape(whole)
+    if narrow is None or str(whole.ty.dtype) != "uint8" or not graph.root(high.args[0]).same_as(whole) or numbers != [15.0, 4.0]:
+        return 8, expr
+    behind = int(joined.attrs.axis) in (-1, len(narrow)) and graph.same_dims([*narrow[:-1], narrow[-1] * 2], wide)
+    return (4, whole) if behind else (8, expr)
+
+
+def _before_unit(graph: Graph, expr: Any) -> Any:
+    """What got a last dim of 1."""
+    call, own = graph.call(expr, "expand_dims", "reshape"), shape(expr)
+    before = shape(graph.root(call.args[0])) if call is not None else None
+    return graph.root(call.args[0]) if call is not None and own and before and is_unit(own[-1]) and graph.same_dims(own[:-1], before) else expr
 
 
 def _before_shift(graph: Graph, codes: Any) -> Any:
