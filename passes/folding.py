@@ -10,8 +10,8 @@ import numpy as np
 from ..compiler.element_types import numpy_dtype
 from ..compiler.tvm import Constant, mutator, relax, tvm
 
-#: results larger than this stay in the program unless they are a mere rearrangement of one constant (elements)
-LIMIT = 1 << 20
+#: results larger than this stay in the program unless they are a mere rearrangement of one constant (elements); truth values, which are masks of attention (queries x keys)
+LIMIT, TRUTHS = 1 << 20, 1 << 24
 
 _BINARY: dict[str, Callable[..., Any]] = {
     "relax.add": np.add,
@@ -33,7 +33,14 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "relax.abs": np.abs,
     "relax.sqrt": np.sqrt,
     "relax.exp": np.exp,
+    "relax.bitwise_and": np.bitwise_and,
+    "relax.bitwise_or": np.bitwise_or,
+    "relax.bitwise_xor": np.bitwise_xor,
+    "relax.bitwise_not": np.bitwise_not,
+    "relax.logical_xor": np.logical_xor,
 }
+#: what exporters make masks and positions of: integers and truth values alone are folded, so that no weight is copied
+_INTEGERS = {"relax.concat", "relax.cumsum", "relax.gather_nd", "relax.strided_slice"}
 
 
 @mutator
@@ -49,7 +56,9 @@ class _Folder(relax.PyExprMutator):
         return self.builder_.get() if self.folded else self.module
 
     def _constant(self, expr: Any) -> np.ndarray | None:
-        value = self.lookup_binding(expr) if isinstance(expr, relax.Var) else expr
+        value = expr
+        while isinstance(value, relax.Var):  # which may only rename another
+            value = self.lookup_binding(value)
         return value.value.numpy() if isinstance(value, Constant) else None
 
     def visit_call_(self, call: Any) -> Any:
@@ -68,6 +77,8 @@ class _Folder(relax.PyExprMutator):
 
     def _evaluate(self, call: Any, shape: list[Any]) -> np.ndarray | None:
         name = call.op.name
+        if name in _INTEGERS:
+            return self._integers(call, name) if int(np.prod(shape)) <= LIMIT and str(call.ty.dtype) in ("int32", "int64", "bool") else None
         first = self._constant(call.args[0]) if call.args else None
         if first is None or first.dtype.kind not in "fiub":
             return None
@@ -76,7 +87,7 @@ class _Folder(relax.PyExprMutator):
             return first.transpose([int(axis) for axis in axes] if axes is not None else None)
         if name in ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten"):
             return first.reshape(shape)
-        if int(np.prod(shape)) > LIMIT:
+        if int(np.prod(shape)) > (TRUTHS if str(call.ty.dtype) == "bool" else LIMIT):
             return None
         if name == "relax.astype":
             return first
@@ -88,6 +99,33 @@ class _Folder(relax.PyExprMutator):
             return None
         with np.errstate(all="ignore"):
             return function(*operands)
+
+    def _integers(self, call: Any, name: str) -> np.ndarray | None:
+        """Of the operators in `_INTEGERS`."""
+        given = call.args[0].fields if isinstance(call.args[0], relax.Tuple) else [arg for arg in call.args if isinstance(arg.ty, relax.TensorType)]
+        operands = [array for arg in given if (array := self._constant(arg)) is not None]
+        if len(operands) < len(given) or not operands:
+            return None
+        if name == "relax.concat":
+            return np.concatenate(operands, int(call.attrs.axis or 0))
+        if name == "relax.cumsum":
+            axis = call.attrs.axis
+            return None if call.attrs.exclusive else np.cumsum(operands[0], None if axis is None else int(axis))
+        if name == "relax.gather_nd":
+            data, places = operands
+            if int(call.attrs.batch_dims) or (places < 0).any() or (places >= np.array(data.shape[: places.shape[-1]])).any():
+                return None
+            return data[tuple(np.moveaxis(places, -1, 0))]
+        numbers = [[int(each) if isinstance(each, tvm.tirx.IntImm) else None for each in arg.fields] for arg in call.args[1:]]
+        if len(numbers) < 3 or any(None in part for part in numbers):
+            return None
+        axes, begins, ends, *strides = numbers
+        cut = [slice(None)] * operands[0].ndim
+        for axis, begin, end, stride in zip(axes, begins, ends, *(strides or [[1] * len(axes)]), strict=True):
+            if stride < 1:  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
+                return None
+            cut[axis] = slice(begin, end, stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return operands[0][tuple(cut)]
 
 
 def fold_constants(module: Any) -> tuple[Any, int]:

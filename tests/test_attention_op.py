@@ -37,6 +37,8 @@ def operands(layout, groups, mask):
         ("BSHD", 3, {"received": True, "logsum": True}),
         ("BSHD", 3, {"causal": True, "received": True}),
         ("BHSD,BHSD,BSHD,BSHD", 1, {"scale": 0.3}),
+        ("BHSD", 3, {"before": 1, "causal": True, "fill": -60.0}),
+        ("BSHD", 1, {"before": 2, "after": 1}),
     ],
 )
 def test_decomposition_agrees_with_numpy(layout, groups, mask, attrs):
@@ -76,6 +78,17 @@ def test_attrs_come_back():
     attrs = attrs_of(attention(q, q, q, causal=True, fill=-(2.0**99)))
     assert (attrs.scale, attrs.causal, attrs.fill, attrs.layout) == (0.25, True, -(2.0**99), "BHSD")
     assert attrs_of(attention(q, q, q)).fill == -math.inf
+    assert attrs_of(attention(q, q, q, before=7, after=0)).window == (7, 0) == attrs_of(attention(q, q, q, before=7, after=3, causal=True)).window
+    assert attrs_of(attention(q, q, q, after=0)).causal and attrs_of(attention(q, q, q)).window == (None, None)
+    with pytest.raises(ValueError, match="a window of -2 before and 3 after"):
+        attention(q, q, q, before=-2, after=3)
+
+
+def test_windows_count_from_the_query():
+    """A query sees itself, what is up to `before` before it, and what is up to `after` behind it; there may be nothing."""
+    q, v = np.zeros((1, 1, 5, 4), "float32"), np.eye(3, dtype="float32")[None, None]
+    want = [[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3], [0, 1 / 2, 1 / 2], [0, 0, 1], [0, 0, 0]]
+    np.testing.assert_allclose(reference(q, np.zeros((1, 1, 3, 4), "float32"), v, before=1, after=1)[0, 0], want)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tcompile.compiler.program import Program, Provenance, TensorSpec
 from tcompile.compiler.tvm import relax, tvm
 from tcompile.models.zoo import ZOO
 from tcompile.passes.attention.fuse import FuseAttention
+from tcompile.passes.attention.masks import window_of
 from tcompile.passes.base import PassContext
 from tcompile.passes.canonicalize import Canonicalize
 from tcompile.passes.normalization import RecognizeNormalizations
@@ -78,6 +79,7 @@ def const(value):
 
 
 CAUSAL = np.tri(5, 7, dtype=bool)[None, None]
+WINDOW = np.tri(5, 7, 1, dtype=bool) & ~np.tri(5, 7, -4, dtype=bool)
 QKV = ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6))
 FORMS = {
     "plain": (attention_of(lambda emit, s: s), (), {"scale": 1.0}),
@@ -90,6 +92,12 @@ FORMS = {
     "filled": (attention_of(lambda emit, s, m: emit(op.where(m, const(LOWEST), s))), ((2, 1, 5, 7),), {"fill": LOWEST}),
     "replaced, added": (attention_of(lambda emit, s, m, n: emit(op.add(emit(op.where(m, s, const(LOWEST))), n))), ((1, 1, 5, 7), (2, 1, 1, 7)), {}),
     "causal": (attention_of(lambda emit, s: emit(op.where(relax.const(CAUSAL, "bool"), s, const(LOWEST)))), (), {"causal": True}),
+    "window": (attention_of(lambda emit, s: emit(op.where(relax.const(WINDOW, "bool"), s, const(LOWEST)))), (), {"before": 3, "after": 1}),
+    "sliding window, added": (
+        attention_of(lambda emit, s: emit(op.add(s, const(np.where(WINDOW & CAUSAL, 0, -math.inf).astype("float32"))))),
+        (),
+        {"before": 3, "causal": True},
+    ),
     "causal added": (attention_of(lambda emit, s: emit(op.add(s, const(np.where(CAUSAL, 0, LOWEST).astype("float32"))))), (), {"causal": True}),
 }  # fmt: skip
 
@@ -112,6 +120,24 @@ def test_forms(form):
         assert getattr(attrs_of(call), name) == pytest.approx(value), name
     arrays = inputs(program)
     np.testing.assert_allclose(execute(result, arrays), execute(program, arrays), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "fill", "window"),
+    [
+        (np.tri(6, 4, dtype=bool), -math.inf, (5, 0)),
+        (np.tri(6, 4, dtype=bool) & ~np.tri(6, 4, -2, dtype=bool), -math.inf, (1, 0)),
+        (np.tri(6, 4, dtype=bool) & ~np.tri(6, 4, -2, dtype=bool), LOWEST, None),  # the last query is the mean of all values
+        (np.tri(6, 4, dtype=bool) & ~np.tri(6, 4, -2, dtype=bool), -100.0, None),
+        (np.tri(6, 4, -1, dtype=bool), -math.inf, None),  # not its own key
+        (np.tri(6, 4, dtype=bool) ^ (np.arange(24).reshape(6, 4) == 9), -math.inf, None),
+        (np.where(np.tri(6, 4, dtype=bool), 0.5, -math.inf).astype("float32"), -math.inf, None),
+        (np.where(np.tri(6, 4, dtype=bool), 0, math.nan).astype("float32"), -math.inf, None),
+    ],
+)
+def test_which_masks_are_windows(mask, fill, window):
+    assert window_of(relax.const(mask), fill) == window
+    assert window_of(relax.const(np.stack([mask, mask])), fill) is None
 
 
 def heads_first(emit, x, heads):
@@ -316,3 +342,22 @@ def test_counts_in_every_network(name, through_torch):
     assert count == COUNTS[name]
     if name in ("bert-base", "minilm", "gpt2", "t5-encoder"):
         assert all(each.layout == "BSHD" for each in attrs)
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize(
+    ("name", "windows", "masked"),
+    [("mistral", {(7, 0)}, False), ("gemma3", {(7, 0)}, False), ("modernbert", {(4, 4), (None, None)}, True), ("llama_masked", {(None, 0)}, True)],
+)
+def test_windows_of_transformers(name, windows, masked):
+    """What they compute of positions is folded; a padding mask that is joined to it stays, one row per sample."""
+    from transformers_networks import TRANSFORMERS
+
+    network = TRANSFORMERS[name]
+    with torch.no_grad():
+        exported = torch.export.export(network.build(), tuple(network.example().values()), strict=False)
+    result, _ = fused(Canonicalize().run(import_model(exported), PassContext(Target("cpu", "test"))))
+    found = calls(result, "tcompile.attention")
+    assert found and {attrs_of(call).window for call in found} == windows
+    for call in found:
+        assert (len(call.args) == 4) == masked and (not masked or [int(dim) for dim in call.args[3].ty.shape][1:3] == [1, 1])

@@ -91,6 +91,11 @@ AWKWARD = [
     (AWKWARD[4], "rows", {"received": True, "layout": "BSHD"}, 0.5),
     (AWKWARD[4], "bool", {"fill": -1e4}, 0),
     (AWKWARD[5], "none", {"causal": True, "layout": "BHSD,BHSD,BSHD,BSHD"}, 0.7),
+    (AWKWARD[0], "none", {"before": 0, "after": 0}, 0),
+    (AWKWARD[4], "bool", {"before": 20, "causal": True, "received": True}, 0),
+    (AWKWARD[5], "rows", {"before": 100, "after": 3}, 0.5),
+    ((1, 2, 1, 131, 37, 16, 17), "none", {"before": 7, "causal": True}, 1),  # queries that see nothing
+    ((1, 2, 1, 131, 37, 16, 17), "rows", {"before": 7, "after": 90, "fill": -60.0}, 0),
 ])  # fmt: skip
 def test_awkward_sizes(sizes, mask, attrs, pick, target):
     layouts = (attrs.get("layout", "BHSD").split(",") * 4)[:4]
@@ -100,10 +105,11 @@ def test_awkward_sizes(sizes, mask, attrs, pick, target):
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 2), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.integers(1, 70), st.integers(1, 150), st.integers(1, 80), st.integers(1, 80),
-    st.sampled_from(["none", "rows", "padding", "bool"]), st.booleans(), st.booleans(), st.floats(0, 1),
+    st.sampled_from(["none", "rows", "padding", "bool"]), st.booleans(), st.integers(-1, 80), st.integers(-1, 80), st.booleans(), st.floats(0, 1),
 )  # fmt: skip
-def test_any_sizes(batch, heads, queries, keys, depth, width, mask, causal, received, pick):
-    check(operands(batch, *heads, queries, keys, depth, width, mask), HASWELL, pick=pick, causal=causal, received=received)
+def test_any_sizes(batch, heads, queries, keys, depth, width, mask, causal, before, after, received, pick):
+    window = {"causal": causal, "before": before, "after": after}
+    check(operands(batch, *heads, queries, keys, depth, width, mask), HASWELL, pick=pick, received=received, **window)
 
 
 @pytest.mark.parametrize("target", runnable())

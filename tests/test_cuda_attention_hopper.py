@@ -133,7 +133,8 @@ static float out[HEADS][S][E];
 TC_KERNEL(T::THREADS, 1) attention(TC_MAP first, TC_MAP second, TC_MAP third) {
   const auto to = [&](int, int head) { return tc::To<float>{&out[head][0][0]}; };
   const tc::MappedHeads<false> queries{first}, keys{second}, values{third};
-  tc::attention_hopper<tc::Bf16x2, T, B, 1, S, K, E, E, FORWARD, true, true>(queries, keys, values, 0.125f, to, [&](int, int, int s, int t, float x) {
+  const tc::EveryKey<T, K, FORWARD> seen;
+  tc::attention_hopper<tc::Bf16x2, T, B, 1, S, K, E, E, true, true>(queries, keys, values, 0.125f, to, seen, [&](int, int, int s, int t, float x) {
     return FORWARD && t > s ? -INFINITY : x;
   });
 }

@@ -7,6 +7,9 @@ import onnx
 import pytest
 import tcompile
 from onnx_microsoft import build, check, floats
+from tcompile.compiler.api import import_model
+from tcompile.compiler.dialect.attention import attrs_of
+from test_attention_pass import calls
 
 SIZES = {"num_heads": 4, "kv_num_heads": 2}
 
@@ -38,6 +41,14 @@ def test_caches(kind: str) -> None:
     check("GroupQueryAttention", inputs, "y k v", **SIZES)
     if kind in ("prompt", "ragged", "several tokens"):
         check("GroupQueryAttention", inputs, "y k v", constant=(6,), local_window_size=3, scale=0.4, **SIZES)
+
+
+@pytest.mark.parametrize(("window", "before"), [(-1, -1), (3, 2)])
+def test_a_prompt_is_a_window_without_a_mask(window: int, before: int) -> None:
+    """As many keys as new tokens: the one of a query is its own."""
+    model, _ = build("GroupQueryAttention", step(*STEPS["prompt"]), "y k v", constant=(6,), local_window_size=window, **SIZES)
+    (call,) = calls(import_model(model), "tcompile.attention")
+    assert attrs_of(call).window == (None if before < 0 else before, 0) and len(call.args) == 3
 
 
 #: the others run beside every network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,18 @@ SWAPPED = (0, 2, 1, 3)
 class AttentionAttrs:
     """scale: factor of the scores. causal: query s sees keys 0..s only, whatever S and T are (torch's is_causal).
 
-    fill: the score of a position that a boolean mask or `causal` hides, before the softmax. safe: a query whose scores are all -inf gives zeros, as in torch's
+    before, after: a window, query s sees keys s - before .. s + after only; -1: no limit on that side. `causal` is after=0, so a causal sliding window of w keys, the query's own among
+    them, is causal and before=w - 1; encoders that look w to both sides have before=after=w.
+
+    fill: the score of a position that a boolean mask, `causal` or the window hides, before the softmax. safe: a query whose scores are all -inf gives zeros, as in torch's
     scaled_dot_product_attention, instead of NaN. received, logsum: further outputs. layout: order of the dims of q, k, v and the result, "BHSD" or "BSHD", or one for each
     of the four, joined by commas. dtype: of the result; by default that of q, float32 for bfloat16.
     """
 
     scale: float = 1.0
     causal: bool = False
+    before: int = -1
+    after: int = -1
     fill: float = -math.inf
     safe: bool = True
     received: bool = False
@@ -39,6 +44,16 @@ class AttentionAttrs:
         """Layouts of q, k, v and the result."""
         parts = tuple(self.layout.split(","))
         return parts * 4 if len(parts) == 1 else parts
+
+    @property
+    def window(self) -> tuple[int | None, int | None]:
+        """(before, after), `causal` included; None where there is no limit."""
+        return (None if self.before < 0 else self.before, 0 if self.causal else None if self.after < 0 else self.after)
+
+    def within(self, before: int | None, after: int | None) -> AttentionAttrs:
+        """With a window besides: a key has to be in both."""
+        least = [min((limit for limit in limits if limit is not None), default=-1) for limits in zip(self.window, (before, after), strict=True)]
+        return replace(self, causal=least[1] == 0, before=least[0], after=least[1] if least[1] else -1)
 
 
 def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | None = None, **attrs: Any) -> relax.Call:
@@ -55,6 +70,9 @@ def attention(q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | No
         attrs["scale"] = 1.0 / math.sqrt(int(q.ty.shape[3]))
     attrs["fill"] = float(np.float32(attrs.get("fill", -math.inf)))
     options = AttentionAttrs(**attrs)
+    if min(options.before, options.after) < -1:
+        raise ValueError(f"attention: a window of {options.before} before and {options.after} after; sizes are -1 or more")
+    options = options.within(None, None)
     if len(options.layouts) != 4 or not set(options.layouts) <= {"BHSD", "BSHD"}:
         raise ValueError(f"attention: layout '{options.layout}' is neither BHSD nor BSHD, nor four of them")
     return relax.Call(OPERATOR, [q, k, v] if mask is None else [q, k, v, mask], operator_attrs(**asdict(options)))
@@ -133,11 +151,15 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
     k, v = (_repeat(emit, x, dims.heads) for x in (k, v))
     scores = emit(op.multiply(emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2])))), relax.const(attrs.scale, dtype)))
     fill = relax.const(attrs.fill, dtype)
-    if attrs.causal:
+    before, after = attrs.window
+    if before is not None or after is not None:
         row, column = (
             emit(op.reshape(emit(op.arange(0, size, 1, "int64")), shape)) for size, shape in ((dims.queries, [-1, 1]), (dims.keys, [1, -1]))
         )
-        scores = emit(op.where(emit(op.less_equal(column, row)), scores, fill))
+        for low, high, distance in ((column, row, after), (row, column, before)):
+            if distance is not None:
+                high = emit(op.add(high, relax.const(distance, "int64"))) if distance else high
+                scores = emit(op.where(emit(op.less_equal(low, high)), scores, fill))
     if mask is not None and str(mask.ty.dtype) == "bool":
         scores = emit(op.where(mask, scores, fill))
     elif mask is not None:
@@ -180,6 +202,13 @@ def _repeat(emit: Any, x: relax.Expr, heads: Any) -> relax.Expr:
     return emit(relax.op.reshape(spread, [batch, heads, length, width]))
 
 
+def in_window(attrs: AttentionAttrs, queries: int, keys: int) -> np.ndarray:
+    """bool [queries, keys]: whether `causal` and the window let a query see a key."""
+    before, after = attrs.window
+    ahead = np.arange(keys) - np.arange(queries)[:, None]
+    return (ahead >= -(queries if before is None else before)) & (ahead <= (keys if after is None else after))
+
+
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None, **attrs: Any) -> Any:
     """The operator in numpy, in float64: what every kernel is held against. Arguments and result as those of `attention`."""
     attrs.setdefault("scale", 1.0 / math.sqrt(q.shape[3]))
@@ -188,8 +217,7 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | No
     q, k, v = (x if layout == "BHSD" else x.transpose(SWAPPED) for x, layout in zip((q, k, v), options.layouts, strict=False))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = q @ k.transpose(0, 1, 3, 2) * options.scale
-    if options.causal:
-        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, options.fill)
+    scores = np.where(in_window(options, *scores.shape[2:]), scores, options.fill)
     if mask is not None:
         scores = np.where(mask, scores, options.fill) if mask.dtype == bool else scores + mask
     with np.errstate(invalid="ignore"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -12,7 +14,7 @@ from ...compiler.program import Program
 from ...compiler.tvm import mutator, relax, tirx
 from ..base import Pass, PassContext
 from .graph import Graph, is_unit, scalar, shape
-from .masks import combine, is_causal, narrow
+from .masks import combine, conjuncts, narrow, window_of
 from .match import Miss, Site, match
 
 
@@ -126,6 +128,7 @@ class _Rewriter(relax.PyExprMutator):
         dims = dims_of(*(shape(arg) or () for arg in call.args[:3]), attrs.layouts)
         mask = narrow(self.graph, self.emit, call.args[3]) if len(call.args) == 4 else None
         if int(dims.heads) != int(dims.kv_heads):
+            mask, attrs = self._windowed(mask, attrs)
             return attention(*(self.visit_expr(arg) for arg in call.args[:3]), None if mask is None else self.visit_expr(mask), **asdict(attrs))
         return self._call(tuple(call.args[:3]), (False, False, False), mask, attrs, (dims.batch, dims.heads))
 
@@ -134,8 +137,7 @@ class _Rewriter(relax.PyExprMutator):
         q, k, v = (self._operand(*given, position) for position, given in enumerate(zip(exprs, transposed, strict=True)))
         if k.groups != v.groups or (k.groups > 1 and int(lead[1]) % k.groups):
             k, v = (self._operand(exprs[position], transposed[position], position, share=False) for position in (1, 2))
-        if mask is not None and not attrs.causal and is_causal(self.graph.root(mask), attrs.fill):
-            mask, attrs = None, replace(attrs, causal=True, fill=-float("inf"))
+        mask, attrs = self._windowed(mask, attrs)
         values, layouts = [], []
         for operand in (q, k, v):
             heads = lead[1] if operand.groups == 1 else tirx.const(int(lead[1]) // operand.groups, "int64")
@@ -147,6 +149,21 @@ class _Rewriter(relax.PyExprMutator):
         out = self.builder_.emit(attention(*values, None if mask is None else self.visit_expr(mask), **asdict(attrs)), self.name)
         # canonicalisation removes it together with its inverse, which almost every attention is followed by
         return self.emit(relax.op.permute_dims(out, list(SWAPPED))) if layouts[3] == "BSHD" else out
+
+    def _windowed(self, mask: Any, attrs: AttentionAttrs) -> tuple[Any, AttentionAttrs]:
+        """A constant mask that is a window, or causal, is an attribute instead; so is one that others are joined to, of padding."""
+        if mask is None or (attrs.window != (None, None) and attrs.fill != -math.inf):
+            return mask, attrs
+        several = attrs.fill == -math.inf and str(mask.ty.dtype) == "bool"
+        parts = [narrow(self.graph, self.emit, part) for part in (conjuncts(self.graph, mask) if several else [self.graph.root(mask)])]
+        found = [(part, window) for part in parts if (window := window_of(part, attrs.fill)) is not None]
+        if not found:
+            return mask, attrs
+        for part, window in found:
+            sizes = [int(dim) for dim in (shape(part) or ())[-2:]]
+            attrs = attrs.within(*(distance if distance < size - 1 else None for distance, size in zip(window, sizes, strict=True)))
+        rest = [part for part in parts if all(part is not other for other, _ in found)]
+        return functools.reduce(lambda a, b: self.emit(relax.op.logical_and(a, b)), rest) if rest else None, replace(attrs, fill=-math.inf)
 
     def _operand(self, expr: Any, transposed: bool, position: int, share: bool = True) -> _Operand:
         """Walk back over scales (not of v), changes of leading dims, transposes of the last two dims, and heads repeated in place."""

@@ -16,6 +16,8 @@ from .match import Miss, Term
 HIDDEN = -1e30
 
 Emit = Callable[[Any], Any]
+#: of truth values the same
+AND = ("logical_and", "bitwise_and")
 
 
 def combine(graph: Graph, emit: Emit, terms: Sequence[Term], home: Sequence[Any]) -> tuple[float, Any, float] | Miss:
@@ -75,7 +77,7 @@ def narrow(graph: Graph, emit: Emit, mask: Any) -> Any:
     name = graph.name(call)
     if name == "broadcast_to":
         return narrow(graph, emit, call.args[0])
-    if name == "logical_and":
+    if name in AND:
         a, b = (graph.root(arg) for arg in call.args)
         for one, other in ((a, b), (b, a)):
             if scalar(one) == 1.0:
@@ -97,18 +99,31 @@ def _narrow_constant(mask: Any) -> Any:
     return mask if array.shape == mask.value.numpy().shape else relax.const(np.ascontiguousarray(array), str(mask.ty.dtype))
 
 
-def is_causal(mask: Any, fill: float) -> bool:
-    """Whether a constant mask hides exactly the keys after each query's own, by so low a number that they count for nothing."""
+def conjuncts(graph: Graph, mask: Any) -> list[Any]:
+    """The masks all of which have to let a key be seen, of a boolean one."""
+    call = graph.call(mask, *AND)
+    return [graph.root(mask)] if call is None else [each for arg in call.args for each in conjuncts(graph, arg)]
+
+
+def window_of(mask: Any, fill: float) -> tuple[int, int] | None:
+    """(before, after) where a constant mask hides exactly the keys that are farther from a query than that, by so low a number that they count for nothing; None for other masks.
+
+    Where a query has no key at all, only -inf counts for nothing. A mask of padding, the same for all queries, is none.
+    """
     if not is_constant(mask):
-        return False
+        return None
     array = mask.value.numpy()
-    if array.ndim < 2 or array.shape[-2] == 1 or math.prod(array.shape[:-2]) != 1:
-        return False
+    if array.ndim < 2 or 1 in array.shape[-2:] or math.prod(array.shape[:-2]) != 1:
+        return None
     array = array.reshape(array.shape[-2:])
-    seen = np.tri(*array.shape, dtype=bool)
-    if array.dtype == bool:
-        return fill <= HIDDEN and bool((array == seen).all())
-    return bool((array[seen] == 0).all() and (array[~seen] <= HIDDEN).all())
+    seen = array if array.dtype == bool else array > HIDDEN
+    lowest = fill if array.dtype == bool else array.max(where=~seen, initial=-math.inf)
+    if not lowest <= HIDDEN or (array.dtype != bool and array[seen].any()) or not seen.any():
+        return None
+    ahead = np.arange(seen.shape[1]) - np.arange(seen.shape[0])[:, None]
+    before, after = int(-ahead.min(where=seen, initial=seen.shape[1])), int(ahead.max(where=seen, initial=-seen.shape[0]))
+    exact = before >= 0 and after >= 0 and bool((seen == ((ahead >= -before) & (ahead <= after))).all())
+    return (before, after) if exact and (lowest == -math.inf or bool(seen.any(axis=1).all())) else None
 
 
 def _at_home(emit: Emit, mask: Any, dims: Sequence[Any], home: Sequence[Any]) -> Any:
@@ -132,11 +147,11 @@ def _at_home(emit: Emit, mask: Any, dims: Sequence[Any], home: Sequence[Any]) ->
     target += own[-2:]
     if not all(str(a) == str(b) for a, b in zip(wanted, own, strict=True)):
         mask = emit(relax.op.broadcast_to(mask, wanted))
-    return (
-        mask
-        if len(target) == len(shape(mask) or ()) and [str(dim) for dim in target] == [str(dim) for dim in wanted]
-        else emit(relax.op.reshape(mask, target))
-    )
+    if len(target) == len(shape(mask) or ()) and [str(dim) for dim in target] == [str(dim) for dim in wanted]:
+        return mask
+    if is_constant(mask):
+        return relax.const(mask.value.numpy().reshape([int(dim) for dim in target]), str(mask.ty.dtype))
+    return emit(relax.op.reshape(mask, target))
 
 
 def _groups(ours: list[Any], theirs: list[Any]) -> list[tuple[list[int], list[int]]] | None:

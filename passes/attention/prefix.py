@@ -75,8 +75,8 @@ def _site(graph: Graph, call: Any) -> _Site | Miss | None:
         return Miss("its length or the batch is known only at run time")
     if attrs.received or attrs.logsum or attrs.dtype not in ("", "float32") or str(call.args[0].ty.dtype) != "float32":
         return Miss("further results, or other types than float32")
-    if attrs.causal:
-        return Miss("a causal mask that begins with the prefix")
+    if attrs.window != (None, None):
+        return Miss("a causal mask, or a window, that begins with the prefix")
     mask = _behind(graph, call.args[3], int(length), attrs) if len(call.args) == 4 else None
     if isinstance(mask, Miss):
         return mask

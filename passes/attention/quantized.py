@@ -62,11 +62,12 @@ def _site(graph: Graph, call: relax.Call, few: bool) -> tuple[Codes, Codes] | Mi
     if (
         attrs.received
         or attrs.logsum
+        or max(attrs.before, attrs.after) >= 0
         or attrs.layouts[1:3] != ("BHSD", "BHSD")
         or attrs.dtype not in ("", "float32")
         or str(call.args[0].ty.dtype) != "float32"
     ):
-        return Miss("further results, other layouts than BHSD or other types than float32 are not taken from codes")
+        return Miss("further results, windows, other layouts than BHSD or other types than float32 are not taken from codes")
     dims = dims_of(*(shape(arg) or () for arg in call.args[:3]), attrs.layouts)
     if few and not (isinstance(dims.queries, tirx.IntImm) and int(dims.queries) <= _FEW):
         return Miss(f"more than {_FEW} queries, or a number known only at run time")

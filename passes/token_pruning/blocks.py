@@ -51,6 +51,8 @@ def find_blocks(function: Any, source: Any) -> tuple[list[Block], list[Blocker]]
 def _block(steps: Sequence[Any], place: int) -> Block:
     call = steps[place].value
     attrs = attention.attrs_of(call)
+    if max(attrs.before, attrs.after) >= 0:
+        raise Unfollowable("its queries see a window of neighbouring keys, and tokens that leave would change who is whose neighbour")
     if attrs.causal or len(call.args) == 4 and _may_be_causal(steps, place, call.args[3]):
         raise Unfollowable(
             "it is causal, or its mask compares positions while running: every token of a decoder predicts its successor, so none can be dropped"

@@ -2,7 +2,7 @@
 
     for (b, h, queries) in parallel:                       # nv vectors of queries
         panel[D][queries] = scale * q^T
-        for keys in T / block:                             # blocks that `causal` hides wholly are left out
+        for keys in T / block:                             # from the first to the last that `causal` and the window leave these queries
             for j in block / mr:                           # mr x nv accumulators: keys down, queries across
                 for d in D: acc[j][queries] += k[j, d] * panel[d][queries]
                 p[j][queries] = masked acc;  top = max(top, acc)
@@ -51,11 +51,14 @@ class AttentionWorkload:
     received: bool
     kind: str = "f32"
     logsum: bool = False
+    before: int = -1
+    after: int = -1
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         extra = f"{' causal' if self.causal else ''}{f' mask {self.mask}' if self.mask != 'none' else ''}{' received' if self.received else ''}"
         extra += " logsum" if self.logsum else ""
+        extra += f" window {self.before}+{0 if self.causal else self.after}" if max(self.before, self.after) >= 0 else ""
         return f"attention {'' if self.kind == 'f32' else f'{self.kind} '}{self.batch}x{heads}x{self.queries}x{self.keys}x{self.depth}x{self.width}{extra}"
 
 
@@ -96,6 +99,8 @@ class Attention:
             fused.core["received"],
             "f32" if str(fused.inputs[0].ty.dtype) == "float32" else "bf16",
             fused.core["logsum"],
+            fused.core["before"],
+            fused.core["after"],
         )
 
     def space(self, workload: AttentionWorkload, target: Target) -> Sequence[AttentionSchedule]:
@@ -122,6 +127,9 @@ class Attention:
         tiles = [size for _, size in balanced(-(-queries // lanes), nv)]
         wide = -(-width // lanes)
         seen = keys / 2 if workload.causal and queries > nv * lanes else keys
+        if max(workload.before, workload.after) >= 0:
+            most = [min(keys, each) if each >= 0 else keys / 2 for each in (workload.before, 0 if workload.causal else workload.after)]
+            seen = min(float(keys), sum(most) + nv * lanes)
         dot = dot_for(workload.kind, target)
         broadcast = dot.broadcast_loads if dot.grouped else 0.5 if target.vector_bits == 512 else 1.0
         # per word of one or two numbers

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, static
 from .attention_views import element
+from .attention_window import Window
 from .dot import Dot, splat, vector
 from .emit import Accumulators, balanced, tasks
 from .math import call_exp_nonpositive
@@ -24,9 +25,9 @@ class AttentionEmitter:
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AttentionSchedule, dot: Dot):
         self.schedule, self.lanes, self.core, self.dot = schedule, schedule.lanes, fused.core, dot
-        self.q, self.k, self.v, *rest = (buffers[buffer] for buffer in fused.inputs)
-        self.mask = rest[0] if rest else None
-        outputs = [buffers[param] for param in fused.params if hasattr(param, "shape")][-fused.core["outputs"] :]
+        self.q, self.k, self.v = (buffers[buffer] for buffer in fused.inputs[:3])
+        self.mask = buffers.get(fused.inputs[3]) if len(fused.inputs) > 3 else None
+        outputs = [buffers[param] for param in fused.params if param in buffers][-fused.core["outputs"] :]
         self.out = outputs[0]
         self.received = outputs[1] if fused.core["received"] else None
         self.logsum = outputs[-1] if fused.core.get("logsum") else None
@@ -35,7 +36,7 @@ class AttentionEmitter:
         self.heads, self.depth, self.width = (int(dim) for dim in (dims.heads, dims.depth, dims.width))
         self.groups = self.heads // int(dims.kv_heads)
         self.wide = -(-self.width // self.lanes)
-        self.causal, self.fill = bool(fused.core["causal"]), float(fused.core["fill"])
+        self.window = Window(fused.core, self.lanes)
 
     # ---- the parallel loops
 
@@ -56,14 +57,14 @@ class AttentionEmitter:
             head, tile = (T.bind(T.floordiv(task, count)), T.bind(T.floormod(task, count))) if static(count) != 1 else (task, T.int64(0))
             b, h = self._place(head)
             if large == len(sizes):
-                self._tile(b, h, T.bind(tile * T.int64(sizes[0] * lanes)), sizes[0], statistics)
+                self._tile(b, h, tile, T.bind(tile * T.int64(sizes[0] * lanes)), sizes[0], statistics)
             else:
                 first = T.bind(tile * T.int64(sizes[-1] * lanes) + T.min(tile, T.int64(large)) * T.int64(lanes))
                 with T.If(tile < T.int64(large)):
                     with T.Then():
-                        self._tile(b, h, first, sizes[0], statistics)
+                        self._tile(b, h, tile, first, sizes[0], statistics)
                     with T.Else():
-                        self._tile(b, h, first, sizes[-1], statistics)
+                        self._tile(b, h, tile, first, sizes[-1], statistics)
         if statistics is not None:
             if queries is not None:
                 # tiles that are shorter by a vector leave the end untouched
@@ -150,12 +151,6 @@ class AttentionEmitter:
             return score + extra
         return tirx.Select(extra == splat(T.float32(0), self.lanes), score, extra)
 
-    def _hidden(self, score: Any, t: Any, first: Any, v: int) -> Any:
-        """The score of key t with what `causal` hides filled."""
-        lanes = T.int32(v * self.lanes) if self.lanes == 1 else T.ramp(T.int32(v * self.lanes), T.int32(1), self.lanes)
-        seen = splat(T.Cast("int32", t - first), self.lanes) <= lanes
-        return tirx.Select(seen, score, splat(T.float32(self.fill), self.lanes))
-
     def _exp(self, x: Any) -> Any:
         return call_exp_nonpositive(x, "float32" if self.lanes == 1 else f"float32x{self.lanes}")
 
@@ -185,14 +180,17 @@ class AttentionEmitter:
                         if self.mask is not None or hide or dot.grouped:
                             score = acc.load(i, v)
                             score = score * splat(T.float32(float(self.core["scale"])), self.lanes) if dot.grouped else score
+                            if hide and not self.window.skips:  # a mask is added to what is filled in
+                                score = self.window.hidden(score, key + i, first, v)
                             score = self._masked(score, b, h, key + i, first, v)
-                            acc.store(i, v, self._hidden(score, key + i, first, v) if hide else score)
+                            acc.store(i, v, self.window.hidden(score, key + i, first, v) if hide and self.window.skips else score)
                         use(acc, offset + i, i, v)
 
-            if not self.causal:
+            seen = self.window.open(first, nv * self.lanes, key, size)
+            if seen is None:
                 finish(False)
                 return
-            with T.If(key + T.int64(size - 1) <= first):
+            with T.If(seen):
                 with T.Then():
                     finish(False)
                 with T.Else():
@@ -214,14 +212,25 @@ class AttentionEmitter:
             tile(j, 1)
 
     @contextmanager
-    def _blocks(self, limit: Any) -> Iterator[tuple[Any, Any]]:
-        """Loop over blocks of keys below `limit`: (first key, how many)."""
-        mr, known = self.schedule.mr, static(limit)
+    def _seen(self, b: Any, h: Any, tile: Any, first: Any, queries: int) -> Iterator[tuple[Any, Any]]:
+        """Loop over blocks of keys that some queries of a tile see: (first key, how many)."""
+        with self._blocks(*self.window.keys(first, queries, self.keys)) as block:
+            yield block
+
+    @contextmanager
+    def _blocks(self, begin: Any, limit: Any, usual: int | None = None) -> Iterator[tuple[Any, Any]]:
+        """Loop over blocks of keys from `begin`, None for 0, up to `limit`: (first key, how many). usual: how many keys these mostly are, where that is known."""
+        mr, known = self.schedule.mr, static(limit) if begin is None else None
         block = self.schedule.block // mr * mr
-        if known is not None:
+        if (expected := usual or known) is not None:
             # as equal as whole tiles allow, so that the last is not a stub
-            share = -(-known // -(-known // block))
-            block = min((share + mr - 1) // mr * mr, known)
+            share = -(-expected // -(-expected // block))
+            block = min((share + mr - 1) // mr * mr, expected if begin is None else block)
+        if begin is not None:
+            with T.serial(T.ceildiv(limit - begin, T.int64(block))) as index:
+                start = T.bind(begin + index * T.int64(block))
+                yield start, T.bind(T.min(T.int64(block), limit - start))
+            return
         with T.serial(T.ceildiv(limit, T.int64(block))) as index:
             start = T.bind(index * T.int64(block))
             whole = known is not None and known % block == 0
@@ -229,7 +238,7 @@ class AttentionEmitter:
 
     # ---- one tile of queries
 
-    def _tile(self, b: Any, h: Any, first: Any, nv: int, statistics: Any) -> None:
+    def _tile(self, b: Any, h: Any, tile: Any, first: Any, nv: int, statistics: Any) -> None:
         lanes, queries, padded = self.lanes, nv * self.lanes, self.wide * self.lanes
         panel = self._panel(b, h, first, nv)
         scores = T.alloc_buffer((self.schedule.block, queries), "float32")
@@ -246,8 +255,7 @@ class AttentionEmitter:
         with T.serial(T.int64(queries)) as i:
             for e in range(self.wide):
                 T.buffer_store(out, zero, [i, vector(T.int64(e * lanes), lanes)])
-        limit = T.bind(T.min(self.keys, first + T.int64(queries))) if self.causal else self.keys
-        with self._blocks(limit) as (start, count):
+        with self._seen(b, h, tile, first, queries) as (start, count):
             # the running maximum before this block waits in `shrink`
             for place in places:
                 T.buffer_store(shrink, top[place], [place])
@@ -393,9 +401,8 @@ class AttentionEmitter:
             part = T.alloc_buffer((block, lanes), "float32")
             with T.serial(here) as j:
                 T.buffer_store(sums, zero, [j, everything])
-            # queries before the block's first key see none of it
-            hidden = T.floordiv(start, T.int64(queries)) if self.causal else T.int64(0)
-            with T.serial(T.int64(self.heads)) as h, T.serial(hidden, tiles) as tile:
+            begin, end = self.window.tiles(start, here, queries, tiles)
+            with T.serial(T.int64(self.heads)) as h, T.serial(begin, end) as tile:
                 first = T.bind(tile * T.int64(queries))
                 head = b * T.int64(self.heads) + h
                 panel = self._panel(b, h, first, nv)

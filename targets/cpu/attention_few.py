@@ -58,7 +58,13 @@ class AttentionFew:
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> AttentionWorkload:
         workload = Attention().workload(fused, constants)
-        if workload.queries is None or workload.queries > _QUERIES or workload.causal or workload.received:
+        if (
+            workload.queries is None
+            or workload.queries > _QUERIES
+            or workload.causal
+            or workload.received
+            or max(workload.before, workload.after) >= 0
+        ):
             raise Unfusable(f"not at most {_QUERIES} queries that see every key")
         if workload.heads // workload.kv_heads * workload.queries > _ROWS:
             raise Unfusable(f"more than {_ROWS} rows for a head of keys and values")

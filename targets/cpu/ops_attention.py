@@ -54,7 +54,8 @@ def attention(operands: Sequence[Any], mask: Any, about: Mapping[str, Any]) -> A
 
     def score(b: Any, h: Any, s: Any, t: Any) -> Any:
         value = products(b, h, s, t) * scale
-        value = tirx.Select(t <= s, value, tirx.const(about["fill"], "float32")) if about["causal"] else value
+        for low, high, distance in ((t, s, 0 if about["causal"] else about["after"]), (s, t, about["before"])):
+            value = tirx.Select(low <= high + distance, value, tirx.const(about["fill"], "float32")) if distance >= 0 else value
         if kind == "none":
             return value
         extra = mask(*(0 if _is_unit(dim) else index for dim, index in zip(mask.shape, (b, h, t, s), strict=True)))

@@ -36,6 +36,8 @@ def legalize_codes(builder: Any, call: Any) -> Any:
         "outputs": 1,
         "received": False,
         "logsum": False,
+        "before": -1,
+        "after": -1,
         **asdict(attrs),
         "layouts": ["BHSD"] * 4,
     }

@@ -18,6 +18,7 @@ from typing import Any
 from ...compiler.dialect.attention import AttentionAttrs, attrs_of, dims_of
 from ...compiler.tvm import tirx
 from ..base import Target
+from .attention_lists import Lists, lists
 from .gemm import vector
 from .kernel import Kernel, Plan, Signature, Unsupported, ctype
 from .printer import literal
@@ -29,6 +30,8 @@ QUERIES, THREADS = 64, 128
 POLICIES = {"bfloat16": "Bf16x2", "float16": "Fp16x2"}
 #: widest head: its outputs stay in registers
 MAX_WIDTH = 128
+#: farther than any key is from any query
+_FAR = 2**30
 
 
 def refusal(call: Any) -> str:
@@ -69,6 +72,8 @@ class Attention:
     depth: int
     width: int
     logsum: Any = None
+    #: what it was made of, where its mask may be told by the values
+    call: Any = None
 
     @staticmethod
     def of(call: Any, policy: str) -> Attention:
@@ -83,7 +88,7 @@ class Attention:
         out, *logsum = (tirx.decl_buffer([simplified(dim) for dim in kind.shape], str(kind.dtype), "out") for kind in kinds)
         dims = dims_of(*shapes[:3], attrs.layouts)
         sizes = (dims.batch, dims.heads, dims.kv_heads, dims.queries, dims.keys, dims.depth, dims.width)
-        return Attention(tuple(operands), out, attrs, POLICIES.get(str(call.args[0].ty.dtype), policy), *sizes, *logsum)
+        return Attention(tuple(operands), out, attrs, POLICIES.get(str(call.args[0].ty.dtype), policy), *sizes, *(logsum or [None]), call)
 
     @property
     def params(self) -> tuple[Any, ...]:
@@ -95,23 +100,61 @@ class Attention:
 
     @property
     def causal(self) -> bool:
-        """Keys behind a query are hidden altogether."""
-        return self.attrs.causal and self.attrs.fill == -math.inf
+        """Keys behind a query are hidden altogether, and no others are."""
+        return self.attrs.causal and self.attrs.before < 0 and self.attrs.fill == -math.inf
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """(keys before a query, keys behind it) that it sees, -1 for all; None without a window, where what it hides counts, and in parts of the keys (`logsum`), which take them all."""
+        attrs = self.attrs
+        if self.causal or attrs.logsum or attrs.window == (None, None) or attrs.fill != -math.inf:
+            return None
+        before, after = (-1 if limit is None else min(limit, _FAR) for limit in attrs.window)
+        return before, after
+
+    @property
+    def hides(self) -> str:
+        """In C, whether `causal` or the window hides key t from query s; "" where they hide none."""
+        before, after = self.attrs.window
+        behind = [] if after is None else [f"t > s + {min(after, _FAR)}" if after else "t > s"]
+        return " || ".join([*behind, *([] if before is None else [f"t + {min(before, _FAR)} < s"])])
 
     @property
     def workload(self) -> str:
         sizes = f"{shown(self.batch)}x{self.heads}({self.own})x{shown(self.queries)}x{shown(self.keys)}x{self.depth}"
-        return f"attention {sizes} {self.policy}" + (" causal" if self.attrs.causal else "") + (" logsum" if self.attrs.logsum else "")
+        window = f" window {self.window[0]}+{self.window[1]}" if self.window else " causal" if self.attrs.causal else ""
+        return f"attention {sizes} {self.policy}{window}" + (" logsum" if self.attrs.logsum else "")
 
-    def score(self, signature: Signature) -> list[str]:
-        """The body of (s, t, x) -> score, where `batch` and `head` are known."""
+    def lists(self, queries: int, keys: int) -> Lists | None:
+        """Of blocks of so many queries and keys, where the mask is constant and hides some."""
+        return None if self.call is None or self.attrs.logsum else lists(self.call, self.attrs, self.queries, self.keys, (queries, keys))
+
+    def seen(self, queries: int, keys: int) -> list[int] | None:
+        """How many steps of so many keys the blocks of so many queries take, of all heads; None where all take all. Sizes are known."""
+        if (listed := self.lists(queries, keys)) is not None:
+            return listed.steps(self.heads, self.batch)
+        if not self.causal and not self.window:
+            return None
+        before, after = self.window or (-1, 0)
+        steps = []
+        for first in range(0, self.queries, queries):
+            end = math.ceil((self.keys if after < 0 else min(self.keys, first + queries + after)) / keys)
+            steps.append(end - (0 if before < 0 else min(max(first - before, 0) // keys, end - 1)))
+        return steps * (self.heads * self.batch)
+
+    def score(self, signature: Signature, listed: Lists | None = None, name: str = "") -> list[str]:
+        """The body of (s, t, x) -> score, where `batch` and `head` are known; of (s, t, x, tile) with a window, or with lists, which are called `name`."""
         fill, operands, attrs = literal(self.attrs.fill, "float32"), self.operands, self.attrs
         lines = [f"const float score = x * {literal(attrs.scale, 'float32')};"]
-        if attrs.causal:
+        if listed is not None:
+            return [*lines, *listed.score(name, "score")]
+        hides = self.hides
+        if hides:
+            hides = f"tile >= 0 && ({hides})" if self.window else hides
             lines.append(
-                f"if (t > s) return {fill};"
+                f"if ({hides}) return {fill};"
                 if len(operands) == 3 or str(operands[3].ty.dtype) == "bool"
-                else f"const float seen = t > s ? {fill} : score;"
+                else f"const float seen = {hides} ? {fill} : score;"
             )
         if len(operands) == 3:
             return [*lines, "return score;"]
@@ -124,7 +167,7 @@ class Attention:
         mask = f"{signature.name(operands[3])}[{' + '.join(terms) or '0'}]"
         if str(operands[3].ty.dtype) == "bool":
             return [*lines, f"return {mask} ? score : {fill};"]
-        return [*lines, f"return {'seen' if attrs.causal else 'score'} + {mask};"]
+        return [*lines, f"return {'seen' if hides else 'score'} + {mask};"]
 
 
 def place(layout: str, heads: int, rows: Any, columns: int, head: str = "head", size: Callable[[Any], str] = str) -> tuple[str, int]:
@@ -142,6 +185,9 @@ def keys_at_once(this: Attention) -> int:
 def kernel(call: Any, target: Target, policy: str, known: Known = FIXED) -> Plan:
     """The kernel; its parameters are q, k, v, the mask where there is one, and the output. known: of the symbols in the call's shapes. Raises Unsupported as `refusal` says."""
     this = Attention.of(call, policy)
+    if (listed := this.lists(QUERIES, keys_at_once(this))) is not None:
+        packing = listed.packing(this.operands[3])
+        return Plan(this.params, (_product(this, this.out, 0, 1, target, listed, packing.buffer),), (packing,))
     tiles, steps = blocks(this.queries, QUERIES), blocks(this.keys, keys_at_once(this))
     return planned(this, times([tiles, this.heads, this.batch]), steps, lambda *parted: _product(this, *parted, target), target, known)
 
@@ -161,7 +207,7 @@ def planned(this: Attention, number: Any, steps: Any, product: Callable[[Any, An
         parts = tirx.decl_buffer((count, rows, this.width + 2), "float32", "parts")
         return product(parts, part, count), _joined(this, parts, count, rows)
 
-    if this.causal:
+    if this.causal or this.window:
         return Plan(this.params, whole() if this.logsum is None else in_parts(steps, 1))
     if isinstance(number, int) and isinstance(steps, int):
         part = part_of_keys(number, steps, target)
@@ -176,8 +222,8 @@ def planned(this: Attention, number: Any, steps: Any, product: Callable[[Any, An
     return Plan(this.params, tuple(replace(each, when=when) for kernels, when in made for each in kernels))
 
 
-def _product(this: Attention, written: Any, part: Any, count: Any, target: Target) -> Kernel:
-    """All keys, or `count` parts of `part` steps of them."""
+def _product(this: Attention, written: Any, part: Any, count: Any, target: Target, listed: Lists | None = None, packed: Any = None) -> Kernel:
+    """All keys, or `count` parts of `part` steps of them; or those of lists, which are in the buffer `packed`."""
     attrs, policy, signature, block = this.attrs, this.policy, Signature((written,)), keys_at_once(this)
     size, group = signature.size, this.group
     padded, wide = -(-this.depth // (16 * group)) * 16, -(-this.width // 16) * 16 // group
@@ -210,14 +256,23 @@ def _product(this: Attention, written: Any, part: Any, count: Any, target: Targe
     flags = f"{str(this.causal).lower()}, {str(attrs.safe).lower()}"
     vectors = f"{vector(this.depth // group)}, {vector(this.width // group)}"
     places = f"blockIdx.x % {size(tiles)} * T::BQ, blockIdx.x / {size(tiles)} * {size(part)}" if several else "blockIdx.x * T::BQ, 0"
-    if all(isinstance(number, int) for number in (this.queries, this.keys, part)):
+    given, table = "int s, int t, float x", "" if packed is None else signature.name(packed)
+    if listed or this.window:
+        numbers, given = ", ".join(map(size, (this.queries, this.keys, stride))), f"{given}, int tile"
+        before, after = this.window or (-1, -1)
+        steps = f"tc::Window<T::BQ, T::BT, {before}, {after}>({size(this.keys)}, blockIdx.x * T::BQ)"
+        if listed:
+            steps = f"tc::BlockList({table}, {listed.number('batch', 'head', 'blockIdx.x')})"
+        safe = str(attrs.safe).lower()
+        call = f"tc::attention_steps<tc::{policy}, T, {this.width}, {safe}, false, {vectors}>(q, k, v, to, {numbers}, {steps}, blockIdx.x * T::BQ"
+    elif all(isinstance(number, int) for number in (this.queries, this.keys, part)):
         numbers = f"{this.queries}, {this.keys}, {this.width}, {stride}, {flags}, {part}, {vectors}"
         call = f"tc::attention<tc::{policy}, T, {numbers}>(q, k, v, to, {places}"
     else:
         numbers = ", ".join(map(size, (this.queries, this.keys, stride, part)))
         call = f"tc::attention<tc::{policy}, T, {this.width}, {flags}, {str(several).lower()}, {vectors}>(q, k, v, to, {numbers}, {places}"
-    lines.append(f"{call}, [&](int s, int t, float x) {{")
-    lines += [f"  {line}" for line in this.score(signature)] + ["});"]
+    lines.append(f"{call}, [&]({given}) {{")
+    lines += [f"  {line}" for line in this.score(signature, listed, table)] + ["});"]
     return signature.kernel(
         lines,
         grid=(times([tiles, count]), this.heads, this.batch),
@@ -226,7 +281,9 @@ def _product(this: Attention, written: Any, part: Any, count: Any, target: Targe
         shared_bytes=shared,
         kind="attention",
         workload=this.workload,
-        schedule=f"{QUERIES} queries x {block} keys, 4 warps" + (f", keys in {shown(count)} parts" if several else ""),
+        schedule=f"{QUERIES} queries x {block} keys, 4 warps"
+        + (f", keys in {shown(count)} parts" if several else "")
+        + (", listed" if listed else ""),
     )
 
 

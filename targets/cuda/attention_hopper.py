@@ -60,11 +60,12 @@ def best(this: Attention, target: Target) -> AttentionSchedule:
     heads = this.heads * this.batch
 
     def cycles(schedule: AttentionSchedule) -> float:
-        return schedule.cycles(this.queries, this.keys, heads, this.causal, target)
+        return schedule.cycles(this.queries, this.keys, heads, this.seen(schedule.queries, schedule.keys), target)
 
     found = min(attention_space(this.depth, this.width, target), key=cycles)
     sizes = (this.queries, this.keys, this.depth, this.width, heads)
-    if attention_cycles(*sizes, attention.keys_at_once(this), this.causal, target) <= cycles(found):
+    block = attention.keys_at_once(this)
+    if attention_cycles(*sizes, block, this.seen(attention.QUERIES, block), target) <= cycles(found):
         raise Unsupported("the tiles of mma.sync are faster")
     return found
 
@@ -78,19 +79,36 @@ def _plan(this: Attention, schedule: AttentionSchedule, target: Target) -> Plan:
         for buffer, layout, box in zip(this.operands[:3], attrs.layouts, boxes, strict=False)
     ]
     # products are compared as they are, and their factor is part of the exponent's, where nothing else is done to them
-    plain = len(this.operands) == 3 and attrs.scale > 0 and attrs.causal == this.causal
-    score = (["if (t > s) return -INFINITY;"] if this.causal else []) + ["return x;"] if plain else this.score(signature)
+    listed = this.lists(schedule.queries, schedule.keys)
+    packings = () if listed is None else (listed.packing(this.operands[3]),)
+    table = "" if listed is None else signature.name(packings[0].buffer)
+    plain = attrs.scale > 0 and (listed is not None or len(this.operands) == 3 and (attrs.fill == -math.inf or not this.hides))
+    if not plain:
+        score = this.score(signature, listed, table)
+    elif listed is not None:
+        score = listed.score(table, "x", f" * {literal(1.0 / attrs.scale, 'float32')}")
+    else:
+        score = ([f"if ({this.hides}) return -INFINITY;"] if this.hides else []) + ["return x;"]
     unit = literal((attrs.scale if plain else 1.0) / math.log(2), "float32")
     tiles = math.ceil(this.queries / schedule.queries)
     base, stride = place(attrs.layouts[3], this.heads, this.queries, this.width)
-    blocks = f"{schedule.queries}, {this.queries}, {this.heads}, {this.batch}, {_at_once(this, target)}, {str(this.causal).lower()}"
-    flags = ", ".join(str(flag).lower() for flag in (this.causal, attrs.safe, plain))
+    growing = this.causal or (this.window is not None and this.window[0] < 0 if listed is None else listed.growing)  # the last queries see most
+    blocks = f"{schedule.queries}, {this.queries}, {this.heads}, {this.batch}, {_at_once(this, target)}, {str(growing).lower()}"
+    flags = ", ".join(str(flag).lower() for flag in (attrs.safe, plain))
+    seen, given = f"tc::EveryKey<T, {this.keys}, {str(this.causal).lower()}>()", "int batch, int head, int s, int t, float x"
+    number = []
+    if listed is not None:
+        number = [f"const auto number = [](const B& block) {{ return {listed.number('block.batch', 'block.head', 'block.q0 / T::BQ')}; }};"]
+        seen, given = f"tc::ListedKeys<decltype(number)>({table}, number)", f"{given}, int tile"
+    elif this.window:
+        seen, given = f"tc::WindowKeys<T, {this.keys}, {this.window[0]}, {this.window[1]}>()", f"{given}, int tile"
     numbers = f"{share}, {this.queries}, {this.keys}, {this.width}, {stride}, {flags}"
     lines = [
         f"using T = {schedule.source};",
         f"using B = tc::Blocks<{blocks}>;",
+        *number,
         f"const auto to = [&](int batch, int head) {{ return tc::To<{ctype(this.out.ty.dtype)}>{{{out} + {base}}}; }};",
-        f"tc::attention_hopper<tc::{this.policy}, T, B, {numbers}>({', '.join(maps)}, {unit}, to, [&](int batch, int head, int s, int t, float x) {{",
+        f"tc::attention_hopper<tc::{this.policy}, T, B, {numbers}>({', '.join(maps)}, {unit}, to, {seen}, [&]({given}) {{",
         *(f"  {line}" for line in score),
         "});",
     ]
@@ -103,9 +121,9 @@ def _plan(this: Attention, schedule: AttentionSchedule, target: Target) -> Plan:
         turns=True,
         kind="attention hopper",
         workload=this.workload,
-        schedule=str(schedule),
+        schedule=str(schedule) + (", listed" if listed else ""),
     )
-    return Plan(this.params, (made,))
+    return Plan(this.params, (made,), packings)
 
 
 def _encoding(buffer: Any, layout: str, box: int) -> tuple[int, ...]:

@@ -277,7 +277,11 @@ class _Walk:
         name = next(same, f"{hint}{sum(other.startswith(hint) for other in self.plans)}")
         if name not in self.plans:
             self._add(name, made, ())
-        self._launch(name, [*(self._value(arg) for arg in call.args), *outs])
+        packed = {packing.param: packing for packing in made.packings}
+        operands = [
+            self._packed(arg, packed[param]) if param in packed else self._value(arg) for arg, param in zip(call.args, made.params, strict=False)
+        ]
+        self._launch(name, [*operands, *outs])
         return out
 
     def _add(self, name: str, made: Plan, nodes: tuple[str, ...]) -> None:

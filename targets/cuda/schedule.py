@@ -217,11 +217,12 @@ def part_of_keys(blocks: int, steps: int, target: Target) -> int:
     return best if best * _KEYS_LATENCY + _SUMS_LATENCY < whole else steps
 
 
-def attention_cycles(queries: int, keys: int, depth: int, width: int, heads: int, block: int, causal: bool, target: Target) -> float:
-    """Predicted cycles of attention by mma.sync (attention.py), of operands in words of two numbers: 64 queries a block, `block` keys a step; heads: of all batches."""
+def attention_cycles(queries: int, keys: int, depth: int, width: int, heads: int, block: int, seen: Sequence[int] | None, target: Target) -> float:
+    """Predicted cycles of attention by mma.sync (attention.py), of operands in words of two numbers: 64 queries a block, `block` keys a step; heads: of all batches. seen: steps of every
+    block of queries of every head, None where queries see all keys."""
     tiles, all_steps = math.ceil(queries / 64), math.ceil(keys / block)
-    part = all_steps if causal else part_of_keys(tiles * heads, all_steps, target)
-    steps = [math.ceil(min(keys, 64 * (tile + 1)) / block) if causal else part for tile in range(tiles)] * (heads * math.ceil(all_steps / part))
+    part = all_steps if seen is not None else part_of_keys(tiles * heads, all_steps, target)
+    steps = seen if seen is not None else [part] * (tiles * heads * math.ceil(all_steps / part))
     resident = min(2, math.ceil(len(steps) / target.cores))
     arithmetic = (
         64 * block * ((depth + width) / 2 / target.fma_per_cycle + 1 / EXPONENTIALS)

@@ -111,14 +111,12 @@ class AttentionSchedule:
     def __str__(self) -> str:
         return f"{self.queries} queries x {self.keys} keys, 1 warp group copies, {self.groups} multiply, {self.stages} stages"
 
-    def cycles(self, queries: int, keys: int, heads: int, causal: bool, target: Target) -> float:
-        """Predicted; products of one warp group hide the softmax of another."""
-        steps = [
-            math.ceil((min(keys, self.queries * (tile + 1)) if causal else keys) / self.keys) for tile in range(math.ceil(queries / self.queries))
-        ]
+    def cycles(self, queries: int, keys: int, heads: int, seen: Sequence[int] | None, target: Target) -> float:
+        """Predicted; products of one warp group hide the softmax of another. seen: steps of every block of queries of every head, None where queries see all keys."""
+        steps = seen if seen is not None else [math.ceil(keys / self.keys)] * (math.ceil(queries / self.queries) * heads)
         pairs = self.queries * self.keys
         step_cycles = max(pairs * (self.depth + self.width) / 2 / (target.fma_per_cycle * _RATE), pairs / EXPONENTIALS)
-        return in_turns(steps * heads, target, step_cycles, 1, _STEP_LATENCY)
+        return in_turns(steps, target, step_cycles, 1, _STEP_LATENCY)
 
 
 def attention_space(depth: int, width: int, target: Target) -> list[AttentionSchedule]:

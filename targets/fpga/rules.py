@@ -252,8 +252,8 @@ def _attention(walk: Walk, call: Any, operands: list[Any], source: str) -> View:
         return x.transpose(0, 2, 1, 3)
 
     q, k, v = (view if layout == "BHSD" else view.rearranged(swapped) for view, layout in zip((q, k, v), layouts, strict=False))
-    if len(operands) > 3 or call.attrs.causal or call.attrs.received or call.attrs.logsum:
-        raise Refused("a mask, causal or further results; FPGA attention has none of them")
+    if len(operands) > 3 or call.attrs.causal or call.attrs.before >= 0 or call.attrs.after >= 0 or call.attrs.received or call.attrs.logsum:
+        raise Refused("a mask, causal, a window or further results; FPGA attention has none of them")
     if k.shape[1] != q.shape[1]:
         raise Refused(f"{q.shape[1]} query heads over {k.shape[1]} key heads; FPGA attention has as many of both")
     b, h, s, _ = q.shape

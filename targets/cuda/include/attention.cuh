@@ -56,32 +56,71 @@ template <class P, int D, int E, int BT_> struct Heads {
   static constexpr int Q_FLOATS = BQ * LDQ, K_FLOATS = BT * LDQ, STAGE_FLOATS = K_FLOATS + BT * LDV;
 };
 
+// Which blocks of keys a block of queries takes: at(begin) .. at(end - 1). tile: negative where nothing in a block is hidden by what decides that; where it may be, what `score` is told.
+struct EveryStep {  // in a row, and every score is looked at
+  static constexpr bool EVERY = true;
+  int begin, end;
+  TC_DEVICE int at(int i) const { return i; }
+  TC_DEVICE int tile(int) const { return 0; }
+  template <class Score> static TC_DEVICE float score(const Score& score, int s, int t, float x, int) { return score(s, t, x); }
+};
+
+struct ToldTile {
+  static constexpr bool EVERY = false;
+  template <class Score> static TC_DEVICE float score(const Score& score, int s, int t, float x, int tile) { return score(s, t, x, tile); }
+};
+
+// Blocks of BT keys that some of BQ queries from q0 on see, which look at the keys from BEFORE before theirs to AFTER behind; negative: as far as there are any. One block at least.
+template <int BQ, int BT, int BEFORE, int AFTER> struct Window : ToldTile {
+  int begin, end, q0, keys;
+  TC_DEVICE Window(int keys, int q0) : q0(q0), keys(keys) {
+    end = ((AFTER < 0 ? keys : tc::min(keys, q0 + BQ + AFTER)) + BT - 1) / BT;
+    begin = BEFORE < 0 ? 0 : tc::min(tc::max(q0 - BEFORE, 0) / BT, end - 1);
+  }
+  TC_DEVICE int at(int i) const { return i; }
+  TC_DEVICE int tile(int i) const {
+    const int first = i * BT, last = first + BT - 1;
+    return last < keys && (AFTER < 0 || last <= q0 + AFTER) && (BEFORE < 0 || first >= q0 + BQ - 1 - BEFORE) ? -1 : 0;
+  }
+  static TC_DEVICE bool sees(int s, int t) { return (AFTER < 0 || t <= s + AFTER) && (BEFORE < 0 || t >= s - BEFORE); }
+};
+
+// The blocks of a list, each with its tile of the mask: [BQ][BT] floats, which are added to scores, or -inf. lists (targets/cuda/attention_lists.py packs them): where list n begins and its
+// length, for all n; entries of lists, a block and where its tile begins, -1 without one; the tiles.
+struct BlockList : ToldTile {
+  const int* entries;
+  int begin = 0, end;
+  TC_DEVICE BlockList(const int* lists, int number) : entries(lists + lists[2 * number]), end(lists[2 * number + 1]) {}
+  TC_DEVICE int at(int i) const { return entries[2 * i]; }
+  TC_DEVICE int tile(int i) const { return entries[2 * i + 1]; }
+};
+
 // Queries q0 .. q0 + 63 of one head to the rows of `out`, `stride` elements apart. score(s, t, x): the masked, scaled score of query s and key t whose product is x.
-// CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out. SAFE: a query that sees nothing gives 0 instead of NaN. PARTS: `part` blocks of keys from `first` on
-// are taken; rows of a part are E sums, the largest score and the sum of probabilities, for `joined`.
-template <class P, class T, int E, bool CAUSAL, bool SAFE, bool PARTS, int VD, int VE, class Q, class K, class V, class Out, class Score>
-TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int queries, int all_keys, int stride, int part, int q0, int first, const Score& score) {
+// SAFE: a query that sees nothing gives 0 instead of NaN. PARTS: rows are E sums, the largest score and the sum of probabilities, for `joined`.
+template <class P, class T, int E, bool SAFE, bool PARTS, int VD, int VE, class Q, class K, class V, class Out, class Steps, class Score>
+TC_DEVICE void attention_steps(const Q& q, const K& k, const V& v, const Out& out, int queries, int all_keys, int stride, const Steps& steps, int q0, const Score& score) {
   using W = typename Values<P>::Policy;
   TC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* const stages = shared + T::Q_FLOATS;
-  const int keys = CAUSAL ? tc::min(all_keys, q0 + T::BQ) : all_keys, all = (keys + T::BT - 1) / T::BT, end = PARTS ? tc::min(all, first + part) : all;
-  auto fill = [&](int step) {
-    float* slot = stages + step % 2 * T::STAGE_FLOATS;
+  auto fill = [&](int i) {
+    float* slot = stages + i % 2 * T::STAGE_FLOATS;
+    const int step = steps.at(i);
     stage<T::BT, T::DP, T::LDQ, T::THREADS, VD>(slot, k, step * T::BT, 0);
     stage<T::BT, T::EP, T::LDV, T::THREADS, VE>(slot + T::K_FLOATS, v, step * T::BT, 0);
   };
   stage<T::BQ, T::DP, T::LDQ, T::THREADS, VD>(shared, q, q0, 0);
-  fill(first);
+  fill(steps.begin);
   commit_copies();
   float sums[T::E16 / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 #pragma unroll 1
-  for (int step = first; step < end; ++step) {
+  for (int i = steps.begin; i < steps.end; ++i) {
     wait_copies<0>();
     __syncthreads();
-    if (step + 1 < end) fill(step + 1);
+    if (i + 1 < steps.end) fill(i + 1);
     commit_copies();
-    const float* ks = stages + step % 2 * T::STAGE_FLOATS;
+    const int step = steps.at(i), tile = steps.tile(i);
+    const float* ks = stages + i % 2 * T::STAGE_FLOATS;
     const float* vs = ks + T::K_FLOATS;
     float s[T::BT / 8][4] = {};
 #pragma unroll
@@ -98,15 +137,20 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int
     for (int r = 0; r < 2; ++r) {  // rows g and g + 8 of the warp, spread over its four lanes t
       const int query = q0 + warp * 16 + g + r * 8;
       float high = top[r];
+      const auto masked = [&](int tile) {
 #pragma unroll
-      for (int j = 0; j < T::BT / 8; ++j)
+        for (int j = 0; j < T::BT / 8; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = step * T::BT + j * 8 + 2 * t + e;
-          float& x = s[j][r * 2 + e];
-          x = query < queries && key < all_keys ? score(query, key, x) : -INFINITY;
-          high = tc::max(high, x);
-        }
+          for (int e = 0; e < 2; ++e) {
+            const int key = step * T::BT + j * 8 + 2 * t + e;
+            float& x = s[j][r * 2 + e];
+            x = query < queries && key < all_keys ? steps.score(score, query, key, x, tile) : -INFINITY;
+            high = tc::max(high, x);
+          }
+      };
+      if constexpr (Steps::EVERY) masked(0);
+      else if (tile < 0) masked(-1);
+      else masked(tile);
       high = row_max(high, tc::max<float>);
       const float base = high == -INFINITY ? 0.0f : high, old = expf(top[r] - base);
       top[r] = high;
@@ -153,6 +197,14 @@ TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int
       out.one(row + E + 1, sum);
     }
   }
+}
+
+// The same over all keys, or `part` blocks of them from `first` on. CAUSAL: keys behind a query are hidden by -inf, so their blocks are left out.
+template <class P, class T, int E, bool CAUSAL, bool SAFE, bool PARTS, int VD, int VE, class Q, class K, class V, class Out, class Score>
+TC_DEVICE void attention(const Q& q, const K& k, const V& v, const Out& out, int queries, int all_keys, int stride, int part, int q0, int first, const Score& score) {
+  const int keys = CAUSAL ? tc::min(all_keys, q0 + T::BQ) : all_keys, all = (keys + T::BT - 1) / T::BT;
+  const EveryStep steps{first, PARTS ? tc::min(all, first + part) : all};
+  attention_steps<P, T, E, SAFE, PARTS, VD, VE>(q, k, v, out, queries, all_keys, stride, steps, q0, score);
 }
 
 // The same for sizes that are known; PART: 0 for all blocks of keys.

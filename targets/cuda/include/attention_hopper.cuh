@@ -39,11 +39,41 @@ template <int BQ, int QUERIES, int HEADS, int BATCH, int AT_ONCE, bool CAUSAL> s
   }
 };
 
+// Which tiles of keys a block takes, from the last of `count` to the first: at(step). tile: as that of attention.cuh's steps, for the 16 rows of a warp from `row` on.
+template <class T, int KEYS, bool CAUSAL> struct EveryKey {
+  static constexpr bool EVERY = true;
+  template <class B> TC_DEVICE int count(const B& block) const { return ((CAUSAL ? tc::min(KEYS, block.q0 + T::BQ) : KEYS) + T::BT - 1) / T::BT; }
+  template <class B> TC_DEVICE int at(const B&, int step) const { return step; }
+  template <class B> TC_DEVICE int tile(const B&, int step, int row) const {
+    const bool tail = KEYS % T::BT != 0 && step == KEYS / T::BT, diagonal = CAUSAL && (step + 1) * T::BT > row;
+    return tail || diagonal ? 0 : -1;
+  }
+  template <class Score> static TC_DEVICE float score(const Score& score, int s, int t, float x, int) { return score(s, t, x); }
+};
+template <class T, int KEYS, int BEFORE, int AFTER> struct WindowKeys : ToldTile {
+  using Keys = Window<T::BQ, T::BT, BEFORE, AFTER>;
+  template <class B> TC_DEVICE int count(const B& block) const {
+    const Keys keys(KEYS, block.q0);
+    return keys.end - keys.begin;
+  }
+  template <class B> TC_DEVICE int at(const B& block, int step) const { return Keys(KEYS, block.q0).begin + step; }
+  template <class B> TC_DEVICE int tile(const B& block, int step, int row) const { return Window<16, T::BT, BEFORE, AFTER>(KEYS, row).tile(at(block, step)); }
+};
+
+template <class Number> struct ListedKeys : ToldTile {  // number(block): of its list
+  const int* lists;
+  Number number;
+  TC_DEVICE ListedKeys(const int* lists, const Number& number) : lists(lists), number(number) {}
+  template <class B> TC_DEVICE int count(const B& block) const { return BlockList(lists, number(block)).end; }
+  template <class B> TC_DEVICE int at(const B& block, int step) const { return BlockList(lists, number(block)).at(step); }
+  template <class B> TC_DEVICE int tile(const B& block, int step, int) const { return BlockList(lists, number(block)).tile(step); }
+};
+
 // Attention of all blocks to out(batch, head), a row of E elements for every query, STRIDE elements apart. SHARE heads of q have the same keys and values. unit: of the scores,
-// in powers of two. score(batch, head, s, t, x): the masked score of query s and key t whose product is x; PLAIN: it is x, but for what CAUSAL hides. SAFE: as in attention.cuh.
+// in powers of two. score(batch, head, s, t, x): the masked score of query s and key t whose product is x; PLAIN: it is x, but for what `keys` hide. SAFE: as in attention.cuh.
 // All pieces of work of a block are one sequence of steps: the first scores of one are on their way while the last results of the one before are made and stored.
-template <class P, class T, class B, int SHARE, int QUERIES, int KEYS, int E, int STRIDE, bool CAUSAL, bool SAFE, bool PLAIN, class Q, class K, class V, class Out, class Score>
-TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, const Out& out, const Score& score) {
+template <class P, class T, class B, int SHARE, int QUERIES, int KEYS, int E, int STRIDE, bool SAFE, bool PLAIN, class Q, class K, class V, class Out, class Seen, class Score>
+TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, const Out& out, const Seen& seen, const Score& score) {
   TC_SHARED(char, shared);
   using Heads = Ring<2, T::Q_BYTES>;
   using Keys = Ring<T::STAGES, T::STAGE_BYTES>;
@@ -58,11 +88,10 @@ TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, 
     barriers_visible();
   }
   __syncthreads();
-  const auto steps = [](int q0) { return ((CAUSAL ? tc::min(KEYS, q0 + T::BQ) : KEYS) + T::BT - 1) / T::BT; };  // which are taken from the last to the first
   B block;
   int turn = 0;
   block.at(turn);
-  int step = steps(block.q0) - 1;
+  int step = seen.count(block) - 1;
   if (group == 0) {
     give_registers<T::COPYING>();
     if (threadIdx.x == 0) {
@@ -71,11 +100,11 @@ TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, 
         heads.next();
       };
       const auto keys = [&](int step) {
-        k.template bring<T::D_BOXES, T::BOX>(ring.fill(T::D_BOXES * T::BOX), step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
+        k.template bring<T::D_BOXES, T::BOX>(ring.fill(T::D_BOXES * T::BOX), seen.at(block, step) * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
         ring.next();
       };
       const auto values = [&](const B& block, int step) {
-        v.template bring<T::E_BOXES, T::BOX>(ring.fill(T::E_BOXES * T::BOX), step * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
+        v.template bring<T::E_BOXES, T::BOX>(ring.fill(T::E_BOXES * T::BOX), seen.at(block, step) * T::BT, block.head / SHARE, block.batch, ring.full + ring.slot);
         ring.next();
       };
       queries();
@@ -90,7 +119,7 @@ TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, 
             break;
           }
           queries();
-          step = steps(block.q0) - 1;
+          step = seen.count(block) - 1;
         }
         keys(step);
         values(before, last);
@@ -119,14 +148,17 @@ TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, 
     };
     const auto softmax = [&] {  // s = 2^(s - top); old: what sums with the former top are multiplied by
       const int query = block.q0 + own;
-      const bool tail = KEYS % T::BT != 0 && step == KEYS / T::BT, diagonal = CAUSAL && (step + 1) * T::BT > query - lane / 4;
-      if (!PLAIN || tail || diagonal) {
+      const int hidden = seen.tile(block, step, query - lane / 4), place = seen.at(block, step);
+      const auto masked = [&](int tile) {
+        const auto told = [&](int s, int t, float x, auto... more) { return score(block.batch, block.head, s, t, x, more...); };
 #pragma unroll
         for (int i = 0; i < T::BT / 2; ++i) {
-          const int row = query + i / 2 % 2 * 8, key = step * T::BT + i / 4 * 8 + 2 * t + i % 2;
-          s[i] = (PLAIN || row < QUERIES) && key < KEYS ? score(block.batch, block.head, row, key, s[i]) : -INFINITY;
+          const int row = query + i / 2 % 2 * 8, key = place * T::BT + i / 4 * 8 + 2 * t + i % 2;
+          s[i] = (PLAIN || row < QUERIES) && key < KEYS ? seen.score(told, row, key, s[i], tile) : -INFINITY;
         }
-      }
+      };
+      if (hidden >= 0 || (Seen::EVERY && !PLAIN)) masked(hidden);
+      else if (!PLAIN) masked(-1);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float high = top[r], sum = 0.0f;
@@ -184,7 +216,7 @@ TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, 
       if (last) {
         if (!block.at(++turn)) break;
         rows = heads.read() + (group - 1) * 64 * 128;
-        step = steps(block.q0) - 1;
+        step = seen.count(block) - 1;
       }
       const int keys = ring.slot;
       ring.next();

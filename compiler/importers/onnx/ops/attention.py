@@ -168,13 +168,20 @@ def _scale(node: Node, q: relax.Expr) -> float:
 
 
 def _by_dialect(node: Node, q: relax.Expr, k: relax.Expr, v: relax.Expr, mask: relax.Expr | None, allowed: list[relax.Expr]) -> relax.Expr:
-    aligned_causal = node.attr("is_causal", 0) and not node.has(4) and not node.has(6) and node.attr("left_window_size", -1) < 0
-    if allowed and not aligned_causal:
+    aligned = not node.has(4) and not node.has(6)  # queries and keys begin at the same position
+    if allowed and not aligned:
         dtype = node.dtype(q)
         if mask is not None and node.dtype(mask) == "bool":
             mask = node.emit(relax.op.where(mask, node.scalar(0, dtype), node.scalar(-math.inf, dtype)))
         mask = _hide(node, node.array(np.zeros((1, 1, 1, 1)), dtype) if mask is None else mask, allowed)
-    return node.emit(attention(q, k, v, mask, scale=_scale(node, q), causal=bool(aligned_causal)))
+    window = {}
+    if aligned:
+        window = {
+            "causal": bool(node.attr("is_causal", 0)),
+            "before": node.attr("left_window_size", -1),
+            "after": node.attr("right_window_size", -1),
+        }
+    return node.emit(attention(q, k, v, mask, scale=_scale(node, q), **window))
 
 
 def _by_steps(

@@ -62,12 +62,15 @@ def group_query_attention(node: Node) -> tuple[relax.Expr, ...]:
     k, v = _present(node, k, v, lengths)
     floats = (k, v) if cache is None else tuple(cache.floats(value, side) for value, side in ((k, 0), (v, 1)))
     scores = [*node.shape(q)[:3], lengths.present]
-    bias = _visible(node, scores, lengths, node.dtype(q))
     scale = node.attr("scale", 0.0) or 1 / math.sqrt(node.static(node.shape(q)[3:], "the head size")[0])
     if node.attr("softcap", 0.0) or node.attr("smooth_softmax", 0) == 1 or node.has(11):
-        out = _by_steps(node, q, *floats, bias, scale)
+        out = _by_steps(node, q, *floats, _visible(node, scores, lengths, node.dtype(q)), scale)
+    elif cache is None and node.attr("causal", 1) and node.dims.equal(lengths.present, queries):
+        # nothing came before, so query and key s are the same token
+        bias = broadcasting(node, node.tensor(10), scores) if node.has(10) else None
+        out = node.emit(attention(q, *floats, bias, scale=scale, causal=True, before=_window(node) - 1 if _window(node) else -1))
     else:
-        out = node.emit(attention(q, *floats, bias, scale=scale))
+        out = node.emit(attention(q, *floats, _visible(node, scores, lengths, node.dtype(q)), scale=scale))
     return merged(node, out), k, v
 
 
@@ -179,6 +182,14 @@ def _present(node: Node, k: relax.Expr, v: relax.Expr, lengths: _Lengths) -> tup
     return chosen(3, k), chosen(4, v)
 
 
+def _window(node: Node) -> int:
+    """How many keys a query sees, its own and those before it; 0: all."""
+    window = node.attr("local_window_size", -1)
+    if window <= 0 and window != -1:
+        raise Refusal(f"local_window_size {window}")
+    return max(window, 0)
+
+
 def _visible(node: Node, scores: list[Dim], lengths: _Lengths, dtype: str) -> relax.Expr:
     """What is added to the scores [B, H, S, T]: the attention bias, -inf where a key is hidden."""
     op, emit = relax.op, node.emit
@@ -189,12 +200,10 @@ def _visible(node: Node, scores: list[Dim], lengths: _Lengths, dtype: str) -> re
         margin = emit(op.subtract(position, column))
     else:
         margin = emit(op.subtract(emit(op.astype(node.reshape(node.tensor(5), [batch, 1, 1, 1]), "int64")), column))
-    window = node.attr("local_window_size", -1)
-    if window > 0:
+    window = _window(node)
+    if window:
         behind = emit(op.add(emit(op.subtract(column, position)), node.scalar(window - 1, "int64")))
         margin = emit(op.minimum(margin, behind))
-    elif window != -1:
-        raise Refusal(f"local_window_size {window}")
     bias = broadcasting(node, node.tensor(10), scores) if node.has(10) else node.array(np.zeros((1, 1, 1, 1)), dtype)
     seen = emit(op.greater_equal(margin, node.scalar(0, "int64")))
     return emit(op.where(*node.align(seen, bias, node.scalar(-math.inf, dtype))))
