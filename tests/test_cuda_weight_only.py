@@ -1,4 +1,4 @@
-"""Products by weights of 4 and 8 bits on CUDA: the order of the codes simulated in numpy, the kernels run by the emulation against the operator's reference, facts of the machine code."""
+"""Products by weights of 1 to 8 bits on CUDA: the order of the codes simulated in numpy, the kernels run by the emulation against the operator's reference, facts of the machine code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tcompile.compiler.dialect.weight_only import decompose, reference, weight_o
 from tcompile.compiler.tvm import relax
 from tcompile.passes.quantization.formats import GroupedInt
 from tcompile.targets.base import Target
+from tcompile.targets.common.words import planes
 from tcompile.targets.cuda import weight_only
 from tcompile.targets.cuda.machines import MACHINES
 from tcompile.targets.cuda.weight_only_schedule import FewRows, ManyRows, Shape, best, space
@@ -64,6 +65,10 @@ CASES = [
     (9, 61, 35, GroupedInt(4, 20, symmetric=False), None),
     (17, 200, 64, GroupedInt(4, 48), ManyRows(16, 4, 4, 2)),
     (131, 72, 66, GroupedInt(8, 32, symmetric=False), ManyRows(128, 2, 3)),
+    (1, 1, 5, GroupedInt(3, 2), None),
+    (2, 97, 34, GroupedInt(1, 32), FewRows(2, 8, 1)),
+    (33, 200, 65, GroupedInt(7, 48, symmetric=False), ManyRows(32, 4, 3, 1)),
+    (7, 160, 40, GroupedInt(6, 64), FewRows(2, 2, 2)),
 ]
 
 
@@ -102,7 +107,16 @@ def check(cases, precision, monkeypatch):
 def test_products_of_awkward_sizes(precision, monkeypatch):
     lowered = check(CASES, precision, monkeypatch)
     rounded = [row for row in lowered.report["kernels"] if row["template"] == "map"]  # inputs; rows of an odd length are rounded by the product
-    assert len(rounded) == (10 if precision == "bf16" else 0)
+    assert len(rounded) == (12 if precision == "bf16" else 0)
+
+
+@pytest.mark.networks
+@needs_gxx
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_of_every_width(precision, symmetric, monkeypatch):
+    cases = [(m + bits, k, 39 + bits, GroupedInt(bits, group, symmetric), None) for bits in range(1, 9) for m, k, group in ((0, 97, 32), (15, 130, 10))]
+    check(cases, precision, monkeypatch)
 
 
 @pytest.mark.networks
@@ -200,16 +214,26 @@ def matrix_of(words, shape):
     matrix = np.zeros((shape.all_units * 32, shape.strips * 32), np.int64)
     lane = np.arange(32)
     g, t = lane // 4, lane % 4
+    def word(start, width, index):
+        """Word `index` of every lane's `width` in the plane that begins there."""
+        return words[:, :, start + lane * width + index].view(np.uint32)
+
+    def code(step, tile, register, half):
+        if shape.bits == 8:
+            return (word(128 * step, 4, 2 * tile + register // 2) >> np.uint32(8 * (register % 2) + 16 * half) & 255) ^ 128
+        found, start = 0, 0
+        for width, low in planes(shape.bits):
+            pairs = 16 // width  # of a word
+            pair = 8 * step + 4 * tile + register
+            field = word(start, width, pair // pairs) >> np.uint32(width * (pair % pairs) + 16 * half) & ((1 << width) - 1)
+            found, start = found | field << low, start + 32 * width
+        return found
+
     for step in range(2):
         for tile in range(2):
             for register in range(4):
                 for half in range(2):
-                    if shape.bits == 4:
-                        codes = words[:, :, 0, lane, 2 * step + tile].view(np.uint32) >> np.uint32(4 * register + 16 * half) & 15
-                    else:
-                        codes = (
-                            words[:, :, step, lane, 2 * tile + register // 2].view(np.uint32) >> np.uint32(8 * (register % 2) + 16 * half) & 255
-                        ) ^ 128
+                    codes = code(step, tile, register, half)
                     # slot 2 t + 8 h + e of x is its k = 16 s + 4 t + 2 h + e; row g + 8 r of the tile is the strip's column 4 g + 2 tile + r
                     k, column = 16 * step + 4 * t + 2 * (register // 2) + half, 4 * g + 2 * tile + register % 2
                     for strip in range(shape.strips):
@@ -219,7 +243,7 @@ def matrix_of(words, shape):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from([4, 8]), st.integers(1, 100), st.integers(1, 70), st.integers(1, 40).map(lambda half: 2 * half), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 8), st.integers(1, 100), st.integers(1, 70), st.integers(1, 40).map(lambda half: 2 * half), st.integers(0, 2**32 - 1))
 def test_codes_in_the_order_of_fragments_are_the_matrix(bits, k, n, group, seed):
     made = GroupedInt(bits, group)
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (made.groups(k) * group, n)).astype("uint8")
@@ -289,14 +313,25 @@ def check_code(row, text, kind):
     if row["template"] != "weight only":
         return
     assert ("HMMA.16816.F32.BF16" if kind == "BF16" else "HMMA.16816.F32 ") in text and not re.search(r"\b(I2F|F2I|I2FP|PRMT\.I2F)\b", text), row
-    assert "LOP3.LUT" in text and ("HFMA2.BF16_V2" if kind == "BF16" else "HADD2") in text
-    assert ("LDG.E.128" if "strips" in row["schedule"] else "LDGSTS.E.BYPASS.128") in text
+    bits, few = int(re.search(r"x int(\d)", row["workload"])[1]), "strips" in row["schedule"]
+    if bits > 1:
+        assert "LOP3.LUT" in text and ("HFMA2.BF16_V2" if kind == "BF16" else "HADD2") in text
+    # planes by their width, scales and activations aside
+    for width, load in ((4, "LDG.E.128"), (2, "LDG.E.64"), (1, "LDG.E.")):
+        if few and bits & width or bits == 8 and few and width == 4:
+            assert load in text, (row, load)
+    if not few:
+        assert "LDGSTS.E.BYPASS.128" in text
+    if few and kind == "FP16" and bits < 8 and "zeros" not in row["workload"]:
+        units = len(re.findall(r"HMMA\.", text)) // 4  # one for each of those on their way
+        # a mask with an or makes a pair of codes of each plane; the rest finds places of activations
+        assert len(re.findall(r"\bLOP3\b", text)) <= units * (16 * bits.bit_count() + 24), row
 
 
 @needs_nvcc
 @needs_cuobjdump
 def test_codes_are_unpacked_in_registers_and_multiplied_on_tensor_cores(tmp_path):
-    golden("sm_80", "fp32", CODE[:2], tmp_path)
+    golden("sm_80", "fp32", [*CODE[:2], (1, 512, 96, GroupedInt(3, 32))], tmp_path)
 
 
 @pytest.mark.networks
@@ -305,3 +340,11 @@ def test_codes_are_unpacked_in_registers_and_multiplied_on_tensor_cores(tmp_path
 @pytest.mark.parametrize(("arch", "precision"), [("sm_90a", "fp32"), ("sm_80", "tf32"), ("sm_80", "bf16"), ("sm_90a", "fp16")])
 def test_codes_are_unpacked_in_registers_in_every_precision(arch, precision, tmp_path):
     golden(arch, precision, CODE, tmp_path)
+
+
+@pytest.mark.networks
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize(("arch", "precision"), [("sm_80", "fp16"), ("sm_90a", "bf16")])
+def test_codes_of_every_width_are_unpacked_in_registers(arch, precision, tmp_path):
+    golden(arch, precision, [(m, 512, 32 * bits, GroupedInt(bits, 32)) for bits in range(1, 9) for m in (1, 40)], tmp_path)

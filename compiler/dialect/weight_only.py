@@ -108,8 +108,9 @@ def packed_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def unpacked(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     """The first `count` codes of every column: uint8 [count, N]."""
-    if bits == 8:
-        return packed[:count]
+    if 8 % bits == 0:
+        mask = np.uint8((1 << bits) - 1)
+        return np.stack([packed >> np.uint8(place) & mask for place in range(0, 8, bits)], axis=1).reshape(-1, packed.shape[1])[:count]
     spread = np.unpackbits(packed, axis=0, bitorder="little")[: count * bits].reshape(count, bits, -1)
     return (spread << np.arange(bits, dtype=np.uint8)[None, :, None]).sum(axis=1, dtype=np.uint8)
 

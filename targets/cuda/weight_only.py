@@ -1,10 +1,10 @@
-"""Products by constant weights of 4 or 8 bits on tensor cores: y = epilogue(x [.., M, K] @ (code - zero) * scale), a scale (and zero) per group of k and column.
+"""Products by constant weights of 1 to 8 bits on tensor cores: y = epilogue(x [.., M, K] @ (code - zero) * scale), a scale (and zero) per group of k and column.
 
 Up to 8 rows (decoding), everything goes straight from memory to registers:
 
     block (strip of 32 columns, part of K)                      # tc::weight_only_few in include/weight_only.cuh
         warps take turns at the units (32 k) of the part, the next ones on their way:
-            codes, scales: 128 bits a lane; x: its own words
+            codes, scales: up to 128 bits a lane; x: its own words
             codes -> pairs of 16-bit integers by mask, or and subtraction; mma.sync of a unit's columns and 8 rows
             c += scale * sum                                    # fp32, after 32 k (16 where groups are no multiple of 32)
         C = epilogue(sums of the warps, in their order)
@@ -25,10 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.dialect.weight_only import unpacked
 from ...compiler.tvm import tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable
 from ..common.ops_linear import weight_only_operands
+from ..common.words import planes
 from .gemm import vector
 from .kernel import HALF, Kernel, Packing, Plan, Signature, ctype
 from .product import ROWS, Product, plan
@@ -66,8 +68,6 @@ class _WeightOnly(Product):
             raise Unfusable("weights that are computed")
         dims, dtype = [simplified(dim) for dim in self.x.shape], str(self.x.ty.dtype)
         bits, k, n = fused.core["bits"], dims[-1], int(weights[0].shape[1])
-        if bits not in (4, 8):
-            raise Unfusable(f"codes of {bits} bits")
         if not isinstance(k, int):
             raise Unfusable("open sizes other than rows")
         half = dtype in HALF
@@ -143,11 +143,7 @@ def _packings(weights: Sequence[Any], shape: Shape) -> tuple[Packing, ...]:
     """Codes as fragments, scales and zeros by strips; see include/weight_only.cuh."""
     codes, scales, *zeros = weights
     dims = (shape.strips, shape.groups, COLUMNS)
-    made = [
-        Packing(
-            codes, tirx.decl_buffer((shape.strips, shape.all_units, shape.bits // 4, 32, 4), "int32", "codes"), lambda array: shuffled(array, shape)
-        )
-    ]
+    made = [Packing(codes, tirx.decl_buffer((shape.strips, shape.all_units, shape.bits * 32), "int32", "codes"), lambda array: shuffled(array, shape))]
     made += [
         Packing(buffer, tirx.decl_buffer(dims, dtype, dtype), lambda array: _strips(array, shape))
         for buffer, dtype in zip((scales, *zeros), ("float32", "uint8"), strict=False)
@@ -156,14 +152,14 @@ def _packings(weights: Sequence[Any], shape: Shape) -> tuple[Packing, ...]:
 
 
 def shuffled(packed: np.ndarray, shape: Shape) -> np.ndarray:
-    """packed: [bytes, N] of the dialect's operator -> int32 [strips, units, bits / 4, 32, 4]: a unit's codes in the order of `mma.sync` fragments.
+    """packed: [bytes, N] of the dialect's operator -> int32 [strips, units, bits * 32]: a unit's codes in the order of `mma.sync` fragments.
 
-    Word (load, lane 4 g + t, w) of a unit holds column 4 g + 2 i + r at k = 16 s + 4 t + 2 h + e. 4 bits: w = 2 s + i, at bit 4 (4 e + 2 h + r); 8 bits: load = s, w = 2 i + h, at bit
-    8 (2 e + r), as two's complement of code - 128. Groups are filled up to multiples of 16, columns to whole strips.
+    A unit of 4, 2 and 1 bits is [32 lanes][4, 2 or 1 words]; other widths have one such plane behind the other, as `planes` says. Lane 4 g + t holds columns 4 g + 2 i + r at
+    k = 16 s + 4 t + 2 h + e. 4 bits: in word 2 s + i, at bit 4 (4 e + 2 h + r); 2 bits: in word s, at bit 2 (8 e + 4 i + 2 h + r); 1 bit: at bit 16 e + 8 s + 4 i + 2 h + r. 8 bits are
+    two loads, of s: in word 2 i + h, at bit 8 (2 e + r), as two's complement of code - 128. Groups are filled up to multiples of 16, columns to whole strips.
     """
-    codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1]) if shape.bits == 4 else packed
     # of one group longer than K, the beginning
-    codes = codes[: shape.groups * shape.group].reshape(shape.groups, shape.group, shape.n)
+    codes = unpacked(packed, shape.groups * shape.group, shape.bits).reshape(shape.groups, shape.group, shape.n)
     spread = np.zeros((shape.groups, shape.spread, shape.strips * COLUMNS), np.uint8)
     spread[:, : shape.group, : shape.n] = codes
     rows = np.zeros((shape.all_units * 32, shape.strips * COLUMNS), np.uint8)
@@ -171,11 +167,16 @@ def shuffled(packed: np.ndarray, shape: Shape) -> np.ndarray:
     rows[:kept] = spread.reshape(-1, spread.shape[2])[:kept]
     # axes: unit, s, t, h, e, strip, g, i, r
     axes = rows.reshape(shape.all_units, 2, 4, 2, 2, shape.strips, 8, 2, 2)
-    if shape.bits == 4:
-        ordered = axes.transpose(5, 0, 6, 2, 1, 7, 4, 3, 8).reshape(shape.strips, shape.all_units, 1, 32, 4, 8).astype(np.uint32)
-        return (ordered << (4 * np.arange(8, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32).view(np.int32)
-    ordered = np.ascontiguousarray(axes.transpose(5, 0, 1, 6, 2, 7, 3, 4, 8)) ^ np.uint8(128)
-    return ordered.reshape(shape.strips, shape.all_units, 2, 32, 16).view(np.int32)
+    if shape.bits == 8:
+        ordered = np.ascontiguousarray(axes.transpose(5, 0, 1, 6, 2, 7, 3, 4, 8)) ^ np.uint8(128)
+        return ordered.reshape(shape.strips, shape.all_units, -1).view(np.int32)
+    found = []
+    for width, low in planes(shape.bits):
+        # words of a lane by s and i, the bits of one by e, what is left of these, h, r
+        order = {4: (1, 7, 4, 3, 8), 2: (1, 4, 7, 3, 8), 1: (4, 1, 7, 3, 8)}[width]
+        fields = (axes.transpose(5, 0, 6, 2, *order) >> low & ((1 << width) - 1)).reshape(shape.strips, shape.all_units, 32 * width, 32 // width)
+        found.append((fields.astype(np.uint32) << (width * np.arange(32 // width, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32))
+    return np.concatenate(found, axis=-1).view(np.int32)
 
 
 def _strips(values: np.ndarray, shape: Shape) -> np.ndarray:

@@ -66,8 +66,12 @@ class Shape:
     @property
     def unit_instructions(self) -> float:
         """Instructions of a warp that make fragments of a unit of codes."""
-        pairs = 16.0
-        return pairs * (2.75 if self.bits == 4 else 3.25 + self.zeros) + self.sums * (4 + 10 * self.zeros)
+        pairs, planes = 16.0, self.bits.bit_count()
+        if self.bits == 1 and not self.zeros:
+            pair = 2.0
+        else:
+            pair = 0.75 + 2.0 * planes if self.bits < 8 else 3.25 + self.zeros
+        return pairs * pair + self.sums * (4 + 10 * self.zeros)
 
     @property
     def row_instructions(self) -> float:
@@ -150,7 +154,7 @@ class ManyRows:
         return 2 if shape.half else 1
 
     def shared_bytes(self, shape: Shape) -> int:
-        unit = shape.bits // 4 * 128 + shape.sums * (40 if shape.zeros else 32)
+        unit = shape.bits * 32 + shape.sums * (40 if shape.zeros else 32)
         return 4 * self.stages * (self.bm * (STEP_WORDS + (8 if shape.half else 16)) + self.warps * self.step_units(shape) * unit)
 
     def units(self, shape: Shape) -> int:
@@ -212,7 +216,9 @@ def space(shape: Shape, target: Target) -> Sequence[FewRows | ManyRows]:
     """Schedules that fit registers and shared memory, none with parts that are empty."""
     found: list[FewRows | ManyRows]
     if shape.m <= FEW_ROWS:
-        found = [FewRows(warps, depth, parts) for warps in (1, 2, 4, 8, 16) for depth in (1, 2, 4) for parts in (1, 2, 4, 8, 16)]
+        # short codes want more units on their way
+        depths = (1, 2, 4) if shape.bits >= 4 else (1, 2, 4, 8)
+        found = [FewRows(warps, depth, parts) for warps in (1, 2, 4, 8, 16) for depth in depths for parts in (1, 2, 4, 8, 16)]
     else:
         tiles = [(bm, warps) for bm in (16, 32, 64, 128) for warps in (2, 4, 8) if (bm, warps) != (128, 8)]
         found = [ManyRows(bm, warps, stages, parts) for bm, warps in tiles for stages in (3, 4) for parts in (1, 2, 4, 8, 16)]

@@ -1,22 +1,45 @@
-// Products by constant weights of 4 or 8 bits: C [M][N] = X [M][K] ((codes - zeros) * scales) [K][N], a scale and perhaps a zero per group of k and column.
+// Products by constant weights of 1 to 8 bits: C [M][N] = X [M][K] ((codes - zeros) * scales) [K][N], a scale and perhaps a zero per group of k and column.
 //
 // The tensor core multiplies C^T = W^T X^T: 16 columns of W are the rows of its first operand, 8 rows of X the columns of its second, so that one row of X is a product like
 // another. Differences of codes and zeros are integers that bf16 and fp16 hold exactly; scales come in behind the sums over 32 or 16 k, in fp32, and no weight is ever rounded.
 //
 // Codes lie in memory as the fragments want them (targets/cuda/weight_only.py packs them). A unit is 32 columns x 32 k: lane l with g = l / 4, t = l % 4 owns columns 4 g .. 4 g + 3
 // and, of step s = 0, 1, k = 16 s + 4 t .. + 3. Register 2 h + r of tile i holds column 4 g + 2 i + r at k = 16 s + 4 t + 2 h and the next.
+// So a lane owns 32 codes: BITS words. Of fewer than 8 bits they are planes of 4, 2 and 1 bits, as the binary digits of BITS say, the widest one with the lowest bits of the codes; every
+// plane is one load of a lane's own 4, 2 or 1 words, and a register a shift and a mask with an or (LOP3) from each.
 #pragma once
 #include "tcompile.cuh"
 
 namespace tc {
 
 struct alignas(16) Word4 { uint32_t w[4]; };
+struct alignas(8) Word2 { uint32_t w[2]; };
 struct alignas(16) Float4 { float v[4]; };
+
+// A lane's codes of a unit.
+template <int BITS> struct UnitCodes {
+  uint32_t w[BITS];
+  TC_DEVICE void load(const float* unit, int lane) {
+#pragma unroll
+    for (int i = 0; i + 4 <= BITS; i += 4) {
+      const Word4 part = *reinterpret_cast<const Word4*>(unit + 32 * i + lane * 4);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[i + j] = part.w[j];
+    }
+    if constexpr ((BITS & 2) != 0) {
+      const Word2 part = *reinterpret_cast<const Word2*>(unit + 32 * (BITS & 4) + lane * 2);
+      w[BITS & 4] = part.w[0], w[(BITS & 4) + 1] = part.w[1];
+    }
+    if constexpr ((BITS & 1) != 0) w[BITS & 6] = as_bits(unit[32 * (BITS & 6) + lane]);
+  }
+};
+
+TC_DEVICE uint32_t shifted_right(uint32_t word, int places) { return places < 0 ? word << -places : word >> places; }
 
 // Codes to pairs of 16-bit floats without conversions: the low bits of 128 in bf16 and of 1024 in fp16 count units, so (code | bits of 128) - (zero | bits of 128) is exact.
 template <int BITS, bool BF16> struct Codes {
   static constexpr uint32_t BASE = BF16 ? 0x43004300u : 0x64006400u;
-  static constexpr int LOADS = BITS / 4;  // words of four per lane and unit
+  static constexpr uint32_t MIDDLE = BASE | (1u << (BITS - 1)) * 0x00010001u;
 
   // the zero of a column, as often as a word has room, as `pairs` subtracts it
   static TC_DEVICE uint32_t zero(uint32_t byte) {
@@ -27,15 +50,28 @@ template <int BITS, bool BF16> struct Codes {
   // bytes of two's complement, at bits 0 and 16: 128 + low seven bits - (128, or 256 with the sign: the lowest bit of the exponent)
   static TC_DEVICE uint32_t signed_bytes(uint32_t w) { return minus_pairs<true>(w & 0x007f007fu | 0x43004300u, w & 0x00800080u | 0x43004300u); }
 
-  // the fragment of a tile (0, 1) at a step (0, 1). ZEROS: `zeros` holds those of the four columns, otherwise it is half of the range
-  template <bool ZEROS> static TC_DEVICE void fragment(uint32_t (&a)[4], const Word4 (&unit)[LOADS], int tile, int step, const uint32_t (&zeros)[4]) {
+  // register i of a tile (0, 1) at a step (0, 1): two codes of fewer than 8 bits over BASE
+  static TC_DEVICE uint32_t pair(const UnitCodes<BITS>& unit, int tile, int step, int i) {
+    const int place = 4 * tile + i;
+    uint32_t found = BASE;
+    if constexpr ((BITS & 4) != 0) found = unit.w[2 * step + tile] >> 4 * i & 0x000f000fu | found;
+    if constexpr ((BITS & 2) != 0) found = shifted_right(unit.w[(BITS & 4) + step], 2 * place - (BITS & 4)) & 0x00030003u << (BITS & 4) | found;
+    if constexpr ((BITS & 1) != 0) found = shifted_right(unit.w[BITS & 6], 8 * step + place - (BITS & 6)) & 0x00010001u << (BITS & 6) | found;
+    return found;
+  }
+  // two signs of a half: what one bit is without zeros
+  static TC_DEVICE uint32_t signs(uint32_t word, int place) { return word << (15 - place) & 0x80008000u ^ (BF16 ? 0xbf00bf00u : 0xb800b800u); }
+
+  // the fragment of a tile at a step. ZEROS: `zeros` holds those of the four columns, otherwise it is half of the range
+  template <bool ZEROS> static TC_DEVICE void fragment(uint32_t (&a)[4], const UnitCodes<BITS>& unit, int tile, int step, const uint32_t (&zeros)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (BITS == 4) {
-        const uint32_t pair = unit[0].w[2 * step + tile] >> 4 * i & 0x000f000fu | BASE;
-        a[i] = minus_pairs<BF16>(pair, ZEROS ? zeros[2 * tile + i % 2] : BASE | 0x00080008u);
+      if constexpr (BITS == 1 && !ZEROS) {
+        a[i] = signs(unit.w[0], 8 * step + 4 * tile + i);
+      } else if constexpr (BITS < 8) {
+        a[i] = minus_pairs<BF16>(pair(unit, tile, step, i), ZEROS ? zeros[2 * tile + i % 2] : MIDDLE);
       } else {  // signed codes
-        const uint32_t bytes = unit[step % LOADS].w[2 * tile + i / 2] >> 8 * (i % 2);
+        const uint32_t bytes = unit.w[4 * step + 2 * tile + i / 2] >> 8 * (i % 2);
         if (BF16) {
           a[i] = signed_bytes(bytes);
           if (ZEROS) a[i] = minus_pairs<true>(a[i], zeros[2 * tile + i % 2]);
@@ -47,18 +83,18 @@ template <int BITS, bool BF16> struct Codes {
   }
 };
 
-// BITS, the rows and columns of W, k per group and, rounded up to 16, in memory. codes: [strips][UNITS][LOADS][32][4] words; scales, zeros: [strips][GROUPS][32].
+// BITS, the rows and columns of W, k per group and, rounded up to 16, in memory. codes: [strips][UNITS][BITS * 32] words; scales, zeros: [strips][GROUPS][32].
 template <int BITS_, int K_, int N_, int GROUP_, bool ZEROS_> struct Weights {
   static constexpr int BITS = BITS_, K = K_, N = N_, GROUP = GROUP_, SPREAD = (GROUP + 15) / 16 * 16;
   static constexpr bool ZEROS = ZEROS_;
-  static constexpr int LOADS = BITS / 4, GROUPS = (K + GROUP - 1) / GROUP;
+  static constexpr int GROUPS = (K + GROUP - 1) / GROUP;
   static constexpr int UNITS = ((K - 1) / GROUP * SPREAD + (K - 1) % GROUP) / 32 + 1;
   static constexpr int SUMS = SPREAD % 32 ? 2 : 1;  // per unit: a sum that gets a scale has one group
   const int* codes;
   const float* scales;
   const unsigned char* zeros;
 
-  TC_DEVICE const float* at(int strip, int unit, int load) const { return reinterpret_cast<const float*>(codes) + (((size_t)strip * UNITS + unit) * LOADS + load) * 128; }
+  TC_DEVICE const float* at(int strip, int unit) const { return reinterpret_cast<const float*>(codes) + ((size_t)strip * UNITS + unit) * (BITS * 32); }
   // where scales and zeros of a strip begin for the sum `i` of a unit
   TC_DEVICE size_t group(int strip, int unit, int i) const {
     const int found = (32 * unit + 16 * i) / SPREAD;  // behind K there are zeros of X alone
@@ -123,7 +159,7 @@ TC_DEVICE void add_scaled(float (&c)[2][4], const float (&sum)[2][4], const Floa
 // A unit of codes in registers, as fragments.
 template <class A, class W> struct Fragments {
   uint32_t a[2][2][4];  // step, tile
-  TC_DEVICE void unpack(const Word4 (&codes)[W::LOADS], const uint32_t (&zero_bytes)[W::SUMS]) {
+  TC_DEVICE void unpack(const UnitCodes<W::BITS>& codes, const uint32_t (&zero_bytes)[W::SUMS]) {
     using C = Codes<W::BITS, A::BF16>;
     uint32_t zeros[4];
 #pragma unroll
@@ -161,12 +197,11 @@ template <class A, class W> struct Fragments {
 // ---- few rows ------------------------------------------------------------------------------------------------------------------------------------------
 // What a lane wants of a unit, straight from memory.
 template <class W> struct Fetched {
-  Word4 codes[W::LOADS];
+  UnitCodes<W::BITS> codes;
   Float4 scales[W::SUMS];
   uint32_t zeros[W::SUMS];
   TC_DEVICE void load(const W& w, int strip, int unit, int lane) {
-#pragma unroll
-    for (int i = 0; i < W::LOADS; ++i) codes[i] = *reinterpret_cast<const Word4*>(w.at(strip, unit, i) + lane * 4);
+    codes.load(w.at(strip, unit), lane);
 #pragma unroll
     for (int i = 0; i < W::SUMS; ++i) {
       const size_t group = w.group(strip, unit, i) + lane / 4 * 4;
@@ -236,7 +271,7 @@ template <class A, class W, int BM_, int WARPS_, int STAGES_> struct Strips {
   static constexpr int BM = BM_, WARPS = WARPS_, STAGES = STAGES_, BK = 32, THREADS = 32 * WARPS;
   static constexpr int UNITS = BK / A::UNIT, LDA = BK + (A::HALF ? 8 : 16);
   static constexpr int X_FLOATS = BM * LDA;
-  static constexpr int CODES = UNITS * W::LOADS * 128, SCALES = UNITS * W::SUMS * 32, ZEROS = W::ZEROS ? UNITS * W::SUMS * 8 : 0;
+  static constexpr int CODES = UNITS * W::BITS * 32, SCALES = UNITS * W::SUMS * 32, ZEROS = W::ZEROS ? UNITS * W::SUMS * 8 : 0;
   static constexpr int WARP_FLOATS = CODES + SCALES + ZEROS, STAGE_FLOATS = X_FLOATS + WARPS * WARP_FLOATS;
 };
 
@@ -271,7 +306,8 @@ TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int rows
       const int unit = first + step * T::UNITS + u;
       const bool there = live && unit < last;
 #pragma unroll
-      for (int i = 0; i < W::LOADS; ++i) copy_async<16>(own + (u * W::LOADS + i) * 128 + lane * 4, there ? w.at(strip, unit, i) + lane * 4 : nullptr, w.scales);
+      for (int i = 0; i < W::BITS * 32; i += 128)
+        if (i + 128 <= W::BITS * 32 || lane < W::BITS % 4 * 8) copy_async<16>(own + u * W::BITS * 32 + i + lane * 4, there ? w.at(strip, unit) + i + lane * 4 : nullptr, w.scales);
 #pragma unroll
       for (int i = 0; i < W::SUMS; ++i) {
         const size_t group = there ? w.group(strip, unit, i) : 0;
@@ -287,8 +323,7 @@ TC_DEVICE void weight_only_many(const W& w, const X& x, const Out& out, int rows
 #pragma unroll
     for (int u = 0; u < T::UNITS; ++u) {
       Fetched<W> unit;
-#pragma unroll
-      for (int i = 0; i < W::LOADS; ++i) unit.codes[i] = *reinterpret_cast<const Word4*>(own + (u * W::LOADS + i) * 128 + lane * 4);
+      unit.codes.load(own + u * W::BITS * 32, lane);
 #pragma unroll
       for (int i = 0; i < W::SUMS; ++i) {
         unit.scales[i] = *reinterpret_cast<const Float4*>(own + T::CODES + (u * W::SUMS + i) * 32 + g * 4);
