@@ -20,10 +20,10 @@ from tcompile.targets.cpu.weight_only import WeightOnly
 WEIGHTS = frozenset([1, 2, 3])
 
 
-def fused(m: Any, k: int, n: int, made: GroupedInt) -> Any:
+def fused(m: Any, k: int, n: int, made: GroupedInt, dtype: str = "float32") -> Any:
     """relu(x @ w + b) as Relax fuses it; m may be a symbol's name."""
     groups = made.groups(k)
-    x = relax.Var("x", relax.TensorType((tirx.Var(m, "int64") if isinstance(m, str) else m, k), "float32"))
+    x = relax.Var("x", relax.TensorType((tirx.Var(m, "int64") if isinstance(m, str) else m, k), dtype))
     packed = relax.Var("w", relax.TensorType((rows_of(groups * made.group, made.bits), n), "uint8"))
     scales = relax.Var("s", relax.TensorType((groups, n), "float32"))
     zeros = [] if made.symmetric else [relax.Var("z", relax.TensorType((groups, n), "uint8"))]

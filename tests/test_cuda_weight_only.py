@@ -115,7 +115,9 @@ def test_products_of_awkward_sizes(precision, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_products_of_every_width(precision, symmetric, monkeypatch):
-    cases = [(m + bits, k, 39 + bits, GroupedInt(bits, group, symmetric), None) for bits in range(1, 9) for m, k, group in ((0, 97, 32), (15, 130, 10))]
+    cases = [
+        (m + bits, k, 39 + bits, GroupedInt(bits, group, symmetric), None) for bits in range(1, 9) for m, k, group in ((0, 97, 32), (15, 130, 10))
+    ]
     check(cases, precision, monkeypatch)
 
 
@@ -214,6 +216,7 @@ def matrix_of(words, shape):
     matrix = np.zeros((shape.all_units * 32, shape.strips * 32), np.int64)
     lane = np.arange(32)
     g, t = lane // 4, lane % 4
+
     def word(start, width, index):
         """Word `index` of every lane's `width` in the plane that begins there."""
         return words[:, :, start + lane * width + index].view(np.uint32)

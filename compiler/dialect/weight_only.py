@@ -1,4 +1,4 @@
-"""`tcompile.weight_only_matmul`: a matrix of floats times a weight of packed integer codes with a scale per group, without the weight in float32 in memory."""
+"""`tcompile.weight_only_matmul`: a matrix of floats or int8 times a weight of packed integer codes with a scale per group, without the weight in float32 in memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from ..tvm import operator_attrs, register_operator, relax, tirx
 
 NAME = "tcompile.weight_only_matmul"
-#: types of x; products and sums are in float32
-FLOATS = ("float32", "bfloat16", "float16")
+#: types of x. Sums are in float32, and those of int8 in integers over as many k of a group as a kernel takes at once
+TYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def weight_only_matmul(
     x: relax.Expr, packed: relax.Expr, scales: relax.Expr, zeros: relax.Expr | None = None, *, bits: int, group: int
 ) -> relax.Call:
-    """x: [..., M, K] float32, bfloat16 or float16, packed: [ceil(Kp * bits / 8), N] uint8, scales: [Kp / group, N] float32, zeros: [Kp / group, N] uint8 -> [..., M, N] float32.
+    """x: [..., M, K] float32, bfloat16, float16 or int8, packed: [ceil(Kp * bits / 8), N] uint8, scales: [Kp / group, N] float32, zeros: [Kp / group, N] uint8 -> [..., M, N] float32.
 
     bits: 1..8; Kp is K padded to whole groups. A weight is (code - zero) * scale with codes 0..2^bits - 1; without `zeros` the zero is `middle(bits)`. A column of `packed` is a
     string of bits, the lowest of every byte first, padded to whole bytes: 8 bits are a code per byte, and of 4 bits row i holds k = 2i in the low half of its bytes and k = 2i + 1 in
@@ -49,10 +49,8 @@ def _infer(builder: Any, call: Any) -> Any:
     x, packed, scales = (arg.ty for arg in call.args[:3])
     if not 1 <= bits <= 8 or group < 1 or group % 2:
         raise ValueError(f"{NAME}: bits must be 1..8 and group even, not {bits} and {group}")
-    if x.ndim < 2 or str(x.dtype) not in FLOATS or str(packed.dtype) != "uint8" or str(scales.dtype) != "float32":
-        raise ValueError(
-            f"{NAME}: expected x of two dims or more in float32, bfloat16 or float16, uint8 weights, float32 scales, got {x}, {packed}, {scales}"
-        )
+    if x.ndim < 2 or str(x.dtype) not in TYPES or str(packed.dtype) != "uint8" or str(scales.dtype) != "float32":
+        raise ValueError(f"{NAME}: expected x of two dims or more in {', '.join(TYPES)}, uint8 weights, float32 scales, got {x}, {packed}, {scales}")
     groups, n = (int(dim) for dim in scales.shape)
     rows, columns = (int(dim) for dim in packed.shape)
     k = x.shape[-1]

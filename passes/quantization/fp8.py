@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.dialect.float8 import float8_rows, row_scales
+from ...compiler.dialect.scaled_rows import row_scales, scaled_rows
 from ...compiler.element_types import FLOAT8
 from ...compiler.tvm import relax
 from ..products import Site
@@ -37,7 +37,7 @@ class Fp8(Scheme):
         if not isinstance(covering, SlicedFloat8):
             return Codes(emit(op.astype(emit(op.multiply(x, number(1 / covering.scale))), FLOAT8)))
         if covering.axes == (-1,):
-            both = emit(float8_rows(x))
+            both = emit(scaled_rows(x))
             scales = emit(relax.TupleGetItem(both, 1))
             return Codes(emit(relax.TupleGetItem(both, 0)), emit(op.reshape(scales, [*list(x.ty.shape)[:-1], 1])))
         scale = row_scales(emit, x, list(covering.axes))

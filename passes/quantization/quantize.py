@@ -27,6 +27,8 @@ from .weight_only import WEIGHT_ONLY, quantize_weights
 
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Integers(), Fp8())}
 FORMATS = (*SCHEMES, *WEIGHT_ONLY)
+#: how formats are named to users
+NAMES = "int8, fp8, w1 .. w8, w1a8 .. w8a8, w1fp8 .. w8fp8"
 #: in place of an observer: scales are found while the model runs
 DYNAMIC = "dynamic"
 #: rows of an operand on which a layer's own error is measured
@@ -40,7 +42,7 @@ class Quantize(Pass):
     """Matrix products and convolutions by constant weights in few bits.
 
     format: "int8" (weights symmetric per output channel, activations u8, both observed on calibration data), "fp8" (both float8_e4m3fn, depthwise convolutions left in float32), or weights
-    alone in groups of `group` along K: "w1" .. "w8", by their bits. observer: how the range of an activation is found, "minmax" | "percentile" | "mse"; for fp8 also "dynamic", which
+    alone in groups of `group` along K: "w1" .. "w8", by their bits; "w4a8" or "w4fp8", of any bits, by activations of int8 or float8_e4m3fn with a scale per row, found while the model runs. observer: how the range of an activation is found, "minmax" | "percentile" | "mse"; for fp8 also "dynamic", which
     it is without calibration data: a scale per row of a matrix product, or image of a convolution, found while the model runs. smooth: 0 (off) .. 1, how much of the activations' spread moves
     into the weights (SmoothQuant). max_drop, metric: the loss up to which layers are quantized, those with the most loss first left in float32; None: the compilation's own
     limit. skip: layers (node names) to leave in float32.
@@ -62,7 +64,7 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         if self.format not in ("none", *FORMATS):
-            raise UsageError(f"quantize: unknown format '{self.format}', expected one of none, {', '.join(FORMATS)}")
+            raise UsageError(f"quantize: unknown format '{self.format}', expected one of none, {NAMES}")
         if self.observer not in (*OBSERVERS, DYNAMIC):
             raise UsageError(f"quantize: unknown observer '{self.observer}', expected one of {', '.join((*OBSERVERS, DYNAMIC))}")
         if self.observer == DYNAMIC and self.format != "fp8":
@@ -83,7 +85,7 @@ class Quantize(Pass):
         if self.format == "none":
             return program
         if self.format in WEIGHT_ONLY:
-            return quantize_weights(program, context, WEIGHT_ONLY[self.format], self.group, self.symmetric, self.skip)
+            return quantize_weights(program, context, self.format, self.group, self.symmetric, self.skip)
         self._note_target(context)
         return _Products(self, SCHEMES[self.format], program, context).run()
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...compiler.dialect.float8 import LEAST, dtype_of, float8_rows
-from ...compiler.dialect.float8 import NAME as ROWS
-from ...compiler.element_types import FLOAT8, FLOAT8_MAX, numpy_dtype
+from ...compiler.dialect.scaled_rows import NAME as ROWS
+from ...compiler.dialect.scaled_rows import dtype_of, scaled_rows
+from ...compiler.element_types import FLOAT8, numpy_dtype
 from ...compiler.tvm import Constant, mutator, relax, te, tirx
-from .legalize import legalizer
 
 #: bits of float32: the largest number, infinity, and what a number is added to so that its last bit of three behind the point is the sum's: the power of two 20 above its own,
 #: which for subnormals is that of the least normal one, 2^-6
@@ -49,29 +48,14 @@ class _Held(relax.PyExprMutator):
             return self.builder_.call_te(
                 lambda x: te.compute(x.shape, lambda *at: rounded(x[at].astype("float32"), dtype), name="float8"), x, primfunc_name_hint="cast"
             )
-        if name == ROWS:
-            return float8_rows(self.visit_expr(call.args[0]), self.dtype)
+        if name == ROWS and dtype_of(call) == FLOAT8:
+            return scaled_rows(self.visit_expr(call.args[0]), self.dtype)
         args = [self._constant(arg) if isinstance(arg, Constant) else self.visit_expr(arg) for arg in call.args]
         return relax.Call(call.op, args, call.attrs, call.ty_args)
 
     def _constant(self, constant: Any) -> Any:
         held = str(constant.ty.dtype) == FLOAT8
         return relax.const(constant.value.numpy().astype(numpy_dtype(self.dtype)), self.dtype) if held else constant
-
-
-@legalizer(ROWS)
-def _rows(builder: Any, call: Any) -> relax.Expr:
-    dtype = dtype_of(call)
-
-    def rows(x: Any) -> list[Any]:
-        *lead, width = x.shape
-        k = te.reduce_axis((0, width), "k")
-        top = te.compute(lead, lambda *at: te.max(te.abs(x[(*at, k)]), axis=k), name="top")
-        whole, least = tirx.const(1 / FLOAT8_MAX, "float32"), tirx.const(LEAST, "float32")
-        scales = te.compute(lead, lambda *at: tirx.max(top[at] * whole, least), name="scales")
-        return [te.compute(x.shape, lambda *at: number(x[at] / scales[at[:-1]], dtype), name="codes"), scales]
-
-    return builder.call_te(rows, call.args[0], primfunc_name_hint="float8_rows")
 
 
 def number(value: Any, dtype: str) -> Any:

@@ -32,6 +32,6 @@ def default_legalization(builder: Any, call: Any) -> Any:
 
 def legalize(module: Any, own: Mapping[str, Legalizer] | None = None, keep: tuple[str, ...] = ()) -> Any:
     """Lower every Relax operator to `call_tir`, but for reshapes and the operators named in `keep`. own: what a target defines in its own way."""
-    from . import float8, ops_cast, ops_constants, ops_conv, ops_index, ops_linear, ops_logic, ops_norm  # noqa: F401
+    from . import ops_cast, ops_constants, ops_conv, ops_index, ops_linear, ops_logic, ops_norm, scaled_rows  # noqa: F401
 
     return relax.transform.LegalizeOps({**LEGALIZERS, **(own or {})}, skip_ops=["relax.reshape", *keep])(module)

@@ -11,5 +11,5 @@ def packed_words(groups: np.ndarray) -> np.ndarray:
 
 
 def planes(bits: int) -> list[tuple[int, int]]:
-    """(width, lowest bit) of the parts of 4, 2 and 1 bits of a code of fewer than 8, the lowest bits in the widest one."""
-    return [(width, bits & ~(2 * width - 1)) for width in (4, 2, 1) if bits & width]
+    """(width, lowest bit) of the parts of 8, 4, 2 and 1 bits of a code, the lowest bits in the widest one."""
+    return [(width, bits & ~(2 * width - 1)) for width in (8, 4, 2, 1) if bits & width]

@@ -38,10 +38,12 @@ def templates() -> list[KernelTemplate]:
     from .sparse_blocks import GemmBlocks
     from .sparse_columns import GemmColumns
     from .weight_only import WeightOnly
+    from .weight_only_int8 import WeightOnlyInt8
 
     return [
         Gemm(),
         WeightOnly(),
+        WeightOnlyInt8(),
         GroupedGemm(),
         GemmBlocks(),
         GemmColumns(),

@@ -76,6 +76,21 @@ class WeightOnlyWorkload:
         return self.n * self.groups * (self.rows * (1 if self.bits == 8 else 4) + (5 if self.zeros else 4))
 
 
+def fields(fused: Fused, constants: frozenset[int], dtype: str) -> tuple[int | None, int, int, int, int, bool, str]:
+    """Those of the workload of activations of a type; raises Unfusable where it is none."""
+    if fused.core["op"] != "weight_only_matmul":
+        raise Unfusable("not a product by weights in few bits")
+    x, *weights = weight_only_operands(fused)
+    if any(fused.param_index(buffer) not in constants for buffer in weights):
+        raise Unfusable("weights are not constant")
+    if str(x.ty.dtype) != dtype:
+        raise Unfusable(f"activations in {x.ty.dtype}")
+    k, n, bits, group = static(x.shape[-1]), static(weights[0].shape[1]), fused.core["bits"], fused.core["group"]
+    if k is None or n is None:
+        raise Unfusable("a run-time K")
+    return static(product(x.shape[:-1])), k, n, bits, group, len(weights) == 3, fused.epilogue_text()
+
+
 @dataclass(frozen=True)
 class WeightOnlySchedule:
     """The tiles of a GEMM; panel: weights are unpacked to float32 panels, otherwise in registers."""
@@ -90,17 +105,7 @@ class WeightOnly:
     name = "weight_only"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> WeightOnlyWorkload:
-        if fused.core["op"] != "weight_only_matmul":
-            raise Unfusable("not a product by weights in few bits")
-        x, *weights = weight_only_operands(fused)
-        if any(fused.param_index(buffer) not in constants for buffer in weights):
-            raise Unfusable("weights are not constant")
-        if str(x.ty.dtype) != "float32":
-            raise Unfusable(f"activations in {x.ty.dtype}")
-        k, n, bits, group = static(x.shape[-1]), static(weights[0].shape[1]), fused.core["bits"], fused.core["group"]
-        if k is None or n is None:
-            raise Unfusable("a run-time K")
-        return WeightOnlyWorkload(static(product(x.shape[:-1])), k, n, bits, group, len(weights) == 3, fused.epilogue_text())
+        return WeightOnlyWorkload(*fields(fused, constants, "float32"))
 
     def space(self, workload: WeightOnlyWorkload, target: Target) -> Sequence[WeightOnlySchedule]:
         dense = Gemm().space(workload.dense(), target)

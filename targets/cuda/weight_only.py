@@ -143,7 +143,9 @@ def _packings(weights: Sequence[Any], shape: Shape) -> tuple[Packing, ...]:
     """Codes as fragments, scales and zeros by strips; see include/weight_only.cuh."""
     codes, scales, *zeros = weights
     dims = (shape.strips, shape.groups, COLUMNS)
-    made = [Packing(codes, tirx.decl_buffer((shape.strips, shape.all_units, shape.bits * 32), "int32", "codes"), lambda array: shuffled(array, shape))]
+    made = [
+        Packing(codes, tirx.decl_buffer((shape.strips, shape.all_units, shape.bits * 32), "int32", "codes"), lambda array: shuffled(array, shape))
+    ]
     made += [
         Packing(buffer, tirx.decl_buffer(dims, dtype, dtype), lambda array: _strips(array, shape))
         for buffer, dtype in zip((scales, *zeros), ("float32", "uint8"), strict=False)
