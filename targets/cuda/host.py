@@ -22,6 +22,7 @@ INCLUDED = (
     "attention.cuh",
     "grouped.cuh",
     "weight_only.cuh",
+    "weight_only_int8.cuh",
     "attention_codes.cuh",
     "sparse.cuh",
     "sort.cuh",

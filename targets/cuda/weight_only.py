@@ -12,6 +12,8 @@ Up to 8 rows (decoding), everything goes straight from memory to registers:
 more rows, codes and x come by cp.async, several steps ahead, and a warp multiplies its strip by all rows of the block, so that every code is unpacked once per block
 (tc::weight_only_many). Where the blocks leave most of the GPU idle, they take parts of K, which a second kernel adds up as for other products.
 
+int8 activations are multiplied as bytes (include/weight_only_int8.cuh), exactly, the same kernels otherwise.
+
 Weights are never rounded: code - zero is exact in 16 bits, and the scale comes in behind the tensor core. Activations keep the precision asked for: in 16 bits they are words, float32 is
 the sum of three parts of bf16 (`fp32`), of two (`tf32`: 16 significant bits at the price of 11), or rounded once.
 """
@@ -70,15 +72,17 @@ class _WeightOnly(Product):
         bits, k, n = fused.core["bits"], dims[-1], int(weights[0].shape[1])
         if not isinstance(k, int):
             raise Unfusable("open sizes other than rows")
-        half = dtype in HALF
+        half, integers = dtype in HALF, dtype == "int8"
         if half and k % 2:
             raise Unfusable("rows of 16-bit numbers that are no whole words")
-        parts, bf16 = (1, dtype == "bfloat16") if half else PARTS[policy]
+        if integers and (k % 4 or fused.core["group"] % 4):
+            raise Unfusable("rows or groups of bytes that are no whole words")
+        parts, bf16 = (1, dtype == "bfloat16") if half or integers else PARTS[policy]
         self.row_dims = dims[:-1]
         # one group may be longer than K
         group = min(fused.core["group"], k + k % 2)
         self.m, self.n = times(dims[:-1]), n
-        self.shape = Shape(max(1, known.typical(self.m)), k, n, bits, group, len(weights) == 3, parts, bf16, half)
+        self.shape = Shape(max(1, known.typical(self.m)), k, n, bits, group, len(weights) == 3, parts, bf16, half, integers)
         self.packings = _packings(weights, self.shape)
 
     def best(self) -> FewRows | ManyRows:
@@ -99,8 +103,7 @@ class _WeightOnly(Product):
 
     def _product(self, tile: FewRows | ManyRows, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         shape = self.shape
-        words = 2 if shape.half else 1  # numbers in a word of x
-        groups = tuple(size // words for size in (shape.k, shape.group, shape.spread))
+        groups = tuple(size // shape.per_word for size in (shape.k, shape.group, shape.spread))
         # groups that are filled up begin where copies of this width may
         width = vector(math.gcd(*groups[:2]) if shape.group != shape.spread else groups[0])
         x = signature.name(self.x)
@@ -111,9 +114,9 @@ class _WeightOnly(Product):
         first, last = ("0", "W::UNITS") if tile.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, W::UNITS)")
         rows, known = signature.size(self.m), isinstance(self.m, int)
         *types, call = tile.call(self.m if known else rows, width, first, last)
-        grouped, words_of_x = ", ".join(map(str, groups)), f"tc::words({x})" if shape.half else x
+        grouped, words_of_x = ", ".join(map(str, groups)), f"tc::words({x})" if shape.per_word > 1 else x
         lines = [
-            f"using A = tc::Activations<{shape.x_parts}, {_flag(shape.bf16)}, {_flag(shape.half)}>;",
+            f"using A = {'tc::Integers' if shape.integers else f'tc::Activations<{shape.x_parts}, {_flag(shape.bf16)}, {_flag(shape.half)}>'};",
             f"using W = tc::Weights<{shape.bits}, {shape.k}, {shape.n}, {shape.group}, {_flag(shape.zeros)}>;",
             f"const tc::Grouped<{self.m}, {grouped}> x{{{words_of_x}}};" if known else f"const tc::OpenGrouped<{grouped}> x{{{words_of_x}, {rows}}};",
             f"const W w{{{weights}}};",
@@ -142,14 +145,15 @@ def _flag(value: bool) -> str:
 def _packings(weights: Sequence[Any], shape: Shape) -> tuple[Packing, ...]:
     """Codes as fragments, scales and zeros by strips; see include/weight_only.cuh."""
     codes, scales, *zeros = weights
+    order = (shape.strips, shape.all_units, shape.bits * 32)
     dims = (shape.strips, shape.groups, COLUMNS)
+    # sums of int8 are of codes at the upper end of bytes
+    names, scale = (("bytes", "byte_scales"), np.float32(2.0 ** (shape.bits - 8))) if shape.integers else (("codes", "float32"), np.float32(1))
     made = [
-        Packing(codes, tirx.decl_buffer((shape.strips, shape.all_units, shape.bits * 32), "int32", "codes"), lambda array: shuffled(array, shape))
+        Packing(codes, tirx.decl_buffer(order, "int32", names[0]), lambda array: shuffled(array, shape)),
+        Packing(scales, tirx.decl_buffer(dims, "float32", names[1]), lambda array: _strips(array * scale, shape)),
     ]
-    made += [
-        Packing(buffer, tirx.decl_buffer(dims, dtype, dtype), lambda array: _strips(array, shape))
-        for buffer, dtype in zip((scales, *zeros), ("float32", "uint8"), strict=False)
-    ]
+    made += [Packing(buffer, tirx.decl_buffer(dims, "uint8", "uint8"), lambda array: _strips(array, shape)) for buffer in zeros]
     return tuple(made)
 
 
@@ -169,6 +173,10 @@ def shuffled(packed: np.ndarray, shape: Shape) -> np.ndarray:
     rows[:kept] = spread.reshape(-1, spread.shape[2])[:kept]
     # axes: unit, s, t, h, e, strip, g, i, r
     axes = rows.reshape(shape.all_units, 2, 4, 2, 2, shape.strips, 8, 2, 2)
+    if shape.integers:
+        # the registers i, s, r of a lane, and the bytes of one: h, e
+        octets = axes.transpose(5, 0, 6, 2, 7, 1, 8, 3, 4).reshape(shape.strips, shape.all_units, 32, 8, 4) ^ np.uint8(1 << (shape.bits - 1))
+        return np.concatenate([_byte_plane(octets, *plane) for plane in planes(shape.bits)], axis=-1)
     if shape.bits == 8:
         ordered = np.ascontiguousarray(axes.transpose(5, 0, 1, 6, 2, 7, 3, 4, 8)) ^ np.uint8(128)
         return ordered.reshape(shape.strips, shape.all_units, -1).view(np.int32)
@@ -179,6 +187,15 @@ def shuffled(packed: np.ndarray, shape: Shape) -> np.ndarray:
         fields = (axes.transpose(5, 0, 6, 2, *order) >> low & ((1 << width) - 1)).reshape(shape.strips, shape.all_units, 32 * width, 32 // width)
         found.append((fields.astype(np.uint32) << (width * np.arange(32 // width, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32))
     return np.concatenate(found, axis=-1).view(np.int32)
+
+
+def _byte_plane(octets: np.ndarray, width: int, low: int) -> np.ndarray:
+    """octets: [strips, units, 32 lanes, 8 registers, 4 bytes] -> int32 [strips, units, words] of the `width` bits from `low`: 8 / width registers a word, at the same place of each byte."""
+    fields = (octets >> np.uint8(low) & np.uint8((1 << width) - 1)).reshape(*octets.shape[:3], width, 8 // width, 4)
+    fields = np.bitwise_or.reduce(fields << (width * np.arange(8 // width, dtype=np.uint8)).reshape(-1, 1), axis=4)
+    if width == 8:  # two loads of four words a lane
+        fields = fields.reshape(*octets.shape[:3], 2, 4, 4).swapaxes(2, 3)
+    return np.ascontiguousarray(fields).view(np.int32).reshape(*octets.shape[:2], 32 * width)
 
 
 def _strips(values: np.ndarray, shape: Shape) -> np.ndarray:

@@ -23,7 +23,7 @@ _SHARED_BYTES_PER_CYCLE, _L2_BYTES_PER_CYCLE, _STEP_LATENCY = 128.0, 48.0, 60.0
 
 @dataclass(frozen=True)
 class Shape:
-    """m x k x n, codes of `bits` in groups of `group` along k, perhaps with zeros; x as `x_parts` words of bf16 or fp16, in memory in 16 bits (`half`) or 32."""
+    """m x k x n, codes of `bits` in groups of `group` along k, perhaps with zeros; x as `x_parts` words of bf16 or fp16, in memory in 16 bits (`half`) or 32, or int8 (`integers`)."""
 
     m: int
     k: int
@@ -34,6 +34,17 @@ class Shape:
     x_parts: int
     bf16: bool
     half: bool
+    integers: bool = False
+
+    @property
+    def per_word(self) -> int:
+        """Numbers in a word of x."""
+        return 4 if self.integers else 2 if self.half else 1
+
+    @property
+    def padding(self) -> int:
+        """Words behind a row of x in shared memory."""
+        return 16 // self.per_word
 
     @property
     def spread(self) -> int:
@@ -67,6 +78,8 @@ class Shape:
     def unit_instructions(self) -> float:
         """Instructions of a warp that make fragments of a unit of codes."""
         pairs, planes = 16.0, self.bits.bit_count()
+        if self.integers:  # a register has four codes
+            return 8 * (1.75 * planes if self.bits < 8 else 0) + self.sums * (4 + 12 * self.zeros)
         if self.bits == 1 and not self.zeros:
             pair = 2.0
         else:
@@ -76,6 +89,8 @@ class Shape:
     @property
     def row_instructions(self) -> float:
         """Instructions of a warp that multiply a unit by 8 rows."""
+        if self.integers:
+            return 4 + self.sums * (18 + 9 * self.zeros)
         return 2 * (1 + 2 * (not self.half) + 10 * (self.x_parts - 1) + 2 * self.x_parts) + 8 * self.sums
 
     def __str__(self) -> str:
@@ -83,7 +98,7 @@ class Shape:
 
     def text(self, rows: str) -> str:
         """The workload of so many rows."""
-        x = {3: "fp32", 2: "tf32"}.get(self.x_parts, "bf16" if self.bf16 else "fp16")
+        x = "int8" if self.integers else {3: "fp32", 2: "tf32"}.get(self.x_parts, "bf16" if self.bf16 else "fp16")
         return f"{x} x int{self.bits} {rows}x{self.k}x{self.n} group {self.group}{' zeros' if self.zeros else ''}"
 
 
@@ -151,11 +166,11 @@ class ManyRows:
 
     @staticmethod
     def step_units(shape: Shape) -> int:
-        return 2 if shape.half else 1
+        return shape.per_word
 
     def shared_bytes(self, shape: Shape) -> int:
         unit = shape.bits * 32 + shape.sums * (40 if shape.zeros else 32)
-        return 4 * self.stages * (self.bm * (STEP_WORDS + (8 if shape.half else 16)) + self.warps * self.step_units(shape) * unit)
+        return 4 * self.stages * (self.bm * (STEP_WORDS + shape.padding) + self.warps * self.step_units(shape) * unit)
 
     def units(self, shape: Shape) -> int:
         """Units of a part: all, or whole steps."""
@@ -186,8 +201,8 @@ class ManyRows:
         per_sm = max(1, min(target.shared_bytes // self.shared_bytes(shape), _FILE_REGISTERS // (registers * self.threads)))
         resident = min(per_sm, math.ceil(count / target.cores))
         waves = math.ceil(count / (target.cores * resident))
-        # 16-bit products are twice as fast as those of tf32
-        arithmetic = self.bm * self.warps * COLUMNS * UNIT * per_step * shape.x_parts / (2 * target.fma_per_cycle)
+        # 16-bit products are twice as fast as those of tf32, bytes twice as fast again
+        arithmetic = self.bm * self.warps * COLUMNS * UNIT * per_step * shape.x_parts / ((4 if shape.integers else 2) * target.fma_per_cycle)
         issue = self.warps * per_step * (shape.unit_instructions + self.bm / 8 * shape.row_instructions) / _ISSUE
         x_bytes, w_bytes = 4.0 * self.bm * STEP_WORDS, self.warps * per_step * shape.unit_bytes
         shared = (x_bytes * (self.warps + 1) + 2 * w_bytes) / _SHARED_BYTES_PER_CYCLE

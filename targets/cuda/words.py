@@ -9,6 +9,7 @@ import numpy as np
 from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.dialect.bitcast import bitcast
 from ...compiler.dialect.weight_only import NAME as WEIGHT_ONLY
+from ...compiler.dialect.weight_only import attrs_of
 from ...compiler.element_types import FLOAT8, numpy_dtype
 from ...compiler.tvm import Constant, is_constant, relax, te, tirx
 from ...passes.fusion import OPAQUE
@@ -76,8 +77,15 @@ def _widened_from(builder: Any, x: Any) -> Any:
 
 
 def filled(builder: Any, call: Any) -> Any:
-    """A matmul or NHWC conv2d of short activations by constant weights with K, or the channels, padded to whole words; any other call as it is."""
+    """A matmul or NHWC conv2d of short activations by constant weights with K, or the channels, padded to whole words; any other call as it is. So are int8 activations of a product by weights in few bits."""
     name = operator(call)
+    if name == WEIGHT_ONLY:
+        x, k = call.args[0], static(call.args[0].ty.shape[-1])
+        if str(x.ty.dtype) != "int8" or k is None or not k % 4 or attrs_of(call)[1] % 4:
+            return call
+        # groups are whole words, so there are as many as before
+        padded = builder.emit(builder.call_te(_longer, x, -k % 4, primfunc_name_hint="pad", primfunc_attrs={"op_pattern": OPAQUE}))
+        return relax.Call(call.op, [padded, *call.args[1:]], call.attrs, call.ty_args)
     if name not in _PRODUCTS:
         return call
     x, weight = call.args

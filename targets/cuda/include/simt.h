@@ -392,18 +392,19 @@ TC_DEVICE void mma_e4m3(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
   memcpy(c, got, 16);
 }
 
-TC_DEVICE void mma_u8s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+// A: uint8_t or int8_t
+template <class A> void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   uint32_t give[10] = {a0, a1, a2, a3, b0, b1};
   memcpy(give + 6, c, 16);
   const uint32_t* got = simt::meet(give, 10, [](simt::Warp& w) {
-    uint8_t a[16][32];
+    A a[16][32];
     int8_t b[32][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int byte = 0; byte < 4; ++byte) {
         auto value = [&](int i) { return w.in[lane][i] >> 8 * byte & 0xff; };
         const int k = 4 * t + byte;
-        a[g][k] = value(0), a[g + 8][k] = value(1), a[g][k + 16] = value(2), a[g + 8][k + 16] = value(3);
+        a[g][k] = (A)value(0), a[g + 8][k] = (A)value(1), a[g][k + 16] = (A)value(2), a[g + 8][k + 16] = (A)value(3);
         b[k][g] = (int8_t)value(4), b[k + 16][g] = (int8_t)value(5);
       }
     }
@@ -417,5 +418,7 @@ TC_DEVICE void mma_u8s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint
   });
   memcpy(c, got, 16);
 }
+TC_DEVICE void mma_u8s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_bytes<uint8_t>(c, a0, a1, a2, a3, b0, b1); }
+TC_DEVICE void mma_s8s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_bytes<int8_t>(c, a0, a1, a2, a3, b0, b1); }
 
 }  // namespace tc

@@ -127,6 +127,7 @@ template <int PARTS_, bool BF16_, bool HALF_> struct Activations {
   static constexpr bool BF16 = BF16_, HALF = HALF_;
   static constexpr int RUN = HALF ? 2 : 4;       // words of the four k of a lane and step
   static constexpr int UNIT = HALF ? 16 : 32;    // words of the k of a unit
+  static constexpr int PAD = HALF ? 8 : 16;      // words behind a row in shared memory, which put the lanes of a load into different banks
   static_assert(PARTS == 1 || BF16 && !HALF, "rests are parted in bf16");
 
   static TC_DEVICE void parts(uint32_t (&b)[PARTS][2], const float (&run)[RUN]) {
@@ -269,7 +270,7 @@ TC_DEVICE void weight_only_few(const W& w, const X& x, const Out& out, int strip
 // where its own lanes read them. The padding of the rows of X puts the lanes of every load into different banks.
 template <class A, class W, int BM_, int WARPS_, int STAGES_> struct Strips {
   static constexpr int BM = BM_, WARPS = WARPS_, STAGES = STAGES_, BK = 32, THREADS = 32 * WARPS;
-  static constexpr int UNITS = BK / A::UNIT, LDA = BK + (A::HALF ? 8 : 16);
+  static constexpr int UNITS = BK / A::UNIT, LDA = BK + A::PAD;
   static constexpr int X_FLOATS = BM * LDA;
   static constexpr int CODES = UNITS * W::BITS * 32, SCALES = UNITS * W::SUMS * 32, ZEROS = W::ZEROS ? UNITS * W::SUMS * 8 : 0;
   static constexpr int WARP_FLOATS = CODES + SCALES + ZEROS, STAGE_FLOATS = X_FLOATS + WARPS * WARP_FLOATS;
