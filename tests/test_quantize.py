@@ -191,7 +191,7 @@ def test_empty_calibration() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "int3"}, "expected one of none, int8, fp8, w8, w4"),
+        ({"format": "int3"}, "expected one of none, int8, fp8, w1 .. w8, w1a8 .. w8a8, w1fp8 .. w8fp8"),
         ({"observer": "median"}, "expected one of minmax, percentile, mse"),
         ({"smooth": 1.5}, "within 0..1"),
         ({"percentile": 40}, "above 50"),
@@ -213,6 +213,12 @@ def test_unknown_layer_to_skip() -> None:
 def test_a_target_without_int8_says_what_it_has() -> None:
     with pytest.raises(UsageError, match="float32, not in int8; try w8 or w4"):
         Quantize().run(None, PassContext(Target("fpga", "old"), report=PassReport("quantize")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("w4a8", "int8"), ("w2fp8", "float8_e4m3fn")])
+def test_a_target_without_activations_in_few_bits_says_so(name: str, dtype: str) -> None:
+    with pytest.raises(UsageError, match=f"float32, not by activations of {dtype}; try w"):
+        Quantize(name).run(None, PassContext(Target("fpga", "old"), report=PassReport("quantize")))  # type: ignore[arg-type]
 
 
 def test_none_is_the_identity() -> None:

@@ -85,6 +85,7 @@ class Quantize(Pass):
         if self.format == "none":
             return program
         if self.format in WEIGHT_ONLY:
+            self._note_activations(context)
             return quantize_weights(program, context, self.format, self.group, self.symmetric, self.skip)
         self._note_target(context)
         return _Products(self, SCHEMES[self.format], program, context).run()
@@ -100,6 +101,18 @@ class Quantize(Pass):
         held = "weights take" if self.format == "int8" else "its numbers are held in 16 bits, weights take"
         rate = "bfloat16" if self.format == "fp8" and "bfloat16" in target.formats else "float32"
         context.note(f"target {target.text} has no instruction for {self.format}: {held} half of the memory, products run at {rate}'s rate")
+
+    def _note_activations(self, context: PassContext) -> None:
+        """The same of the activations beside weights in few bits."""
+        (bits, dtype), target = WEIGHT_ONLY[self.format], context.target
+        if dtype == "float32":
+            return
+        if target.kind not in ("cpu", "cuda"):
+            formats = ", ".join(sorted(target.formats))
+            raise UsageError(f"quantize: target {target.text} computes in {formats}, not by activations of {dtype}; try w{bits}")
+        if dtype == FLOAT8:
+            rate = "16-bit numbers" if target.kind == "cuda" else "float32"
+            context.note(f"activations of {dtype} are held in 16 bits, and multiplied by integers at the rate of {rate}")
 
 
 @dataclass

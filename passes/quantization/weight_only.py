@@ -40,6 +40,8 @@ def quantize_weights(program: Program, context: PassContext, name: str, group: i
     # what makes an output of the model loses most, and is read once: it keeps 8 bits
     heads = {site.var for site in sites if bits < 8 and "output" in graph.all_readers(site.total)}
     formats = {site.var: GroupedInt(8 if site.var in heads else bits, group, symmetric) for site in sites}
+    if activations == FLOAT8:  # whose numbers are held in the type of 16 bits that the target multiplies
+        activations = "float16" if context.target.kind == "cuda" else "bfloat16"
     rewriter = _WeightOnly(program, {site.var: site for site in sites}, formats, activations)
     after = rewriter.apply()
     context.table("quantized weights", rewriter.rows)
