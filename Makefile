@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-aten test-conformance support-page test-networks fuzz gpu-test gpu-bench check bench clean
+.PHONY: setup demo test test-aten test-conformance support-page test-networks fuzz gpu-test gpu-bench gpu-records check bench clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,11 @@ gpu-test: $(STAMP)
 # times on a GPU beside torch and torch.compile; says so and ends where there is none
 gpu-bench: $(STAMP)
 	$(GPU_PYTHON) benchmarks/gpu.py --output benchmarks/results/gpu.json --docs docs/performance.md
+
+# times schedules on a GPU for the latency model of its architecture, and trains it; SECONDS of timing, RECORDS="--build cuda:sm_90a --libraries DIR" compiles ahead without a GPU
+SECONDS ?= 900
+gpu-records: $(STAMP)
+	$(GPU_PYTHON) benchmarks/gpu_records.py --seconds $(SECONDS) --docs docs/cost-model.md $(RECORDS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

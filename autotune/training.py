@@ -58,12 +58,14 @@ class Sample:
         return np.log2(self.measured_us / self.analytic_us)
 
 
-def read_corpus(path: Path) -> list[Sample]:
-    """The samples of a corpus file. A schedule's time is that of its fastest round: other work on a machine makes rounds slower, never faster."""
+def read_corpus(path: Path, version: int = features.VERSION, names: Sequence[str] = features.NAMES) -> list[Sample]:
+    """The samples of a corpus file of these features. A schedule's time is that of its fastest round: other work on a machine makes rounds slower, never faster."""
     with gzip.open(path, "rt") as file:
         header, *records = [json.loads(line) for line in file]
-    if header["version"] != features.VERSION or tuple(header["names"]) != features.NAMES:
+    if tuple(header["names"]) != tuple(names):
         raise ValueError(f"{path}: recorded with other features than this tcompile computes")
+    if header["version"] != version:
+        raise ValueError(f"{path}: features of version {header['version']}, this tcompile computes version {version}")
     samples = []
     for record in records:
         for threads in record["kernels"][0]["us"]:

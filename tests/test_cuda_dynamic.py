@@ -357,7 +357,7 @@ def test_one_artifact_decodes_behind_caches_of_every_length(name):
         with torch.no_grad():
             wanted = step(*map(torch.from_numpy, feeds))
         for mine, want in zip(model(*feeds), wanted, strict=True):
-            close(mine, want.numpy(), 5e-6)
+            close(mine, want.numpy(), 5e-6 if name == "llama" else 5e-5)  # thirty layers of another order of sums
     with pytest.raises(Exception, match=r"1\.\.200"):
         model(*token_and_cache(layers, heads, 201, width))
 

@@ -180,7 +180,7 @@ class BlockGemm(Gemm):
         row, strip = ("blockIdx.x", "blockIdx.y") if self._rows_first() else ("blockIdx.y", "blockIdx.x")
         return f"{row} * T::BM", strip
 
-    def _operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
+    def operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
         a, b = (signature.name(buffer) for buffer in (self.fused.inputs[0], self.packings[0].buffer))
         return [
             self.a.declared("a", a if self.group == 1 else f"tc::words({a})", signature),
@@ -223,7 +223,7 @@ class HopperBlockGemm(BlockGemm, gemm_hopper.HopperGemm):
         filled = _filled(columns.reshape(-1, columns.shape[-1]), self.strips * self.width, self.units * self.unit)
         return filled.reshape(self.strips, self.width, self.units, self.unit).transpose(0, 2, 1, 3).reshape(self.strips, self.units, -1)
 
-    def _operands(self, tile: Any, signature: Signature) -> list[str]:
+    def operands(self, tile: Any, signature: Signature) -> list[str]:
         weights = self.packings[0].buffer
         row, strip = self._place()
         return [

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...autotune.latency import corrected
 from ...compiler.element_types import numpy_dtype
 from ..base import Target
 from ..common.fused import Fused, Unfusable
@@ -134,7 +135,20 @@ class Depthwise(Product):
         cached = resident * loads * tile.channels * self.number_bytes / SHARED_BYTES_PER_CYCLE
         alone = _ISSUE * instructions + _LOAD_LATENCY * math.ceil(loads * tile.channels * self.number_bytes / _IN_FLIGHT)
         memory = self.moved / (self.target.bandwidth_gbs / self.target.frequency_ghz)
-        return max(memory, waves * (max(instructions * resident / 128, cached, alone) + _BLOCK_LATENCY))
+        cycles = max(memory, waves * (max(instructions * resident / 128, cached, alone) + _BLOCK_LATENCY))
+        sizes = {"batch": self.batch, "m": self.m, "k": taps, "n": self.channels, "blocks": math.ceil(threads / THREADS)}
+        return corrected(
+            self.target,
+            "depthwise",
+            tile,
+            cycles,
+            bits=8 * self.number_bytes,
+            bm=outputs,
+            bn=tile.channels,
+            threads=THREADS,
+            stages=tile.wide,
+            **sizes,
+        )
 
     def best(self) -> DepthwiseSchedule:
         """The tile of least predicted time."""

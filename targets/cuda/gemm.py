@@ -30,6 +30,7 @@ from ...compiler.tvm import tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable
 from ..common.words import packed_words
+from . import stream
 from .kernel import Kernel, Packing, Plan, Signature, ctype
 from .product import Product, plan
 from .schedule import GemmShape, TileSchedule, best_tile, predicted_cycles
@@ -128,8 +129,15 @@ class Gemm(Product):
         return self._best(self.shape)
 
     def _best(self, shape: GemmShape) -> TileSchedule:
-        tile = best_tile(shape, self.target, self.policy)
+        tile = best_tile(shape, self.target, self.policy, shares=self._takes_shares())
         return tile if isinstance(self.k, int) else replace(tile, parts=1)
+
+    def _takes_shares(self) -> bool:
+        """Whether blocks may take equal shares of it: one product of known sizes, the same for all rows."""
+        return type(self) is Gemm and self.fixed and all(isinstance(size, int) and size == 1 for size in (self.batch, self.groups))
+
+    def _of(self, tile: TileSchedule) -> tuple[Kernel, ...]:
+        return stream.kernels(self, tile) if tile.shares else super()._of(tile)
 
     def best_for(self, rows: int) -> TileSchedule:
         return self._best(self._shape(rows))
@@ -143,7 +151,7 @@ class Gemm(Product):
 
     def _product(self, tile: TileSchedule, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         """The product, or that of a part of K for every blockIdx.z. value: body of the lambda (m, n, sum) -> what is written."""
-        operands, call = self._operands(tile, signature), self._call(tile, signature)
+        operands, call = self.operands(tile, signature), self._call(tile, signature)
         whole = self.n if self.groups > 1 else times([self.m, self.n])
         start = f" + (size_t)blockIdx.z * {signature.size(whole)}" if tile.parts > 1 or self.batch != 1 else ""
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
@@ -159,9 +167,12 @@ class Gemm(Product):
             resident=self.resident(tile),
             shared_bytes=tile.shared_bytes,
             kind=self.kind,
-            workload=f"{self._sizes_text()} {self.policy}",
+            workload=self.workload(),
             schedule=str(tile),
         )
+
+    def workload(self) -> str:
+        return f"{self._sizes_text()} {self.policy}"
 
     def _grid(self, tile: TileSchedule) -> tuple[Any, Any, Any]:
         return blocks(self.n, tile.bn), self._row_blocks(tile), times([self.batch, tile.parts])
@@ -178,7 +189,7 @@ class Gemm(Product):
         operands = [self.factors[0], self.packings[0].buffer if self.packings else self.factors[1]]
         return [signature.name(buffer) if self.group == 1 else f"tc::words({signature.name(buffer)})" for buffer in operands]
 
-    def _operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
+    def operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
         """Declarations of what the call reads."""
         names = self._data(signature)
         return [operand.declared(side, name, signature) for side, name, operand in zip("ab", names, (self.a, self.b), strict=True)]

@@ -124,7 +124,7 @@ class HopperGemm(Gemm):
 
         return replace(packing, buffer=buffer, pack=pack)
 
-    def _operands(self, tile: HopperSchedule, signature: Signature) -> list[str]:
+    def operands(self, tile: HopperSchedule, signature: Signature) -> list[str]:
         a = self._rows_of_a(tile, signature, "blockIdx.y * T::BM")
         b = self.packings[0].buffer
         weights = signature.map(b, "encode", _rows(b), int(b.shape[-1]), tile.bn)

@@ -69,7 +69,7 @@ class Grouped(Gemm):
     def _row_blocks(self, tile: TileSchedule) -> Any:
         return simplified(blocks(self.m, tile.bm) + self.experts)
 
-    def _operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
+    def operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
         x, weights = self._data(signature)
         return [
             f"const tc::Run run = tc::run_of<T::BM>({signature.name(self.owner)}, {signature.size(self.m)}, {self.experts}, blockIdx.y);",

@@ -19,6 +19,7 @@ MODEL = "model.cu"
 #: headers that the model's source includes, in this order, and all that are in the artifact beside it
 INCLUDED = (
     "tcompile.cuh",
+    "stream.cuh",
     "attention.cuh",
     "grouped.cuh",
     "weight_only.cuh",

@@ -125,7 +125,7 @@ class Product(ABC):
 
     def _of(self, tile: Any) -> tuple[Kernel, ...]:
         if tile.parts == 1:
-            return (self._product(tile, self.signature, (self.fused.output, *self.copies), self._epilogue()),)
+            return (self._product(tile, self.signature, (self.fused.output, *self.copies), self.epilogue()),)
         parts = tirx.decl_buffer((tile.parts, self.m, self.n), self.fused.accumulator.ty.dtype, "parts")
         return self._product(tile, Signature((parts,)), (parts,), ["return sum;"]), self._sums(parts)
 
@@ -133,7 +133,7 @@ class Product(ABC):
         """The sums over the parts of K, in their order, and the epilogue: a thread per element."""
         count, total = int(parts.shape[0]), times(parts.shape[1:])
         size, columns = self.signature.size, self.signature.size(parts.shape[-1])
-        result, body = ctype(self.fused.output.ty.dtype), [f"  {line}" for line in self._epilogue()]
+        result, body = ctype(self.fused.output.ty.dtype), [f"  {line}" for line in self.epilogue()]
         lines = [
             f"const int place = blockIdx.x * {THREADS} + threadIdx.x;",
             f"if (place >= {size(total)}) return;",
@@ -150,7 +150,7 @@ class Product(ABC):
             lines, grid=(blocks(total, THREADS), 1, 1), threads=THREADS, shared_bytes=0, kind="sums", workload=f"sums {count} x {shown(total)}"
         )
 
-    def _epilogue(self) -> list[str]:
+    def epilogue(self) -> list[str]:
         """The body of the lambda: (m, n, sum) -> the element of the output."""
         lines: list[str] = []
         indices: list[str] = []

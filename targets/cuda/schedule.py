@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ...autotune.cost_model import Design
+from ...autotune.latency import POLICIES, corrected
 from ...autotune.learned import default_model
 from ...compiler.tvm import tirx
 from ..base import Target
@@ -22,6 +23,8 @@ _L2_BYTES_PER_CYCLE = 48.0
 _STEP_LATENCY, _BLOCK_LATENCY = 60.0, 1500.0
 #: cycles of one more kernel; of a block of keys in attention, whose copies wait for the one before
 _SUMS_LATENCY, _KEYS_LATENCY = 3000.0, 800.0
+#: equal shares are taken where they are predicted to take less than this much of the time of whole tiles
+_SHARES_GAIN = 0.9
 #: exponentials of a multiprocessor and cycle
 EXPONENTIALS = 16.0
 #: registers beyond the limit, relative, that the assembler makes do without
@@ -53,7 +56,8 @@ class GemmShape:
 
 @dataclass(frozen=True)
 class TileSchedule:
-    """bm x bn of C per block of wm x wn warps, `stages` tiles of k in flight; K in `parts` that different blocks sum up."""
+    """bm x bn of C per block of wm x wn warps, `stages` tiles of k in flight; K in `parts` that different blocks sum up. shares: blocks that take equal numbers of all steps of all tiles
+    (stream.py); 0 is a block per tile and part."""
 
     bm: int
     bn: int
@@ -61,6 +65,7 @@ class TileSchedule:
     wn: int
     stages: int
     parts: int = 1
+    shares: int = 0
 
     def part_of(self, k: int) -> int:
         """Words of a part of k: all of them, or whole steps."""
@@ -79,7 +84,9 @@ class TileSchedule:
         return f"tc::Tile<{self.bm}, {self.bn}, {self.wm}, {self.wn}, {self.stages}>"
 
     def __str__(self) -> str:
-        return f"{self.bm}x{self.bn}x{BK}, {self.wm}x{self.wn} warps, {self.stages} stages" + (f", K in {self.parts} parts" if self.parts > 1 else "")
+        return f"{self.bm}x{self.bn}x{BK}, {self.wm}x{self.wn} warps, {self.stages} stages" + (
+            f", K in {self.parts} parts" if self.parts > 1 else f", {self.shares} equal shares" if self.shares else ""
+        )
 
 
 Tile = TypeVar("Tile", bound=TileSchedule)
@@ -110,11 +117,56 @@ def space(target: Target, many: bool = False) -> Sequence[TileSchedule]:
 
 def predicted_cycles(shape: GemmShape, tile: TileSchedule, target: Target, policy: str) -> float:
     """Cycles from the first block to the last: waves of blocks, each as slow as the slowest of tensor cores, shared memory and L2; and the sums of parts of K."""
-    per_sm = max(1, min(target.shared_bytes // tile.shared_bytes, 2048 // tile.threads, 512 // tile.threads * 2))
     rate = _RATE[policy] * (0.5 if policy == "E4m3x4" and target.name == "sm_90a" else 1.0)  # there mma.sync is made of products of 16 bits
     arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * rate)
     shared = 4.0 * BK * (tile.bm * tile.wn + tile.bn * tile.wm + tile.bm + tile.bn) / SHARED_BYTES_PER_CYCLE
-    return in_waves(shape, tile, target, max(arithmetic, shared), per_sm)
+    if tile.shares:
+        cycles = in_shares(shape, tile, target, max(arithmetic, shared))
+    else:
+        cycles = in_waves(shape, tile, target, max(arithmetic, shared), _resident(tile, target))
+    family = "grouped_gemm" if shape.groups > 1 else "gemm blocks" if shape.strips else "gemm"
+    return timed(shape, tile, target, family, cycles, policy)
+
+
+def timed(shape: GemmShape, tile: TileSchedule, target: Target, family: str, cycles: float, policy: str = "") -> float:
+    """The cycles of a product as the architecture's latency model corrects them."""
+    kept = sum(shape.strips) / (len(shape.strips) * shape.k) if shape.strips else 1.0
+    sizes = {"batch": shape.batch, "m": shape.m, "k": shape.k, "n": shape.n, "blocks": tile.shares or _blocks(shape, tile)}
+    numbers = {
+        "windows": shape.windows,
+        "bm": tile.bm,
+        "bn": tile.bn,
+        "threads": tile.threads,
+        "stages": tile.stages,
+        "parts": tile.parts,
+        "shares": tile.shares,
+    }
+    known = {"policy": POLICIES.index(policy)} if policy else {}
+    return corrected(target, family, tile, cycles, kept=kept, **sizes, **numbers, **known)
+
+
+def in_shares(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: float) -> float:
+    """`predicted_cycles` of blocks that take equal shares: all steps at once, the copies of a tile's first ones, which none hides, and the sums of the tiles that are cut."""
+    k_steps = math.ceil(shape.k / BK)
+    tiles = math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn)
+    resident, steps = math.ceil(tile.shares / target.cores), math.ceil(tiles * k_steps / tile.shares)
+    level2 = 4.0 * BK * (tile.bm + tile.bn) / _L2_BYTES_PER_CYCLE
+    sums = _SUMS_LATENCY + 4.0 * 4 * tile.bm * tile.bn * tile.shares / (
+        target.cores * _L2_BYTES_PER_CYCLE
+    )  # two parts of a share are written, and read again
+    starts = math.ceil(steps / k_steps) + 1
+    return starts * _BLOCK_LATENCY + steps * (max(step_cycles, level2) * resident + _STEP_LATENCY) + sums
+
+
+def _resident(tile: TileSchedule, target: Target) -> int:
+    """Blocks that a multiprocessor holds."""
+    return max(1, min(target.shared_bytes // tile.shared_bytes, 2048 // tile.threads, 512 // tile.threads * 2))
+
+
+def _in_shares(shape: GemmShape, tiles: Sequence[TileSchedule], target: Target) -> list[TileSchedule]:
+    """Those of tiles of which there are more than the GPU holds at once, with as many shares as it does."""
+    found = (replace(tile, shares=target.cores * resident) for tile in tiles for resident in range(1, _resident(tile, target) + 1))
+    return [tile for tile in found if tile.shares < _blocks(shape, tile)]
 
 
 def in_waves(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: float, per_sm: int, latency: float = 0.0) -> float:
@@ -178,13 +230,19 @@ def fitting(shape: GemmShape, tiles: Sequence[TileSchedule], target: Target, pol
     return [tile for tile, has, may in zip(tiles, taken, limits, strict=True) if all(has[name] <= limit for name, limit in may.items())]
 
 
-def best_tile(shape: GemmShape, target: Target, policy: str, width: int | None = None) -> TileSchedule:
-    """The tile of least predicted time, of those that are predicted to fit; of all when none is. width: the columns that it has to have."""
+def best_tile(shape: GemmShape, target: Target, policy: str, width: int | None = None, shares: bool = False) -> TileSchedule:
+    """The tile of least predicted time, of those that are predicted to fit; of all when none is. width: the columns that it has to have. shares: blocks may take equal shares."""
     # what is neither split nor rounded leaves registers for accumulators, unless narrow copies want them for addresses
     tiles = space(target, policy in _IN_WORDS and policy not in BLOCKED and min(shape.va, shape.vb) == 4)
     tiles = [tile for tile in tiles if tile.bn == (width or tile.bn)]
     found = fitting(shape, tiles, target, policy) or tiles
-    return fastest(shape, found, target, lambda tile: predicted_cycles(shape, tile, target, policy))
+
+    def cycles(tile: TileSchedule) -> float:
+        return predicted_cycles(shape, tile, target, policy)
+
+    best = fastest(shape, found, target, cycles)
+    shared = min(_in_shares(shape, found, target), key=cycles, default=best) if shares else best
+    return shared if cycles(shared) < _SHARES_GAIN * cycles(best) else best
 
 
 def fastest(shape: GemmShape, tiles: Sequence[Tile], target: Target, cycles: Callable[[Tile], float]) -> Tile:
@@ -227,7 +285,10 @@ def attention_cycles(queries: int, keys: int, depth: int, width: int, heads: int
     arithmetic = (
         64 * block * ((depth + width) / 2 / target.fma_per_cycle + 1 / EXPONENTIALS)
     )  # a warp's products and exponentials wait for each other
-    return in_turns(steps, target, arithmetic, resident, _KEYS_LATENCY) + (_SUMS_LATENCY if part < all_steps else 0.0)
+    cycles = in_turns(steps, target, arithmetic, resident, _KEYS_LATENCY) + (_SUMS_LATENCY if part < all_steps else 0.0)
+    sizes = {"batch": heads, "m": queries, "k": depth, "n": keys, "blocks": len(steps)}
+    kept = sum(steps) * 64 * block / max(1, heads * queries * keys)
+    return corrected(target, "attention", "", cycles, bm=64, bn=block, parts=math.ceil(all_steps / part), kept=kept, **sizes)
 
 
 def in_turns(steps: Sequence[int], target: Target, step_cycles: float, resident: int, latency: float) -> float:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...autotune.latency import corrected
 from ..base import Target
-from .schedule import BK, BLOCKED, EXPONENTIALS, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_turns, in_waves
+from .schedule import BK, BLOCKED, EXPONENTIALS, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_turns, in_waves, timed
 
 #: multiply-adds of words per cycle and SM by wgmma, as a fraction of `Target.fma_per_cycle` (what mma.sync does): 1024 of 640
 _RATE = 1.6
@@ -66,7 +67,8 @@ def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> 
     on their way while that one is multiplied."""
     arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE)
     shared = _ROW * (tile.bm + math.ceil(tile.bm / 64) * tile.bn + tile.bm + tile.bn) / SHARED_BYTES_PER_CYCLE
-    return in_waves(shape, tile, target, max(arithmetic, shared), tile.resident, _COPY_LATENCY / (tile.stages - 1))
+    cycles = in_waves(shape, tile, target, max(arithmetic, shared), tile.resident, _COPY_LATENCY / (tile.stages - 1))
+    return timed(shape, tile, target, "gemm hopper blocks" if shape.strips else "gemm hopper", cycles)
 
 
 def best_tile(shape: GemmShape, target: Target, policy: str = "", width: int | None = None) -> HopperSchedule:
@@ -116,7 +118,12 @@ class AttentionSchedule:
         steps = seen if seen is not None else [math.ceil(keys / self.keys)] * (math.ceil(queries / self.queries) * heads)
         pairs = self.queries * self.keys
         step_cycles = max(pairs * (self.depth + self.width) / 2 / (target.fma_per_cycle * _RATE), pairs / EXPONENTIALS)
-        return in_turns(steps, target, step_cycles, 1, _STEP_LATENCY)
+        cycles = in_turns(steps, target, step_cycles, 1, _STEP_LATENCY)
+        kept = sum(steps) * self.keys * self.queries / max(1, heads * queries * keys)
+        sizes = {"batch": heads, "m": queries, "k": self.depth, "n": keys, "blocks": len(steps)}
+        return corrected(
+            target, "attention hopper", self, cycles, bm=self.queries, bn=self.keys, threads=self.threads, stages=self.stages, kept=kept, **sizes
+        )
 
 
 def attention_space(depth: int, width: int, target: Target) -> list[AttentionSchedule]:

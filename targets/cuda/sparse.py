@@ -23,7 +23,7 @@ from ..common.fused import Fused, Unfusable
 from . import gemm_hopper, schedule
 from .gemm import Gemm, plan
 from .kernel import HALF, Packing, Plan, Signature
-from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves
+from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves, timed
 from .sizes import FIXED, Known
 
 #: columns of a strip; words of a unit of 32 k: weights, and their positions
@@ -63,7 +63,7 @@ def predicted_cycles(shape: GemmShape, tile: SparseSchedule, target: Target) -> 
     arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE)
     weights = 4.0 * tile.wn * BK / _UNIT * UNIT_WORDS
     shared = (4.0 * BK * tile.bm * (tile.wn + 1) + 2 * weights) / SHARED_BYTES_PER_CYCLE
-    return in_waves(shape, tile, target, max(arithmetic, shared), per_sm)
+    return timed(shape, tile, target, "gemm 2:4", in_waves(shape, tile, target, max(arithmetic, shared), per_sm))
 
 
 def best_tile(shape: GemmShape, target: Target) -> SparseSchedule:
@@ -126,7 +126,7 @@ class SparseGemm(Gemm):
         buffer = tirx.decl_buffer((-(-n // COLUMNS), -(-k // _UNIT), UNIT_WORDS), "int32", "two_of_four")
         return Packing(packing.param, buffer, lambda array: compressed(array.reshape(2 * k, n)))
 
-    def _operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
+    def operands(self, tile: TileSchedule, signature: Signature) -> list[str]:
         a, b = (signature.name(buffer) for buffer in (self.fused.inputs[0], self.packings[0].buffer))
         bf16 = "true" if str(self.fused.inputs[0].ty.dtype) == "bfloat16" else "false"
         return [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...autotune.latency import corrected
 from ..base import Target
 from .sizes import blocks
 
@@ -145,7 +146,8 @@ class FewRows:
         level2 = resident * self.units(shape) * shape.unit_bytes / _L2_BYTES_PER_CYCLE
         waiting = turns * _MEMORY_LATENCY / min(self.depth, turns)
         block = _BLOCK_LATENCY + _MEMORY_LATENCY + max(issue, level2, waiting) + _WARP_SUMS * self.warps
-        return max(_memory_cycles(shape, target), waves * block) + _sums_cycles(shape, self.parts, target)
+        cycles = max(_memory_cycles(shape, target), waves * block) + _sums_cycles(shape, self.parts, target)
+        return _timed(shape, self, target, cycles, bm=8, stages=self.depth)
 
     def __str__(self) -> str:
         return f"strips of {COLUMNS}, {self.warps} warps along K, {self.depth} units ahead" + (f", K in {self.parts} parts" if self.parts > 1 else "")
@@ -208,11 +210,19 @@ class ManyRows:
         shared = (x_bytes * (self.warps + 1) + 2 * w_bytes) / _SHARED_BYTES_PER_CYCLE
         level2 = (x_bytes + w_bytes) / _L2_BYTES_PER_CYCLE
         step = max(arithmetic, issue, shared, level2) * resident + _STEP_LATENCY
-        return max(_memory_cycles(shape, target), waves * (_BLOCK_LATENCY + steps * step)) + _sums_cycles(shape, self.parts, target)
+        cycles = max(_memory_cycles(shape, target), waves * (_BLOCK_LATENCY + steps * step)) + _sums_cycles(shape, self.parts, target)
+        return _timed(shape, self, target, cycles, bm=self.bm, stages=self.stages)
 
     def __str__(self) -> str:
         shape = f"{self.bm}x{self.warps * COLUMNS}, a strip per warp, {self.stages} stages"
         return shape + (f", K in {self.parts} parts" if self.parts > 1 else "")
+
+
+def _timed(shape: Shape, schedule: FewRows | ManyRows, target: Target, cycles: float, **numbers: float) -> float:
+    """The cycles as the architecture's latency model corrects them."""
+    sizes = {"batch": 1, "m": shape.m, "k": shape.all_units * UNIT, "n": shape.n, "blocks": math.prod(schedule.grid(shape))}
+    own = {"bits": shape.bits, "bn": schedule.warps * COLUMNS, "threads": schedule.threads, "parts": schedule.parts}
+    return corrected(target, "weight only", schedule, cycles, **sizes, **own, **numbers)
 
 
 def _memory_cycles(shape: Shape, target: Target) -> float:

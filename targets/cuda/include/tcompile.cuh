@@ -310,14 +310,15 @@ template <int STAGES, class Fill, class Use> TC_DEVICE void in_stages(int steps,
   }
 }
 
-// out[m0.., n0..] [rows][columns] = value(row, column, sum) for the elements of A B, of so many steps of BK of K, in their order: bring(a, b, step) asks for the copies of a step's tiles of A
-// and B. distance: from row to row of out.
-template <class P, class T, class Bring, class Out, class Value>
-TC_DEVICE void gemm_steps(int steps, const Bring& bring, const Out& out, int rows, int columns, int distance, int m0, int n0, const Value& value) {
-  TC_SHARED(float, shared);
+// Where the sums of a thread lie in a tile.
+template <class T> struct Place {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int wm = warp / T::WN * (T::MT * 16), wn = warp % T::WN * (T::NT * 8);
-  typename P::Sum c[T::MT][T::NT][4] = {};
+};
+// c += A B of so many steps of BK of K, in their order: bring(a, b, step) asks for the copies of a step's tiles of A and B.
+template <class P, class T, class Bring> TC_DEVICE void gemm_sums(const Place<T>& at, int steps, const Bring& bring, typename P::Sum (&c)[T::MT][T::NT][4]) {
+  TC_SHARED(float, shared);
+  const int g = at.g, t = at.t, wm = at.wm, wn = at.wn;
   auto fill = [&](int step) {
     float* slot = shared + step % T::STAGES * T::STAGE_FLOATS;
     bring(slot, slot + T::A_FLOATS, step);
@@ -351,15 +352,27 @@ TC_DEVICE void gemm_steps(int steps, const Bring& bring, const Out& out, int row
           for (int e = 0; e < 4; ++e) c[i][j][e] += block[i][j][e];
     }
   });
+}
+// out[m0.., n0..] [rows][columns] = value(row, column, sum) for the sums of a tile. distance: from row to row of out.
+template <class P, class T, class Out, class Value>
+TC_DEVICE void gemm_store(const Place<T>& at, const typename P::Sum (&c)[T::MT][T::NT][4], const Out& out, int rows, int columns, int distance, int m0, int n0, const Value& value) {
 #pragma unroll
   for (int i = 0; i < T::MT; ++i)
 #pragma unroll
     for (int j = 0; j < T::NT; ++j)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int m = m0 + wm + i * 16 + g + r * 8, n = n0 + wn + j * 8 + 2 * t;
+        const int m = m0 + at.wm + i * 16 + at.g + r * 8, n = n0 + at.wn + j * 8 + 2 * at.t;
         if (m < rows) put(out, (size_t)m * distance, n, columns, distance, [&](int e) { return value(m, n + e, c[i][j][2 * r + e]); });
       }
+}
+// Both.
+template <class P, class T, class Bring, class Out, class Value>
+TC_DEVICE void gemm_steps(int steps, const Bring& bring, const Out& out, int rows, int columns, int distance, int m0, int n0, const Value& value) {
+  const Place<T> at;
+  typename P::Sum c[T::MT][T::NT][4] = {};
+  gemm_sums<P, T>(at, steps, bring, c);
+  gemm_store<P, T>(at, c, out, rows, columns, distance, m0, n0, value);
 }
 // The same where A is rows x depth and B is depth x columns, both from k0 on. VA, VB: floats per copy.
 template <class P, class T, int VA, int VB, class SourceA, class SourceB, class Out, class Value>
