@@ -206,7 +206,9 @@ def test_everything_else_with_open_sizes():
             emit(op.arange(x.ty.shape[1], x.ty.shape[1] + more.ty.shape[1])),
         ]
 
-    model = emulation(compiled(program_of(build, inputs)))
+    lowered = compiled(program_of(build, inputs))
+    assert [row["template"] for row in lowered.report["kernels"]].count("depthwise") == 1
+    model = emulation(lowered)
     for b, t, u, h, w in ((1, 1, 1, 1, 1), (2, 7, 3, 5, 9), (3, 130, 11, 8, 4)):
         x, more, image, at = floats(b, t, 33), floats(b, u, 33), floats(b, h, w, 8), RANDOM.integers(-t, t, (u,), "int64")
         exact = x.astype("float64")

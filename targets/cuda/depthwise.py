@@ -24,7 +24,7 @@ from ..common.fused import Fused, Unfusable
 from .kernel import Kernel, Plan, Signature, ctype
 from .product import Product, plan
 from .schedule import FILE_REGISTERS, SHARED_BYTES_PER_CYCLE
-from .sizes import FIXED, Known
+from .sizes import FIXED, Known, blocks, shown, simplified, times
 
 #: types of image, weights and sums
 _TYPES = frozenset(
@@ -73,12 +73,14 @@ class Depthwise(Product):
     """A fused function as a depthwise convolution with as many channels as it has groups."""
 
     cores = ("conv2d",)
+    open_sizes = True
 
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
         super().__init__(fused, target, policy, constants, rounded, known)
-        image, weights = ([int(dim) for dim in buffer.shape] for buffer in fused.inputs[:2])
-        dims = [int(dim) for dim in fused.accumulator.shape]
-        self.batch, self.channels, self.taps = image[0], image[3], weights[:2]
+        image, weights, dims = ([simplified(dim) for dim in buffer.shape] for buffer in (*fused.inputs[:2], fused.accumulator))
+        if not all(isinstance(size, int) for size in (image[3], *weights)):
+            raise Unfusable("channels or taps known only at run time")
+        self.images, self.channels, self.taps = image[0], image[3], weights[:2]
         if not fused.core["groups"] == self.channels == dims[-1]:
             raise Unfusable("not depthwise")
         self.types = tuple(str(buffer.ty.dtype) for buffer in (*fused.inputs[:2], fused.accumulator))
@@ -86,11 +88,19 @@ class Depthwise(Product):
             raise Unfusable(f"depthwise convolution of {self.types[0]} and {self.types[1]} as {self.types[2]}")
         core = fused.core
         self.strides, self.dilation, (top, left, _, _) = core["strides"], core["dilation"], core["padding"]
-        self.row_dims, self.m, self.n, self.sum = dims[:-1], math.prod(dims[:-1]), dims[-1], ctype(self.types[2])
-        self.source = f"tc::Channels<{', '.join(map(str, (*image[1:], *dims[1:3], *self.taps, *self.strides, top, left, *self.dilation)))}>"
+        self.row_dims, self.m, self.n, self.sum = dims[:-1], times(dims[:-1]), dims[-1], ctype(self.types[2])
+        #: heights and widths of image and result, and whether those and the number of images are known
+        self.extents, self.fixed = (*image[1:3], *dims[1:3]), all(isinstance(size, int) for size in (*image, *dims))
+        fixed, window = self.extents if self.fixed else (), (*self.taps, *self.strides, top, left, *self.dilation)
+        parts = (*fixed[:2], self.channels, *fixed[2:], *window)
+        self.source = f"tc::{'' if self.fixed else 'Open'}Channels<{', '.join(map(str, parts))}>"
+        #: images, rows and columns of the result that are to be expected
+        self.batch, self.high, self.wide = (max(1, known.typical(size)) for size in dims[:3])
         #: bytes that have to move: image, weights and result, and those of one number of the image
         buffers = (*fused.inputs[:2], fused.output, *self.copies)
-        self.moved = sum(math.prod(int(dim) for dim in buffer.shape) * numpy_dtype(str(buffer.ty.dtype)).itemsize for buffer in buffers)
+        self.moved = sum(
+            known.typical(times([simplified(dim) for dim in buffer.shape])) * numpy_dtype(str(buffer.ty.dtype)).itemsize for buffer in buffers
+        )
         self.number_bytes = numpy_dtype(self.types[0]).itemsize
         if math.prod(self.taps) > _MOST_TAPS or max(self.reach(1, 1)) > _MOST_REACH:
             raise Unfusable(f"{self.taps[0]} x {self.taps[1]} taps of a depthwise convolution")
@@ -103,7 +113,6 @@ class Depthwise(Product):
 
     def space(self) -> Sequence[DepthwiseSchedule]:
         """Tiles whose sums fit the registers, and no larger than the result."""
-        high, wide = self.row_dims[1:]
         return [
             DepthwiseSchedule(rows, columns, channels)
             for channels in (16, 8, 4, 2, 1)
@@ -112,15 +121,14 @@ class Depthwise(Product):
             if self.channels % channels == 0
             and channels * self.number_bytes <= _LOAD_BYTES
             and rows * columns * channels <= _MOST_SUMS
-            and rows < 2 * high
-            and columns < 2 * wide
+            and rows < 2 * self.high
+            and columns < 2 * self.wide
             and max(self.reach(rows, columns)) <= _MOST_REACH
         ]
 
     def threads(self, tile: DepthwiseSchedule) -> int:
-        """Threads that have something to do."""
-        high, wide = self.row_dims[1:]
-        return self.batch * math.ceil(high / tile.high) * math.ceil(wide / tile.wide) * self.channels // tile.channels
+        """Threads that have something to do, of the image that is to be expected."""
+        return self.batch * math.ceil(self.high / tile.high) * math.ceil(self.wide / tile.wide) * self.channels // tile.channels
 
     def predicted_cycles(self, tile: DepthwiseSchedule) -> float:
         """Cycles: of memory, or of waves of threads, each as slow as the slowest of instructions, first-level cache and one thread alone."""
@@ -136,7 +144,7 @@ class Depthwise(Product):
         alone = _ISSUE * instructions + _LOAD_LATENCY * math.ceil(loads * tile.channels * self.number_bytes / _IN_FLIGHT)
         memory = self.moved / (self.target.bandwidth_gbs / self.target.frequency_ghz)
         cycles = max(memory, waves * (max(instructions * resident / 128, cached, alone) + _BLOCK_LATENCY))
-        sizes = {"batch": self.batch, "m": self.m, "k": taps, "n": self.channels, "blocks": math.ceil(threads / THREADS)}
+        sizes = {"batch": self.batch, "m": self.batch * self.high * self.wide, "k": taps, "n": self.channels, "blocks": math.ceil(threads / THREADS)}
         return corrected(
             self.target,
             "depthwise",
@@ -154,21 +162,31 @@ class Depthwise(Product):
         """The tile of least predicted time."""
         return min(self.space(), key=self.predicted_cycles)
 
+    def variants(self) -> Sequence[tuple[DepthwiseSchedule, None]]:
+        """One tile, for the image that is to be expected: others differ by less than the tiles of products do."""
+        return ((self.best(), None),)
+
     def _product(self, tile: DepthwiseSchedule, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
         image, weights = (signature.name(buffer) for buffer in self.fused.inputs[:2])
         out = f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) for buffer in written)}}};"
-        sizes = f"{self.batch}, {tile.channels}, {tile.high}, {tile.wide}, {self.sum}"
-        place = f"blockIdx.x * {THREADS} + threadIdx.x"
-        lines = [out, f"tc::depthwise<{self.source}, {sizes}>({image}, {weights}, out, {place}, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{"]
+        sizes = f"{tile.channels}, {tile.high}, {tile.wide}, {self.sum}"
+        given = f"{image}, {weights}, out, blockIdx.x * {THREADS} + threadIdx.x, [&](int m, int n, {self.sum} sum) -> {kinds[0]} {{"
+        high, wide = blocks(self.extents[2], tile.high), blocks(self.extents[3], tile.wide)
+        if self.fixed:
+            lines = [out, f"tc::depthwise<{self.source}, {self.batch}, {sizes}>({given}"]
+        else:
+            opened = ", ".join(signature.size(size) for size in (self.images, high, wide))
+            extents = ", ".join(map(signature.size, self.extents))
+            lines = [out, f"const {self.source} image{{{extents}}};", f"tc::depthwise<{self.source}, {sizes}>(image, {opened}, {given}"]
         lines += [f"  {line}" for line in value] + ["});"]
         taps = "x".join(map(str, self.taps))
         return signature.kernel(
             lines,
-            grid=(-(-self.threads(tile) // THREADS), 1, 1),
+            grid=(blocks(times([self.images, high, wide, self.channels // tile.channels]), THREADS), 1, 1),
             threads=THREADS,
             shared_bytes=0,
             kind="depthwise",
-            workload=f"depthwise {self.m}x{self.channels}, {taps} taps, stride {self.strides[0]}, {self.types[0]}",
+            workload=f"depthwise {shown(self.m)}x{self.channels}, {taps} taps, stride {self.strides[0]}, {self.types[0]}",
             schedule=str(tile),
         )

@@ -32,18 +32,20 @@ template <int H_, int W_, int C_, int OH_, int OW_, int KH_, int KW_, int SH_, i
   static constexpr int H = H_, W = W_, C = C_, OH = OH_, OW = OW_, KH = KH_, KW = KW_, SH = SH_, SW = SW_, TOP = TOP_, LEFT = LEFT_, DH = DH_, DW = DW_;
 };
 
-// Number `thread` of N x ceil(OH / TH) x ceil(OW / TW) x C / V, channels fastest, so that a warp reads neighbours. Rows of the image that the TH outputs share are read once, and so
-// are the columns of a row that the TW outputs share. All loops are unrolled: what a tap is not for is decided at compile time.
-// out [pixels][C] = value(pixel, channel, sum).
-template <class I, int N, int V, int TH, int TW, class Sum, class X, class Weight, class Out, class Value>
-TC_DEVICE void depthwise(const X* __restrict__ x, const Weight* __restrict__ w, const Out& out, int thread, const Value& value) {
-  constexpr int PER_ROW = I::C / V, WIDE = (I::OW + TW - 1) / TW, HIGH = (I::OH + TH - 1) / TH;
+// The same where the image's extent is known while running.
+template <int C_, int KH_, int KW_, int SH_, int SW_, int TOP_, int LEFT_, int DH_, int DW_> struct OpenChannels {
+  static constexpr int C = C_, KH = KH_, KW = KW_, SH = SH_, SW = SW_, TOP = TOP_, LEFT = LEFT_, DH = DH_, DW = DW_;
+  int H, W, OH, OW;
+};
+
+// TH x TW outputs from (oh, ow) of image n on, V channels from c on. Rows of the image that the TH outputs share are read once, and so are the columns of a row that the TW outputs share. All loops are
+// unrolled: what a tap is not for is decided at compile time. out [pixels][C] = value(pixel, channel, sum).
+template <class I, int V, int TH, int TW, class Sum, class X, class Weight, class Out, class Value>
+TC_DEVICE void depthwise_tile(const I& image, const X* __restrict__ x, const Weight* __restrict__ w, const Out& out, int n, int oh, int ow, int c, const Value& value) {
   constexpr int ROWS = (TH - 1) * I::SH + (I::KH - 1) * I::DH + 1, COLUMNS = (TW - 1) * I::SW + (I::KW - 1) * I::DW + 1;
-  if (thread >= N * HIGH * WIDE * PER_ROW) return;
-  const int c = thread % PER_ROW * V, ow = thread / PER_ROW % WIDE * TW, oh = thread / (PER_ROW * WIDE) % HIGH * TH, n = thread / (PER_ROW * WIDE * HIGH);
   const int top = oh * I::SH - I::TOP, left = ow * I::SW - I::LEFT;
   // one address for all pixels of a thread, which are constant distances from it; outside of the image it is not read
-  const X* const first = x + ((ptrdiff_t)(n * I::H + top) * I::W + left) * I::C + c;
+  const X* const first = x + ((ptrdiff_t)(n * image.H + top) * image.W + left) * I::C + c;
   const Weight* const own = w + c;
   Several<Weight, V> taps[I::KH][I::KW];
   Sum sums[TH][TW][V] = {};
@@ -60,7 +62,7 @@ TC_DEVICE void depthwise(const X* __restrict__ x, const Weight* __restrict__ w, 
         for (int k = 0; k < I::KW; ++k) taps[kh / I::DH][k] = *reinterpret_cast<const Several<Weight, V>*>(own + (kh / I::DH * I::KW + k) * I::C);
     }
     if (!used) continue;
-    const bool inside = (unsigned)(top + i) < (unsigned)I::H;
+    const bool inside = (unsigned)(top + i) < (unsigned)image.H;
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
       bool read = false;
@@ -68,7 +70,7 @@ TC_DEVICE void depthwise(const X* __restrict__ x, const Weight* __restrict__ w, 
       for (int u = 0; u < TW; ++u) read = read || (j >= u * I::SW && (j - u * I::SW) % I::DW == 0 && (j - u * I::SW) / I::DW < I::KW);
       if (!read) continue;
       Several<X, V> pixel = {};
-      if (inside && (unsigned)(left + j) < (unsigned)I::W) pixel = *reinterpret_cast<const Several<X, V>*>(first + (i * I::W + j) * I::C);
+      if (inside && (unsigned)(left + j) < (unsigned)image.W) pixel = *reinterpret_cast<const Several<X, V>*>(first + (i * image.W + j) * I::C);
 #pragma unroll
       for (int u = 0; u < TW; ++u) {
         const int kw = j - u * I::SW;
@@ -87,10 +89,26 @@ TC_DEVICE void depthwise(const X* __restrict__ x, const Weight* __restrict__ w, 
   for (int t = 0; t < TH; ++t)
 #pragma unroll
     for (int u = 0; u < TW; ++u) {
-      if (oh + t >= I::OH || ow + u >= I::OW) continue;
-      const int pixel = (n * I::OH + oh + t) * I::OW + ow + u;
+      if (oh + t >= image.OH || ow + u >= image.OW) continue;
+      const int pixel = (n * image.OH + oh + t) * image.OW + ow + u;
       put_channels<V>(out, (size_t)pixel * I::C + c, [&](int v) { return value(pixel, c + v, sums[t][u][v]); });
     }
+}
+
+// Number `thread` of N x ceil(OH / TH) x ceil(OW / TW) x C / V, channels fastest, so that a warp reads neighbours.
+template <class I, int N, int V, int TH, int TW, class Sum, class X, class Weight, class Out, class Value>
+TC_DEVICE void depthwise(const X* __restrict__ x, const Weight* __restrict__ w, const Out& out, int thread, const Value& value) {
+  constexpr int PER_ROW = I::C / V, WIDE = (I::OW + TW - 1) / TW, HIGH = (I::OH + TH - 1) / TH;
+  if (thread >= N * HIGH * WIDE * PER_ROW) return;
+  const int c = thread % PER_ROW * V, ow = thread / PER_ROW % WIDE * TW, oh = thread / (PER_ROW * WIDE) % HIGH * TH, n = thread / (PER_ROW * WIDE * HIGH);
+  depthwise_tile<I, V, TH, TW, Sum>(I{}, x, w, out, n, oh, ow, c, value);
+}
+// The same for sizes that are known while running: high x wide tiles of each of so many images; they are int or Size.
+template <class I, int V, int TH, int TW, class Sum, class High, class Wide, class X, class Weight, class Out, class Value>
+TC_DEVICE void depthwise(const I& image, int images, const High& high, const Wide& wide, const X* __restrict__ x, const Weight* __restrict__ w, const Out& out, int thread, const Value& value) {
+  constexpr int PER_ROW = I::C / V;
+  const int column = thread / PER_ROW, row = column / wide, n = row / high;
+  if (n < images) depthwise_tile<I, V, TH, TW, Sum>(image, x, w, out, n, row % high * TH, column % wide * TW, thread % PER_ROW * V, value);
 }
 
 }  // namespace tc
