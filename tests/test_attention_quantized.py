@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
 import tcompile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from machines import HASWELL, runnable
 from onnx import TensorProto, helper
 from tcompile.compiler.dialect.attention import reference as attention_reference
@@ -116,9 +120,9 @@ def cached(scales, zeros=None, queries=1, heads=4, groups=2, block=False):
     inputs = [helper.make_tensor_value_info("q", TensorProto.FLOAT, (2, heads, queries, depth))]
     inputs += [helper.make_tensor_value_info(name, kind, (2, heads // groups, keys, depth)) for name in "kv"]
     nodes, constants = [], []
-    for side, *given in zip("kv", scales, zeros or (None, None), strict=True):
+    for side, *both in zip("kv", scales, zeros or (None, None), strict=True):
         names = [side]
-        for letter, array in zip("sz", given, strict=True):
+        for letter, array in zip("sz", both, strict=True):
             if array is None:
                 continue
             names.append(side + letter)
@@ -213,3 +217,27 @@ def test_decomposition_agrees_with_numpy():
     main = relax.VirtualMachine(relax.build(made, tvm.target.Target("llvm")), tvm.cpu())["main"]
     ours = main(*(tvm.runtime.tensor(array) for array in (q, k, v, *optional.values()))).numpy()
     np.testing.assert_allclose(ours, reference(q, k, v, optional, **attrs), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_become_floats_once_and_the_inner_loops_do_not_spill():
+    """Four heads share keys: their codes are widened in one loop, and multiplied in loops of nothing but multiply-adds."""
+    made = legalize(module(*operands(1, 4, 4, 1, 1024, 128, 128)), OWN)
+    ((_, func),) = [(variable, func) for variable, func in made.functions_items() if isinstance(func, tirx.PrimFunc)]
+    fused, template = analyze(own_dims(func)), AttentionCodes()
+    workload = template.workload(fused, frozenset())
+    func = template.build(fused, workload, template.space(workload, HASWELL)[0], HASWELL).func
+    code = tvm.compile(func.with_attr("global_symbol", "f"), target=tvm_target(HASWELL), tir_pipeline=TIR_PIPELINE).mod.inspect_source("asm")
+    loops = [re.split(r"\n\tj", block)[0] for block in re.split(r"\n\.LBB", code)]
+    multiplied = [block for block in loops if len(re.findall(r"vfmadd\w+ps.*%ymm", block)) >= 16 and "vsubps" not in block]
+    assert len(multiplied) >= 3 and not any(re.search(r"\(%rsp\).*%ymm", block) or "vcvt" in block or "call" in block for block in multiplied)
+    assert any("vpmovsxbd" in block and "vcvtdq2ps" in block for block in loops)
+
+
+@pytest.mark.networks
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 2), st.sampled_from([(1, 1), (4, 2), (6, 6)]), st.integers(1, 8), st.integers(1, 200), st.sampled_from([16, 48, 128]), st.sampled_from([16, 80]),
+    st.tuples(*[st.sampled_from([4, 8])] * 2), st.sets(st.sampled_from(OPTIONAL)), st.booleans(),
+)  # fmt: skip
+def test_any_sizes(batch, heads, queries, keys, depth, width, bits, given, signed):
+    check(operands(batch, *heads, queries, keys, depth, width, bits, [name for name in OPTIONAL if name in given], signed), HASWELL)

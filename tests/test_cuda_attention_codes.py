@@ -6,8 +6,12 @@ import re
 import shutil
 
 import numpy as np
+import onnx
 import pytest
-from cuda_models import compiled, emulation, program_of, run, templates
+import tcompile
+from cuda_models import artifact_of, compiled, emulation, program_of, run, templates
+from onnx_microsoft import build as build_node
+from onnx_microsoft import floats
 from tcompile.compiler.dialect.attention_quantized import OPTIONAL, attention_quantized, reference
 from tcompile.targets.cuda.machines import MACHINES
 from test_attention_quantized import SIDES, operands
@@ -131,3 +135,17 @@ def test_open_batch_and_keys():
         (out,), exact = model(q, k, v, *optional.values()), reference(q, k, v, optional, **attrs)
         assert np.abs(out - exact).max() / np.abs(exact).max() <= 6e-6
     assert {row["template"] for row in lowered.report["kernels"]} == {"attention codes", "sums"}
+
+
+def test_a_decoding_step_over_a_quantized_cache_agrees_with_the_cpu():
+    """ONNX Runtime's operator from import on: new keys become codes, which join the cache, which the kernel reads."""
+    cache = [np.random.default_rng(seed).integers(0, 256, (2, 2, 9, 8)).astype("uint8") for seed in (3, 4)]
+    scales = [np.random.default_rng(seed).uniform(0.2, 0.4, (1, 2, 1, 16)).astype("float32") for seed in (5, 6)]
+    inputs = [floats(2, 1, 64), floats(2, 1, 32, seed=1), floats(2, 1, 32, seed=2), *cache, np.array([6, 8], "int32"), np.array(9, "int32")]
+    kinds = dict.fromkeys("kv", onnx.TensorProto.UINT8)
+    attributes = {"num_heads": 4, "kv_num_heads": 2, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 4}
+    model, feeds = build_node("GroupQueryAttention", [*inputs, *[None] * 5, *scales], "y k v", constant=(6, 12, 13), kinds=kinds, **attributes)
+    artifact = artifact_of(model)
+    assert "attention codes" in templates(artifact)
+    for ours, theirs in zip(emulation(artifact)(*feeds.values()), tcompile.compile(model)(**feeds), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ import torch
 from cuda_models import RUNNERS, emulation
 
 P, T = 300, 20
+OPEN = {"q": "8x1x32", "ks": f"4x{T}x32", "vs": f"4x{T}x32"}
 
 
 class Shared(torch.nn.Module):
@@ -72,6 +73,16 @@ def test_what_is_left(mask, given, reason):
     model, step = compiled(module, given)
     assert not step["matches"] and (not reason or reason in step["notes"][0])
     np.testing.assert_allclose(model(*given), module(*given).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_open_batch():
+    """Worth it at the size that is to be expected; right at all others."""
+    model = tcompile.compile(Shared().eval(), example_inputs=inputs(), shapes={name: f"1..8..16x{rest}" for name, rest in OPEN.items()})
+    (step,) = [step for step in model.report()["passes"] if step["name"] == "shared-prefix"]
+    assert step["matches"] == {"attention": 1}
+    for batch in (1, 5):
+        given = inputs(batch)
+        np.testing.assert_allclose(model(*given), Shared()(*given).numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation of a GPU needs g++")

@@ -50,6 +50,8 @@ def codes_of(graph: Graph, operand: Any) -> Codes | Miss | None:
             scales.append(_along(args[1], axis))
             expr, zero = args[0], _along(args[2], axis)
         elif name in ("astype", "reshape") and graph.same_dims(shape(args[0]) or (), dims):
+            if "int" in str(expr.ty.dtype) and str(args[0].ty.dtype) not in _INTEGERS:
+                return None  # a float that is cut off
             expr = args[0]
         else:
             break

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...compiler.dialect.attention import NAME, SWAPPED, AttentionAttrs, AttentionDims, attention, attrs_of, dims_of
-from ...compiler.program import Program
+from ...compiler.program import DimRange, Program
 from ...compiler.tvm import is_constant, mutator, relax, tirx
 from ..base import Pass, PassContext
 from .graph import Graph, is_unit, scalar, shape
@@ -50,7 +50,7 @@ class SharedPrefix(Pass):
             call = binding.value
             if not isinstance(call, relax.Call) or graph.name(call) != NAME:
                 continue
-            found = _site(graph, call)
+            found = _site(graph, call, program)
             if isinstance(found, Miss):
                 context.note(f"attention at '{program.origins.get(binding.var.name, binding.var.name)}' copies its shared prefix: {found.reason}")
             elif found is not None:
@@ -61,7 +61,7 @@ class SharedPrefix(Pass):
         return program.with_module(relax.transform.DeadCodeElimination()(_Rewriter(program.module, graph, sites).apply()))
 
 
-def _site(graph: Graph, call: Any) -> _Site | Miss | None:
+def _site(graph: Graph, call: Any, program: Program) -> _Site | Miss | None:
     attrs, parts = attrs_of(call), []
     for operand, layout in zip(call.args[1:3], attrs.layouts[1:3], strict=True):
         found = _parts(graph, operand, layout)
@@ -71,8 +71,8 @@ def _site(graph: Graph, call: Any) -> _Site | Miss | None:
     (kp, ks), (vp, vs) = parts
     dims = dims_of(*(shape(arg) or () for arg in call.args[:3]), attrs.layouts)
     length = (shape(kp) or [])[2 if attrs.layouts[1] == "BHSD" else 1]
-    if not isinstance(length, tirx.IntImm) or not isinstance(dims.batch, tirx.IntImm):
-        return Miss("its length or the batch is known only at run time")
+    if not isinstance(length, tirx.IntImm):
+        return Miss("its length is known only at run time")
     if attrs.received or attrs.logsum or attrs.dtype not in ("", "float32") or str(call.args[0].ty.dtype) != "float32":
         return Miss("further results, or other types than float32")
     if attrs.window != (None, None):
@@ -80,7 +80,7 @@ def _site(graph: Graph, call: Any) -> _Site | Miss | None:
     mask = _behind(graph, call.args[3], int(length), attrs) if len(call.args) == 4 else None
     if isinstance(mask, Miss):
         return mask
-    if not _pays(dims, int(length)):
+    if not _pays(dims, int(length), program):
         return Miss("too short, or too few sequences, to be worth a join")
     return _Site(call, (kp, vp), (ks, vs), mask, int(length))
 
@@ -131,13 +131,22 @@ def _number(graph: Graph, expr: Any) -> float | None:
     return _number(graph, call.args[1 if name == "full" else 0])
 
 
-def _pays(dims: AttentionDims, length: int) -> bool:
+def _pays(dims: AttentionDims, length: int, program: Program) -> bool:
     """Keys and values of the prefix that are no longer read again and again, against results and sums that are written, read and joined."""
-    batch, queries = int(dims.batch), int(dims.queries) if isinstance(dims.queries, tirx.IntImm) else 128
-    kv_heads, heads, depth, width = (int(dim) if isinstance(dim, tirx.IntImm) else 1 for dim in (dims.kv_heads, dims.heads, dims.depth, dims.width))
+    batch, heads, kv_heads, queries, depth, width = (
+        _expected(program, dim) for dim in (dims.batch, dims.heads, dims.kv_heads, dims.queries, dims.depth, dims.width)
+    )
     saved = 4 * (batch - 1) * kv_heads * length * (depth + width)
     joined = 4 * batch * heads * queries * (2 * depth + 5 * width)
-    return batch > 1 and saved > _GAIN * joined + _LEAST
+    return saved > _GAIN * joined + _LEAST
+
+
+def _expected(program: Program, dim: Any) -> int:
+    """A size, of one that is open that which schedules are chosen for."""
+    if isinstance(dim, tirx.IntImm):
+        return int(dim)
+    bounds = program.dims.get(getattr(dim, "name", ""), DimRange())
+    return bounds.min if bounds.opt is None else bounds.opt
 
 
 @mutator
