@@ -65,6 +65,11 @@ class Layer:
         """Operations per byte."""
         return self.flops / self.bytes if self.bytes else 0.0
 
+    @property
+    def picks(self) -> bool:
+        """An operand is read in parts that the data choose."""
+        return any("relax." + name in _GATHERS or name == grouped.NAME for name in self.operators)
+
 
 def default_size(bounds: DimRange) -> int:
     """The size that a symbolic dim is evaluated at: its `opt`, else the least positive one in its range."""

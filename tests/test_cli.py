@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import onnx
 import onnx_models
 import pytest
 import tcompile
@@ -125,8 +126,6 @@ def test_tables_are_compact(call):
 def test_peers_that_cannot(call, folder):
     code, _, err = call("bench", "mlp.onnx", "--against", "onnxruntime,torch")
     assert code == 2 and ".pt2" in err and "torch.export.save" in err and "--model" in err
-    import onnx
-
     twice = onnx.load(str(folder / "mlp.onnx"))
     for node in twice.graph.node:
         node.name = "same"  # which onnxruntime does not take
@@ -140,6 +139,15 @@ def test_bench_with_a_file_for_each_peer(call, folder):
     torch.export.save(torch.export.export(torch.nn.Linear(4, 3).eval(), (torch.ones(2, 4),)), str(folder / "linear.pt2"))
     code, out, _ = call("bench", "linear.pt2", "--against", "torch", "--rounds", "1", "--json")
     assert code == 0 and set(json.loads(out)["results"]) == {"tcompile", "torch"}
+
+
+def test_bench_counts_the_rows_that_are_picked(call, folder):
+    node = onnx.helper.make_node("Gather", ["w", "i"], ["y"], name="gather")
+    model = onnx_models.small([node], {"i": ([3], onnx.TensorProto.INT64)}, ["y"], {"w": np.zeros((5000, 7), "float32")})
+    onnx.save(model, folder / "table.onnx")
+    code, out, _ = call("bench", "table.onnx", "--layers", "9", "--rounds", "1", "--json")
+    kernels = [row for row in json.loads(out)["kernels"] if "gather" in row["nodes"]]
+    assert code == 0 and kernels and all(3 * 8 <= row["bytes"] < 1000 for row in kernels)
 
 
 def test_bench_sets_kernels_beside_the_roofline(call):

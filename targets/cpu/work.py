@@ -15,7 +15,7 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
     """Put "flops", "bytes" and "limit_us" into the rows of kernels, all calls together.
 
     layers: of the graph before it was lowered, whose arithmetic goes to the kernel that computes their node (to a template's rather than to a generic one). program: calls the
-    scheduled kernels. The limit is the larger of the times that arithmetic and traffic take at this machine's measured rates with `cores`; caches can beat that of the traffic.
+    scheduled kernels. A kernel that picks rows of a table moves those rows alone. The limit is the larger of the times that arithmetic and traffic take at this machine's measured rates with `cores`; caches can beat that of the traffic.
     """
     known = {name: default_size(bounds) for name, bounds in program.dims.items()} | dict(sizes)
     moved: dict[str, int] = {}
@@ -30,6 +30,8 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
     for row in rows:
         mine = [layer for layer in layers if owner.get(layer.name) == row["kernel"]]
         row["flops"], row["bytes"] = sum(layer.flops for layer in mine), moved.get(row["kernel"], 0)
+        if any(layer.picks for layer in mine):
+            row["bytes"] = min(row["bytes"], sum(layer.bytes for layer in mine))
         kind = "int8" if " u8s8 " in row["workload"] else "bfloat16" if " bf16 " in row["workload"] else "float32"
         seconds = max(row["flops"] / (operations_per_second(kind) * cores), row["bytes"] / bytes_per_second())
         row["limit_us"] = round(seconds * 1e6, 2)
