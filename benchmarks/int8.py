@@ -3,6 +3,8 @@
 python benchmarks/int8.py prepare DIR [NAME ...]     compile ours and write the peers' models
 python benchmarks/int8.py time DIR [--rounds 10]     time what is there; prints a Markdown table
 
+Weights are what `--quantize int8` makes of normally distributed ones for the target: of 7 bits without VNNI, for the peers, too.
+
 GEMM: u8 x s8, scale and bias to float32 (onnxruntime: MatMulIntegerToFloat). Convolution: u8 x s8, bias, ReLU, requantised to u8 (onnxruntime: QLinearConv).
 """
 
@@ -27,6 +29,7 @@ from tcompile.compiler.runtime import load
 from tcompile.compiler.timing import interleaved
 from tcompile.compiler.tvm import relax
 from tcompile.passes.quantization.formats import GroupedInt
+from tcompile.passes.quantization.integers import weight_codes
 from tcompile.targets.base import Target
 
 op = relax.op
@@ -48,8 +51,8 @@ CONVOLUTIONS = {
 }
 
 
-def codes(*shape: int) -> np.ndarray:
-    return RNG.integers(-127, 128, shape).astype(np.int8)
+def codes(bits: int, *shape: int) -> np.ndarray:
+    return weight_codes(RNG.standard_normal(shape).astype(np.float32), bits).codes
 
 
 def constant(array: np.ndarray) -> Any:
@@ -84,8 +87,8 @@ def peer(nodes: list[Any], shape: tuple[int, ...], kind: int, out: int, weights:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
-def gemm(m: int, k: int, n: int) -> Contest:
-    w, scale, bias = codes(k, n), RNG.uniform(1e-5, 1e-4, n).astype(np.float32), RNG.standard_normal(n).astype(np.float32)
+def gemm(bits: int, m: int, k: int, n: int) -> Contest:
+    w, scale, bias = codes(bits, k, n), RNG.uniform(1e-5, 1e-4, n).astype(np.float32), RNG.standard_normal(n).astype(np.float32)
     real = w.astype(np.float32) * scale
 
     def integer(emit: Any, x: Any) -> Any:
@@ -95,11 +98,11 @@ def gemm(m: int, k: int, n: int) -> Contest:
     def floats(emit: Any, x: Any) -> Any:
         return op.add(emit(op.matmul(x, constant(real))), constant(bias))
 
-    def weight_only(bits: int) -> Callable[[Any, Any], Any]:
-        made = GroupedInt(bits, 64)
+    def weight_only(short: int) -> Callable[[Any, Any], Any]:
+        made = GroupedInt(short, 64)
         encoded = made.encode(real)
         packed, scales = constant(made.pack(encoded.codes)), constant(encoded.scale[:, 0])
-        return lambda emit, x: op.add(emit(weight_only_matmul(x, packed, scales, bits=bits, group=64)), constant(bias))
+        return lambda emit, x: op.add(emit(weight_only_matmul(x, packed, scales, bits=short, group=64)), constant(bias))
 
     one = np.float32(1)
     integers = peer(
@@ -115,8 +118,8 @@ def gemm(m: int, k: int, n: int) -> Contest:
     return Contest((m, k), ours, {"ort int8": integers, "ort fp32": float_peer})
 
 
-def convolution(size: int, ci: int, co: int, k: int, stride: int, pad: int, groups: int) -> Contest:
-    w, scale = codes(co, ci // groups, k, k), RNG.uniform(1e-5, 1e-4, co).astype(np.float32)
+def convolution(bits: int, size: int, ci: int, co: int, k: int, stride: int, pad: int, groups: int) -> Contest:
+    w, scale = codes(bits if groups < ci else 8, co, ci // groups, k, k), RNG.uniform(1e-5, 1e-4, co).astype(np.float32)
     bias = RNG.integers(-5000, 5000, co).astype(np.int32)
     real = w.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
     shape = (1, size, size, ci)
@@ -151,13 +154,14 @@ def convolution(size: int, ci: int, co: int, k: int, stride: int, pad: int, grou
     return Contest(shape, {"int8": ("uint8", integer), "fp32": ("float32", floats)}, {"ort int8": integers, "ort fp32": float_peer})
 
 
-def contests() -> dict[str, Callable[[], Contest]]:
-    found: dict[str, Callable[[], Contest]] = {f"gemm {m}x{k}x{n}": lambda size=(m, k, n): gemm(*size) for m, k, n in GEMMS}
-    return found | {name: lambda numbers=numbers: convolution(*numbers) for name, numbers in CONVOLUTIONS.items()}
+def contests(bits: int) -> dict[str, Callable[[], Contest]]:
+    """By name; bits: of integer weights."""
+    found: dict[str, Callable[[], Contest]] = {f"gemm {m}x{k}x{n}": lambda size=(m, k, n): gemm(bits, *size) for m, k, n in GEMMS}
+    return found | {name: lambda numbers=numbers: convolution(bits, *numbers) for name, numbers in CONVOLUTIONS.items()}
 
 
 def prepare(folder: Path, names: list[str], target: Target) -> None:
-    for name, make in contests().items():
+    for name, make in contests(8 if "int8" in target.formats else 7).items():
         if names and not any(text in name for text in names):
             continue
         place = folder / name.replace("/", "_")

@@ -45,7 +45,8 @@ class Quantize(Pass):
     alone in groups of `group` along K: "w1" .. "w8", by their bits; "w4a8" or "w4fp8", of any bits, by activations of int8 or float8_e4m3fn with a scale per row, found while the model runs. observer: how the range of an activation is found, "minmax" | "percentile" | "mse"; for fp8 also "dynamic", which
     it is without calibration data: a scale per row of a matrix product, or image of a convolution, found while the model runs. smooth: 0 (off) .. 1, how much of the activations' spread moves
     into the weights (SmoothQuant). max_drop, metric: the loss up to which layers are quantized, those with the most loss first left in float32; None: the compilation's own
-    limit. skip: layers (node names) to leave in float32.
+    limit. weight_bits: of int8's weights, 8, or 7 for CPUs without VNNI, whose `vpmaddubsw` adds products of 8 bits inexactly and is therefore not used for them; None: 7 on such CPUs.
+    skip: layers (node names) to leave in float32.
     """
 
     name: ClassVar[str] = "quantize"
@@ -58,6 +59,7 @@ class Quantize(Pass):
     smooth: float = 0.0
     group: int = 32
     symmetric: bool = True
+    weight_bits: int | None = None
     max_drop: float | None = None
     metric: str | None = None
     skip: tuple[str, ...] = ()
@@ -75,6 +77,8 @@ class Quantize(Pass):
             raise UsageError(f"quantize: smooth must be within 0..1, not {self.smooth}")
         if self.group < 2 or self.group % 2:
             raise UsageError(f"quantize: group must be an even number of weights, not {self.group}")
+        if self.weight_bits not in (None, 7, 8):
+            raise UsageError(f"quantize: weight_bits must be 7 or 8, not {self.weight_bits}")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise UsageError(f"quantize: max_drop must be a loss of at least 0, not {self.max_drop}")
         if self.metric is not None:
@@ -88,7 +92,12 @@ class Quantize(Pass):
             self._note_activations(context)
             return quantize_weights(program, context, self.format, self.group, self.symmetric, self.skip)
         self._note_target(context)
-        return _Products(self, SCHEMES[self.format], program, context).run()
+        return _Products(self, self._scheme(context), program, context).run()
+
+    def _scheme(self, context: PassContext) -> Scheme:
+        if self.format != "int8":
+            return SCHEMES[self.format]
+        return Integers(self.weight_bits or (8 if "int8" in context.target.formats else 7))
 
     def _note_target(self, context: PassContext) -> None:
         """UsageError where a target cannot compute in the format; a note where nothing is faster there."""
@@ -98,9 +107,19 @@ class Quantize(Pass):
         if target.kind != "cpu" and (self.format, target.kind) != ("fp8", "cuda"):
             other = "w8 or w4" if self.format == "int8" else "int8"
             raise UsageError(f"quantize: target {target.text} computes in {', '.join(sorted(target.formats))}, not in {self.format}; try {other}")
-        held = "weights take" if self.format == "int8" else "its numbers are held in 16 bits, weights take"
-        rate = "bfloat16" if self.format == "fp8" and "bfloat16" in target.formats else "float32"
-        context.note(f"target {target.text} has no instruction for {self.format}: {held} half of the memory, products run at {rate}'s rate")
+        if self.format == "fp8":
+            rate = "bfloat16" if "bfloat16" in target.formats else "float32"
+            context.note(
+                f"target {target.text} has no instruction for fp8: its numbers are held in 16 bits, weights take half of the memory, products run at {rate}'s rate"
+            )
+        elif self.weight_bits == 8:
+            context.note(
+                f"target {target.text} has no VNNI: products by weights of 8 bits run at float32's rate; those by weight_bits=7 take less than half of its time"
+            )
+        else:
+            context.note(
+                f"target {target.text} has no VNNI: weights are rounded to 7 bits, by which it multiplies exactly in less than half of float32's time; weight_bits=8 keeps 8"
+            )
 
     def _note_activations(self, context: PassContext) -> None:
         """The same of the activations beside weights in few bits."""

@@ -177,7 +177,7 @@ class RowWords:
 
 
 def pack_conv(weight: np.ndarray, groups: int, nr: int, row: RowWords) -> np.ndarray:
-    """[kh, kw, Ci / groups, Co] -> [groups * ceil(Co / groups / nr), kh, words of a row, nr], zero filled."""
+    """[kh, kw, Ci / groups, Co] -> [groups * ceil(Co / groups / nr), kh, words of a row, nr], zero filled; nr words as many times as the dot product has parts."""
     kh, kw, ci, co = weight.shape
     per_group, dot = co // groups, row.dot
     panels = -(-per_group // nr)
@@ -189,7 +189,7 @@ def pack_conv(weight: np.ndarray, groups: int, nr: int, row: RowWords) -> np.nda
         section = np.zeros((groups, panels, kh, dot.words(count * ci) * dot.group, nr), weight.dtype)
         section[..., : count * ci, :] = split[:, :, :, first : first + count].reshape(groups, panels, kh, count * ci, nr)
         sections.append(dot.pack_words(section.reshape(groups, panels, kh, -1, dot.group, nr)))
-    return np.ascontiguousarray(np.concatenate(sections, axis=3).reshape(groups * panels, kh, row.total, nr))
+    return np.ascontiguousarray(np.concatenate(sections, axis=3).reshape(groups * panels, kh, row.total, nr * dot.parts))
 
 
 def unflatten(index: Any, extents: list[Any]) -> list[Any]:

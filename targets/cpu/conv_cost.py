@@ -35,7 +35,7 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
                     steps = rows_of_taps * words * count * times
                     busy = live * columns * dot.instructions / target.fma_per_cycle
                     fma += steps * busy
-                    load += steps * (live * dot.broadcast_loads + columns) / 2.0
+                    load += steps * (live * dot.broadcast_loads + columns * dot.parts) / 2.0
                     latency += steps * max(4.0, busy)
     repeats = n * workload.groups
     # loop set-up, the row's address arithmetic and the epilogue cost about this many cycles per tile

@@ -35,8 +35,9 @@ from .conv_common import (
     vector_lanes,
 )
 from .conv_cost import direct_features
-from .dot import dot_for, vector
+from .dot import dot_for
 from .emit import Accumulators, kernel, register_tiles, store_tile, tasks
+from .short_sums import with_sums
 from .template import Kernel, Packing
 
 
@@ -56,14 +57,15 @@ class ConvDirect:
     name = "conv_direct"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
-        return along_the_width(conv_workload(fused, constants))
+        workload = conv_workload(fused, constants)
+        return with_sums(along_the_width(workload), fused, constants, workload.ci_group)
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[DirectSchedule]:
         lanes = vector_lanes(max(workload.co_group, dot_for(workload.kind, target).min_lanes()), target)
         vectors = -(-workload.co_group // lanes)
         most = workload.out_w or 14
         found = []
-        for pixels, nv in register_tiles(target, (1, 2, 3, 4), vectors):
+        for pixels, nv in register_tiles(target, (1, 2, 3, 4), vectors, dot_for(workload.kind, target)):
             if pixels <= most:
                 found += [DirectSchedule(pixels, nv, lanes, rows) for rows in row_chunks(workload.out_h)]
         return found
@@ -77,7 +79,7 @@ class ConvDirect:
         nr = schedule.nv * schedule.lanes
         dot = dot_for(workload.kind, target)
         row = RowWords(workload, schedule.pixels, dot)
-        shape = (workload.groups * -(-workload.co_group // nr), workload.kh, row.total, nr)
+        shape = (workload.groups * -(-workload.co_group // nr), workload.kh, row.total, nr * dot.parts)
         turned = (workload.kh, workload.kw, workload.ci_group, workload.co)
         # the sections of a row depend on where its tiles end
         key = f"conv{nr}g{workload.groups}{'' if not dot.grouped else dot.name if row.even else f'{dot.name}{row.runs}'}"
@@ -228,7 +230,7 @@ class _Tile:
         words, rest = divmod(count, dot.group)
 
         def weights(r: Any) -> list[Any]:
-            return [T.bind(self.kernel.panels[panel, kh, word + r, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(self.nv)]
+            return [dot.weights(lambda place: self.kernel.panels[panel, kh, word + r, place], self.kernel.nr, v, self.lanes) for v in range(self.nv)]
 
         def address(i: int) -> Callable[[Any], tuple[Any, ...]]:
             return lambda k: (start + k + T.int64(i * stride),)

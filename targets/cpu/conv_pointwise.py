@@ -14,6 +14,7 @@ from .dot import dot_for
 from .emit import Rows, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
 from .prefetch import panels_ahead
+from .short_sums import with_sums
 from .template import Kernel
 
 
@@ -26,7 +27,7 @@ class ConvPointwise:
         workload = conv_workload(fused, constants)
         if (workload.kh, workload.kw) != (1, 1) or any(workload.padding) or workload.groups > 1:
             raise Unfusable("not a plain 1x1 convolution")
-        return workload
+        return with_sums(workload, fused, constants)
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = vector_lanes(max(workload.co, dot_for(workload.kind, target).min_lanes()), target)

@@ -2,7 +2,7 @@
 
 A step reads one *word* of the activations, spread over all lanes, and one word of the weights per lane. float32: a word is an element. u8 x s8 and bfloat16: a word holds
 `group` consecutive k, and packed weights are int32 words, so that kernels index them exactly as floats, K / group of them. Integer products are exact in every case:
-`vpmaddubsw`, which adds pairs with saturation, is not used. Products of bfloat16 are exact too; their sums round to float32.
+`vpmaddubsw`, which adds pairs with saturation, is used for weights with which it cannot saturate (see short_sums.py). Products of bfloat16 are exact too; their sums round to float32.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def fma(a: Any, b: Any, c: Any, lanes: int) -> Any:
 class Dot:
     """One way to multiply and add.
 
-    name: "f32", "vnni" (vpdpbusd: 4 products a lane), "madd" (vpmaddwd, vpaddd: 2 products of 16 bit), "bf16" (vdpbf16ps: 2 products a lane) or "bf16fma" (the same by two
-    multiply-adds). group: consecutive k in a word. activation: element type of what is read. accumulator: type of a sum. instructions: per step of one accumulator.
-    weight_bytes: of one packed number. broadcast: loads that a word of the activations costs.
+    name: "f32", "vnni" (vpdpbusd: 4 products a lane), "madd" (vpmaddwd, vpaddd: 2 products of 16 bit), "pairs" (vpmaddubsw, vpmaddwd by ones, vpaddd: 4 products), "quads" (two
+    words, their vpmaddubsw added in 16 bits: 8 products), "bf16" (vdpbf16ps: 2 products a lane) or "bf16fma" (the same by two multiply-adds). group: consecutive k of a step.
+    activation: element type of what is read. accumulator: type of a sum. instructions: multiplications per step of one accumulator. weight_bytes: of one packed number.
+    broadcast_loads: loads that a word of the activations costs. parts: words of 4 bytes of a step; where there are several, `read`, `broadcast` and `weights` give tuples.
     """
 
     name: str
@@ -50,6 +51,22 @@ class Dot:
     instructions: int
     weight_bytes: int
     broadcast_loads: float = 1.0
+    parts: int = 1
+
+    @property
+    def kind(self) -> str:
+        """The kind of a product of u8 x s8 whose weights allow this."""
+        return f"u8s8/{self.name}"
+
+    @property
+    def scratch(self) -> int:
+        """Registers that a step takes beside sums, weights and a word of the activations: products and ones, and the second word."""
+        return {"pairs": 2, "quads": 4}.get(self.name, 0)
+
+    @property
+    def separate(self) -> bool:
+        """Products are added by instructions of their own."""
+        return self.name in ("madd", *_BY_BYTES)
 
     @property
     def grouped(self) -> bool:
@@ -86,33 +103,49 @@ class Dot:
         return -(-k // self.group)
 
     def read(self, x: Any, address: Callable[[Any], tuple[Any, ...]], k: Any) -> Any:
-        """The word of `group` elements of buffer x from `address(k)`, consecutive in memory."""
+        """The `group` elements of buffer x from `address(k)`, consecutive in memory."""
         *lead, last = address(k)
         if not self.grouped:
             return x[(*lead, last)]
-        return T.reinterpret(self._word_read, x[(*lead, vector(last, self.group))])
+        size = self.group // self.parts
+        words = tuple(
+            T.reinterpret(self._word_read, x[(*lead, vector(last + T.int64(part * size) if part else last, size))]) for part in range(self.parts)
+        )
+        return words if self.parts > 1 else words[0]
 
     def read_part(self, x: Any, address: Callable[[Any], tuple[Any, ...]], k: Any, count: int) -> Any:
-        """The word of the `count` < group elements from `address(k)`, nothing behind them read."""
-        kind, bits = self._word_read, self.activation_bits
-        word: Any = None
-        for position in range(count):
-            element = x[address(k + position)]
-            part = T.cast(T.reinterpret("uint16", element) if bits == 16 else element, kind)
-            part = part << T.cast(T.int32(bits * position), kind) if position else part
-            word = part if word is None else word | part
-        return word
+        """The same of `count` < group elements from `address(k)`, nothing behind them read."""
+        kind, bits, size = self._word_read, self.activation_bits, self.group // self.parts
+
+        def word(first: int) -> Any:
+            made: Any = None
+            for position in range(min(size, count - first)):
+                element = x[address(k + (first + position))]
+                part = T.cast(T.reinterpret("uint16", element) if bits == 16 else element, kind)
+                part = part << T.cast(T.int32(bits * position), kind) if position else part
+                made = part if made is None else made | part
+            return T.cast(T.int32(0), kind) if made is None else made
+
+        words = tuple(word(part * size) for part in range(self.parts))
+        return words if self.parts > 1 else words[0]
 
     @property
     def _word_read(self) -> str:
-        return "int32" if self.activation_bits * self.group == 32 else "uint16"
+        return "int32" if self.activation_bits * self.group >= 32 else "uint16"
+
+    def weights(self, row: Callable[[Any], Any], nr: int, v: int, lanes: int) -> Any:
+        """Vector v of a step's packed weights, `row(place)` reading where a row of nr columns is packed."""
+        words = tuple(T.bind(row(vector(T.int64(part * nr + v * lanes), lanes))) for part in range(self.parts))
+        return words if self.parts > 1 else words[0]
 
     def broadcast(self, word: Any, lanes: int) -> Any:
-        """The word on every lane, as `multiply_add` takes it."""
+        """What `read` gave on every lane, as `multiply_add` takes it, in registers."""
+        if self.parts > 1:
+            return tuple(T.bind(splat(part, lanes)) for part in word)
         if self.name == "madd":
             # pairs of bytes become pairs of 16 bit
-            return T.cast(T.reinterpret(f"uint8x{2 * lanes}", splat(word, lanes)), f"int16x{2 * lanes}")
-        return splat(word, lanes)
+            return T.bind(T.cast(T.reinterpret(f"uint8x{2 * lanes}", splat(word, lanes)), f"int16x{2 * lanes}"))
+        return T.bind(splat(word, lanes))
 
     def multiply_add(self, acc: Any, a: Any, b: Any, lanes: int) -> Any:
         """acc + a * b, or acc + the sum of the products of each lane's group."""
@@ -120,20 +153,21 @@ class Dot:
             return fma(a, b, acc, lanes)
         if self.name == "bf16":
             return T.call_pure_extern(_typed("float32", lanes), f"tcompile_dpbf16ps_{32 * lanes}", acc, a, b)
-        kind = _typed("int32", lanes)
+        kind, halves = _typed("int32", lanes), f"int16x{2 * lanes}"
         if self.name == "bf16fma":
             low, high = splat(T.int32(16), lanes), splat(T.int32(-65536), lanes)
             floats = _typed("float32", lanes)
             for half in (lambda word: word << low, lambda word: word & high):
                 acc = fma(T.reinterpret(floats, half(a)), T.reinterpret(floats, half(b)), acc, lanes)
             return acc
+        octets = f"int8x{4 * lanes}"
         if self.name == "vnni":
-            name = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256", 4: "llvm.x86.avx512.vpdpbusd.128"}[lanes]
-            octets = f"int8x{4 * lanes}"
-            return T.call_llvm_pure_intrin(kind, T.llvm_lookup_intrinsic_id(name), acc, T.reinterpret(octets, a), T.reinterpret(octets, b))
-        name = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[lanes]
-        halves = f"int16x{2 * lanes}"
-        return acc + T.call_llvm_pure_intrin(kind, T.llvm_lookup_intrinsic_id(name), T.reinterpret(halves, a), T.reinterpret(halves, b))
+            return _call(kind, _DPBUSD[lanes], acc, T.reinterpret(octets, a), T.reinterpret(octets, b))
+        if self.name in _BY_BYTES:
+            words = zip(a, b, strict=True) if self.parts > 1 else ((a, b),)
+            first, *others = (_call(halves, _MADDUBS[lanes], T.reinterpret(octets, x), T.reinterpret(octets, y)) for x, y in words)
+            return acc + _call(kind, _MADD[lanes], first + others[0] if others else first, splat(T.int16(1), 2 * lanes))
+        return acc + _call(kind, _MADD[lanes], T.reinterpret(halves, a), T.reinterpret(halves, b))
 
     def pair(self, low: Any, high: Any, lanes: int) -> Any:
         """The words of two vectors of float32 rounded to bfloat16, `low` first in k."""
@@ -144,12 +178,21 @@ class Dot:
         return T.reinterpret(_typed("int32", lanes), words)
 
     def pack_words(self, codes: np.ndarray) -> np.ndarray:
-        """codes: [..., W, group, N] (int8 or bfloat16; zero filled to whole groups) -> words [..., W, N]."""
+        """codes: [..., W, group, N] (int8 or bfloat16; zero filled to whole groups) -> words [..., W, N], or [..., W, parts * N]."""
         if not self.grouped:
             return codes[..., 0, :]
+        if self.parts > 1:
+            *lead, group, n = codes.shape
+            return packed_words(codes.reshape(*lead, self.parts, group // self.parts, n)).reshape(*lead, self.parts * n)
         return packed_words(codes.astype(np.int16) if self.name == "madd" else codes)
 
 
+#: dot products by `vpmaddubsw`
+_BY_BYTES = ("pairs", "quads")
+#: instructions by lanes of 32 bits
+_DPBUSD = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256", 4: "llvm.x86.avx512.vpdpbusd.128"}
+_MADD = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
+_MADDUBS = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw", 4: "llvm.x86.ssse3.pmadd.ub.sw.128"}
 #: lanes of the vectors for which `pair` has functions
 _PAIRED = (8, 16)
 
@@ -193,13 +236,20 @@ _BF16_LLVM = _bf16_functions()
 F32 = Dot("f32", "float32", "float32", 1, 1, 4)
 VNNI = Dot("vnni", "uint8", "int32", 4, 1, 1)
 MADD = Dot("madd", "uint8", "int32", 2, 2, 2, broadcast_loads=2.0)
+PAIRS = Dot("pairs", "uint8", "int32", 4, 2, 1)
+QUADS = Dot("quads", "uint8", "int32", 8, 3, 1, broadcast_loads=2.0, parts=2)
 BF16 = Dot("bf16", "bfloat16", "float32", 2, 1, 2)
 BF16_FMA = Dot("bf16fma", "bfloat16", "float32", 2, 2, 2, broadcast_loads=2.0)
 
 
-def integer_dot(target: Target) -> Dot:
-    """The exact u8 x s8 dot product of a machine."""
-    return VNNI if target.features & {"avx512vnni", "avxvnni"} else MADD
+def has_vnni(target: Target) -> bool:
+    """Whether four products of u8 x s8 are added to 32 bits by one instruction."""
+    return bool(target.features & {"avx512vnni", "avxvnni"})
+
+
+def integer_dot(target: Target, kind: str = "u8s8") -> Dot:
+    """The exact u8 x s8 dot product of a machine, for a kind that says what the weights allow."""
+    return VNNI if has_vnni(target) else next((dot for dot in (PAIRS, QUADS) if dot.kind == kind), MADD)
 
 
 def dot_kind(inputs: tuple[Any, ...], accumulator: Any) -> str:
@@ -218,7 +268,11 @@ def dot_for(kind: str, target: Target) -> Dot:
     """The dot product by which `target` computes a kind of `dot_kind`."""
     if kind == "bf16":
         return BF16 if "bfloat16" in target.formats else BF16_FMA
-    return F32 if kind == "f32" else integer_dot(target)
+    return F32 if kind == "f32" else integer_dot(target, kind)
+
+
+def _call(kind: str, name: str, *args: Any) -> Any:
+    return T.call_llvm_pure_intrin(kind, T.llvm_lookup_intrinsic_id(name), *args)
 
 
 def _typed(kind: str, lanes: int) -> str:

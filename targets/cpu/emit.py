@@ -88,8 +88,8 @@ def chunk_sizes(count: int, chunk: int, limit: int) -> Counter[int]:
     return sizes + balanced_sizes(rest, limit) if rest else sizes
 
 
-def register_tiles(target: Target, vectors: Sequence[int], available: int | None) -> list[tuple[int, int]]:
-    """Shapes (rows, column vectors) of accumulator tiles that stay in registers beside one row of weights and a broadcast.
+def register_tiles(target: Target, vectors: Sequence[int], available: int | None, dot: Dot = F32) -> list[tuple[int, int]]:
+    """Shapes (rows, column vectors) of accumulator tiles that stay in registers beside one row of weights, a broadcast and what `dot` takes.
 
     available: column vectors of the whole output, None when unknown. A single one is offered only where there are no two: it loads as much as it multiplies.
     """
@@ -99,7 +99,7 @@ def register_tiles(target: Target, vectors: Sequence[int], available: int | None
         if available is not None and nv > available or nv == 1 and available != 1:
             continue
         # with one vector LLVM loads every broadcast ahead of its use, so half the registers are theirs
-        most = min(registers - 4, registers - nv - 1) // nv if nv > 1 else registers // 2
+        most = min(registers - 4, registers - nv * dot.parts - 1 - dot.scratch) // nv if nv > 1 else registers // 2
         found += [(mr, nv) for mr in range(1, min(most, 14) + 1)]
     return found
 
@@ -177,7 +177,7 @@ class Accumulators:
     def multiply(self, rows: Sequence[int], a: Callable[[int], Any], b: Sequence[Any]) -> None:
         """acc[i, v] += a(i) * b[v] for the given rows; a(i) is a word, broadcast once per row, b[v] a vector of words."""
         for i in rows:
-            value = T.bind(self.dot.broadcast(a(i), self.lanes))
+            value = self.dot.broadcast(a(i), self.lanes)
             for v in range(self.nv):
                 self.fma(i, v, value, b[v])
 

@@ -29,6 +29,7 @@ from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks
 from .prefetch import FEWEST_TILES, Ahead, panels_ahead, steps
+from .short_sums import with_sums
 from .template import Kernel, Packing
 
 
@@ -75,13 +76,13 @@ class Gemm:
             raise Unfusable("a constant of unknown size")
         if kind != "f32" and not packed:
             raise Unfusable("operands of fewer bits, and weights that are not constant")
-        return GemmWorkload(
-            static(product(batch)), static(product(rows)), static(b.shape[-2]), static(b.shape[-1]), packed, fused.epilogue_text(), kind
-        )
+        sizes = static(product(batch)), static(product(rows)), static(b.shape[-2]), static(b.shape[-1])
+        return with_sums(GemmWorkload(*sizes, packed, fused.epilogue_text(), kind), fused, constants)
 
     def space(self, workload: GemmWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = target.lanes()
-        shapes = register_tiles(target, (1, 2, 3, 4, 6, 8, 12), None if workload.n is None else -(-workload.n // lanes))
+        vectors = None if workload.n is None else -(-workload.n // lanes)
+        shapes = register_tiles(target, (1, 2, 3, 4, 6, 8, 12), vectors, dot_for(workload.kind, target))
         m = workload.m
         chunks = [0] if m is None or m <= 64 else [0, 64, 128, 256, 512]
         found = []
@@ -112,7 +113,7 @@ class Gemm:
                     steps = float(count * columns * words)
                     busy = rows * vectors * dot.instructions / target.fma_per_cycle
                     fma += steps * busy
-                    load += steps * (rows * broadcast + vectors) / 2.0
+                    load += steps * (rows * broadcast + vectors * dot.parts) / 2.0
                     latency += steps * max(4.0, busy)
         chunks = -(-m // mc)
         weight_bytes = float(dot.weight_bytes * dot.group * words)
@@ -171,9 +172,9 @@ def pack_gemm(position: int, k: int, n: int, nr: int, dot: Dot) -> Packing:
             return pack_panels(weight, nr)
         padded = np.zeros((dot.words(k) * dot.group, n), weight.dtype)
         padded[:k] = weight
-        return pack_panels(dot.pack_words(padded.reshape(dot.words(k), dot.group, n)), nr)
+        return np.ascontiguousarray(dot.pack_words(pack_panels(padded, nr).reshape(-1, dot.words(k), dot.group, nr)))
 
-    return Packing(position, (-(-n // nr), dot.words(k), nr), pack, f"panels{nr}" if not dot.grouped else f"{dot.name}{nr}")
+    return Packing(position, (-(-n // nr), dot.words(k), nr * dot.parts), pack, f"panels{nr}" if not dot.grouped else f"{dot.name}{nr}")
 
 
 def _split(fused: Fused) -> tuple[Any, list[Any], list[Any]]:
@@ -250,10 +251,10 @@ class GemmEmitter:
                         self._rows(batch, chunk, jo, panel, n % self.nr, None)
 
     def _panel(self, batch: Any, jo: Any) -> Any:
-        """A function (k, v) -> vector of B; a run-time B is first copied into a contiguous, zero-filled panel."""
+        """A function (k, v) -> vector of B in registers; a run-time B is first copied into a contiguous, zero-filled panel."""
         lanes = self.schedule.lanes
         if self.packed:
-            return lambda k, v: self.b[jo, k, vector(T.int64(v * lanes), lanes)]
+            return lambda k, v: self.dot.weights(lambda place: self.b[jo, k, place], self.nr, v, lanes)
         panel = T.alloc_buffer((self.k, T.int64(self.nr)), "float32")
         column = T.bind(jo * T.int64(self.nr))
         n = static(self.n)
@@ -277,7 +278,7 @@ class GemmEmitter:
                     copy()
                 with T.Else():
                     guarded()
-        return lambda k, v: panel[k, vector(T.int64(v * lanes), lanes)]
+        return lambda k, v: self.dot.weights(lambda place: panel[k, place], self.nr, v, lanes)
 
     def _rows(self, batch: Any, chunk: Any, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """All register tiles of one chunk of rows against one panel."""
@@ -376,7 +377,7 @@ class GemmEmitter:
 
         def multiply(part: Accumulators, start: Any, count: Any) -> None:
             for k in self._ks(jo, start, count):
-                part.multiply(range(mr), lambda i: dot.read(self.a, rows[i], k * dot.group), [T.bind(panel(k, v)) for v in range(nv)])  # noqa: B023
+                part.multiply(range(mr), lambda i: dot.read(self.a, rows[i], k * dot.group), [panel(k, v) for v in range(nv)])  # noqa: B023
 
         if dot.grouped:
             assert known is not None
@@ -385,7 +386,7 @@ class GemmEmitter:
                 multiply(acc, T.int64(0), T.int64(words))
             if rest:
                 behind = T.int64(words * dot.group)
-                acc.multiply(range(mr), lambda i: dot.read_part(self.a, rows[i], behind, rest), [T.bind(panel(T.int64(words), v)) for v in range(nv)])
+                acc.multiply(range(mr), lambda i: dot.read_part(self.a, rows[i], behind, rest), [panel(T.int64(words), v) for v in range(nv)])
         elif known is not None and known <= SUM_BLOCK:
             multiply(acc, T.int64(0), self.k)
         else:

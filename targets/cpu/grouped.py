@@ -26,7 +26,7 @@ from ...compiler.tvm import T, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, static
 from ..common.ops_linear import grouped_operands
-from .dot import dot_for, dot_kind, vector
+from .dot import dot_for, dot_kind
 from .emit import Accumulators, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
 from .selection import Number
@@ -134,7 +134,7 @@ class _Emitter(GemmEmitter):
 
     def _weights(self, expert: Any, jo: Any) -> Any:
         lanes = self.schedule.lanes
-        return lambda k, v: self.b[expert, jo, k, vector(T.int64(v * lanes), lanes)]
+        return lambda k, v: self.dot.weights(lambda place: self.b[expert, jo, k, place], self.nr, v, lanes)
 
     def _run(self, batch: Any, first: Any, count: Any, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """The rows of one expert: tiles of mr, and of ever fewer for what is left."""

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from ...compiler.tvm import IRBuilder, T, tvm
-from .dot import dot_for, vector
+from .dot import QUADS, dot_for, splat, vector
 from .emit import ATTRS, Accumulators
 from .host import host
 from .lower import tvm_target
 from .math_lowering import TIR_PIPELINE
 
-#: accumulators: more than the latency of a multiply-add times how many start per cycle, fewer than registers
-_ROWS = 12
+#: accumulators: more than the latency of a multiply-add times how many start per cycle, fewer than registers; and of products that are added by an instruction of their own, which takes one cycle
+_ROWS, _FEW_ROWS = 12, 6
 _STEPS = 1_000_000
 _TRIALS = 20
 #: bytes that no cache holds
 _MEMORY = 1 << 28
-_KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": "u8s8"}
+_KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": QUADS.kind}
 
 
 @functools.cache
@@ -30,20 +30,29 @@ def operations_per_second(dtype: str = "float32") -> float:
     """Multiplications and additions per second of one core by numbers of this type: the best of several trials of a few milliseconds."""
     target = host()
     dot, lanes = dot_for(_KINDS[dtype], target), target.lanes()
+    rows, distinct = (_FEW_ROWS, 2) if dot.separate else (_ROWS, 1)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({**ATTRS, "global_symbol": "peak"})
-        words, out = T.arg("words", T.buffer((lanes,), dot.word)), T.arg("out", T.buffer((_ROWS, lanes), dot.accumulator))
+        words, out = T.arg("words", T.buffer((distinct, lanes * dot.parts), dot.word)), T.arg("out", T.buffer((rows, lanes), dot.accumulator))
         with T.attr(T.int32(0), "pragma_import_llvm", dot.llvm):
-            acc, everything = Accumulators(_ROWS, 1, lanes, dot), vector(T.int64(0), lanes)
+            acc, everything = Accumulators(rows, 1, lanes, dot), vector(T.int64(0), lanes)
             acc.fill()
-            operand = T.bind(words[everything])
-            with T.serial(T.int64(_STEPS)):
-                for i in range(_ROWS):
-                    acc.fma(i, 0, operand, operand)
-            for i in range(_ROWS):
+            operands = [dot.weights(lambda place: words[j, place], lanes, 0, lanes) for j in range(distinct)]  # noqa: B023
+            with T.serial(T.int64(_STEPS)) as step:
+                for i in range(rows):
+                    # a product that is the same in every step, or for two rows, would be computed once
+                    a = _varied(operands[0], step + i // distinct, lanes) if dot.separate else operands[0]
+                    acc.fma(i, 0, a, operands[i % distinct])
+            for i in range(rows):
                 T.buffer_store(out, acc.load(i, 0), [T.int64(i), everything])
-    run = _compiled(builder.get(), np.zeros(lanes, dot.word), np.zeros((_ROWS, lanes), dot.accumulator))
-    return 2.0 * _STEPS * _ROWS * lanes * dot.group / _best(run)
+    run = _compiled(builder.get(), np.zeros((distinct, lanes * dot.parts), dot.word), np.zeros((rows, lanes), dot.accumulator))
+    return 2.0 * _STEPS * rows * lanes * dot.group / _best(run)
+
+
+def _varied(words: Any, step: Any, lanes: int) -> Any:
+    if isinstance(words, tuple):
+        return tuple(_varied(word, step, lanes) for word in words)
+    return T.bind(words + splat(T.Cast("int32", step), lanes))
 
 
 @functools.cache

@@ -310,7 +310,7 @@ class _Emitter(GemmEmitter):
                     for v, code in enumerate(vectors):
                         value = (code - zeros[v] if zeros else code) * scales[v]
                         T.buffer_store(panel, value, [group * T.int64(workload.group) + k + i, vector(T.int64(v * lanes), lanes)])
-        return lambda k, v: panel[k, vector(T.int64(v * lanes), lanes)]
+        return lambda k, v: T.bind(panel[k, vector(T.int64(v * lanes), lanes)])
 
     # -- few rows --------------------------------------------------------------------------------------------------------------------------------------
 

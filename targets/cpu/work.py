@@ -32,6 +32,6 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
         row["flops"], row["bytes"] = sum(layer.flops for layer in mine), moved.get(row["kernel"], 0)
         if any(layer.picks for layer in mine):
             row["bytes"] = min(row["bytes"], sum(layer.bytes for layer in mine))
-        kind = "int8" if " u8s8 " in row["workload"] else "bfloat16" if " bf16 " in row["workload"] else "float32"
+        kind = "int8" if " u8s8" in row["workload"] else "bfloat16" if " bf16 " in row["workload"] else "float32"
         seconds = max(row["flops"] / (operations_per_second(kind) * cores), row["bytes"] / bytes_per_second())
         row["limit_us"] = round(seconds * 1e6, 2)
