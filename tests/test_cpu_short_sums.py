@@ -52,7 +52,7 @@ def test_rounding_lowers_few_codes():
     codes = Int8(1, 7).encode(RANDOM.standard_normal((512, 256)).astype(np.float32)).codes
     lowered = within_16_bits(codes)
     changed = lowered != codes
-    assert changed.mean() < 1e-3 and (np.abs(lowered) <= np.abs(codes)).all() and (np.sign(lowered) * np.sign(codes) >= 0).all()
+    assert changed.mean() < 3e-3 and (np.abs(lowered) <= np.abs(codes)).all() and (np.sign(lowered) * np.sign(codes) >= 0).all()
 
 
 @pytest.mark.parametrize(("fit", "instruction"), [(1, "vpmaddwd"), (2, "vpmaddubsw"), (4, "vpmaddubsw")])

@@ -85,7 +85,7 @@ class Int8:
 
 def within_16_bits(codes: np.ndarray) -> np.ndarray:
     """int8 [.., K, N] of 7 bits -> the same with the few codes lowered that keep sums of four products with u8 from fitting 16 bits: of every eight k, those of 0, 1, 4, 5 and of 2, 3, 6, 7
-    of one sign add up to 128 at most. One in 100 000 of normally distributed weights is in such a sum."""
+    of one sign add up to 128 at most. Of normally distributed weights one in about 700 is lowered."""
     *lead, k, n = codes.shape
     padded = np.pad(codes.astype(np.int16), [(0, 0)] * len(lead) + [(0, -k % 8), (0, 0)]).reshape(*lead, -1, 2, 2, 2, n)
     kept = np.zeros_like(padded)
