@@ -50,7 +50,8 @@ def each(cases):
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp32", 6e-6), pytest.param("tf32", 3e-4, marks=pytest.mark.networks), ("bf16", 2e-2), ("fp16", 2e-3)]
+    ("precision", "tolerance"),
+    [("fp32", 6e-6), pytest.param("tf32", 3e-4, marks=pytest.mark.networks), ("bf16", 2e-2), pytest.param("fp16", 2e-3, marks=pytest.mark.networks)],
 )
 def test_awkward_sizes(precision, tolerance):
     cases = CASES if precision == "fp32" else CASES[1:5]

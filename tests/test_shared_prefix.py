@@ -15,19 +15,19 @@ OPEN = {"q": "8x1x32", "ks": f"4x{T}x32", "vs": f"4x{T}x32"}
 
 
 class Shared(torch.nn.Module):
-    """mask: none, "constant" (hides the second token behind the prefix), "added" (an input for what is behind it, joined to zeros), "whole" (an input)."""
+    """mask: none, "causal" (from the prefix on), "constant" (hides the second token behind the prefix), "added" (an input for what is behind it, joined to zeros), "whole" (an input)."""
 
     def __init__(self, mask="none"):
         super().__init__()
         self.mask = mask
         seen = torch.ones(1, 1, 1, P + T, dtype=torch.bool)
         seen[..., P + 1] = False
-        self.register_buffer("seen", seen)
+        self.register_buffer("seen", torch.ones(3, P + T, dtype=torch.bool).tril(P) if mask == "causal" else seen)
 
     def forward(self, q, kp, vp, ks, vs, mask=None):
         batch = q.shape[0]
         k, v = (torch.cat([x.expand(batch, -1, -1, -1), y], 2) for x, y in ((kp, ks), (vp, vs)))
-        if self.mask == "constant":
+        if self.mask in ("constant", "causal"):
             mask = self.seen
         if self.mask == "added":
             mask = torch.cat([torch.zeros(batch, 1, 1, P), mask], -1)
@@ -52,8 +52,13 @@ def compiled(module, given, target="cpu", **options):
 
 @pytest.mark.parametrize(
     ("mask", "given"),
-    [("none", inputs()), ("constant", inputs(queries=3)), pytest.param("added", inputs(mask=T))],
-    ids=["none", "constant", "added"],
+    [
+        pytest.param("none", inputs(), marks=pytest.mark.networks),
+        ("constant", inputs(queries=3)),
+        ("added", inputs(mask=T)),
+        ("causal", inputs(queries=3)),
+    ],
+    ids=["none", "constant", "added", "causal"],
 )
 def test_the_prefix_is_read_once(mask, given):
     module = Shared(mask)

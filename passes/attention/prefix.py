@@ -9,7 +9,7 @@ Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes" 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -75,8 +75,9 @@ def _site(graph: Graph, call: Any, program: Program) -> _Site | Miss | None:
         return Miss("its length is known only at run time")
     if attrs.received or attrs.logsum or attrs.dtype not in ("", "float32") or str(call.args[0].ty.dtype) != "float32":
         return Miss("further results, or other types than float32")
-    if attrs.window != (None, None):
-        return Miss("a causal mask, or a window, that begins with the prefix")
+    before, after = attrs.window
+    if before is not None or (after is not None and after < int(length)):
+        return Miss("a causal mask, or a window, that hides some of it")
     mask = _behind(graph, call.args[3], int(length), attrs) if len(call.args) == 4 else None
     if isinstance(mask, Miss):
         return mask
@@ -175,7 +176,7 @@ class _Rewriter(relax.PyExprMutator):
         # with queries before heads, the sequences follow each other
         by_token = q if attrs.layouts[0] == "BSHD" else self._swapped(q)
         folded = emit(op.reshape(by_token, [one, rows, dims.heads, dims.depth]))
-        plain = {**asdict(attrs), "logsum": True}
+        plain = {**asdict(replace(attrs, causal=False, before=-1, after=-1)), "logsum": True}
         layouts = attrs.layouts
         first = emit(
             attention(
@@ -184,7 +185,10 @@ class _Rewriter(relax.PyExprMutator):
         )
         # the prefix is seen by all: nothing to see behind it is 0, not NaN
         mask = None if site.mask is None else self.visit_expr(site.mask)
-        second = emit(attention(q, *map(self.visit_expr, site.suffix), mask, **{**plain, "safe": True, "layout": ",".join((*layouts[:3], "BSHD"))}))
+        ahead = attrs.window[1]
+        window = {} if ahead is None else {"causal": ahead == site.length, "after": ahead - site.length or -1}
+        own = {**plain, **window, "safe": True, "layout": ",".join((*layouts[:3], "BSHD"))}
+        second = emit(attention(q, *map(self.visit_expr, site.suffix), mask, **own))
         parts = [[emit(relax.TupleGetItem(pair, index)) for index in range(2)] for pair in (first, second)]
         wanted = [dims.batch, dims.queries, dims.heads, dims.width]
         before, behind = emit(op.reshape(parts[0][0], wanted)), parts[1][0]
