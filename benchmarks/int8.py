@@ -3,7 +3,7 @@
 python benchmarks/int8.py prepare DIR [NAME ...]     compile ours and write the peers' models
 python benchmarks/int8.py time DIR [--rounds 10]     time what is there; prints a Markdown table
 
-Weights are what `--quantize int8` makes of normally distributed ones for the target: of 7 bits without VNNI, for the peers, too.
+Weights are what `--quantize int8` makes of normally distributed ones for the target: without VNNI such whose sums fit 16 bits, for the peers, too.
 
 GEMM: u8 x s8, scale and bias to float32 (onnxruntime: MatMulIntegerToFloat). Convolution: u8 x s8, bias, ReLU, requantised to u8 (onnxruntime: QLinearConv).
 """
@@ -51,8 +51,8 @@ CONVOLUTIONS = {
 }
 
 
-def codes(bits: int, *shape: int) -> np.ndarray:
-    return weight_codes(RNG.standard_normal(shape).astype(np.float32), bits).codes
+def codes(short: bool, *shape: int) -> np.ndarray:
+    return weight_codes(RNG.standard_normal(shape).astype(np.float32), short).codes
 
 
 def constant(array: np.ndarray) -> Any:
@@ -87,8 +87,8 @@ def peer(nodes: list[Any], shape: tuple[int, ...], kind: int, out: int, weights:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
-def gemm(bits: int, m: int, k: int, n: int) -> Contest:
-    w, scale, bias = codes(bits, k, n), RNG.uniform(1e-5, 1e-4, n).astype(np.float32), RNG.standard_normal(n).astype(np.float32)
+def gemm(short: bool, m: int, k: int, n: int) -> Contest:
+    w, scale, bias = codes(short, k, n), RNG.uniform(1e-5, 1e-4, n).astype(np.float32), RNG.standard_normal(n).astype(np.float32)
     real = w.astype(np.float32) * scale
 
     def integer(emit: Any, x: Any) -> Any:
@@ -98,11 +98,11 @@ def gemm(bits: int, m: int, k: int, n: int) -> Contest:
     def floats(emit: Any, x: Any) -> Any:
         return op.add(emit(op.matmul(x, constant(real))), constant(bias))
 
-    def weight_only(short: int) -> Callable[[Any, Any], Any]:
-        made = GroupedInt(short, 64)
+    def weight_only(bits: int) -> Callable[[Any, Any], Any]:
+        made = GroupedInt(bits, 64)
         encoded = made.encode(real)
         packed, scales = constant(made.pack(encoded.codes)), constant(encoded.scale[:, 0])
-        return lambda emit, x: op.add(emit(weight_only_matmul(x, packed, scales, bits=short, group=64)), constant(bias))
+        return lambda emit, x: op.add(emit(weight_only_matmul(x, packed, scales, bits=bits, group=64)), constant(bias))
 
     one = np.float32(1)
     integers = peer(
@@ -118,8 +118,8 @@ def gemm(bits: int, m: int, k: int, n: int) -> Contest:
     return Contest((m, k), ours, {"ort int8": integers, "ort fp32": float_peer})
 
 
-def convolution(bits: int, size: int, ci: int, co: int, k: int, stride: int, pad: int, groups: int) -> Contest:
-    w, scale = codes(bits if groups < ci else 8, co, ci // groups, k, k), RNG.uniform(1e-5, 1e-4, co).astype(np.float32)
+def convolution(short: bool, size: int, ci: int, co: int, k: int, stride: int, pad: int, groups: int) -> Contest:
+    w, scale = codes(short and groups < ci, co, ci // groups, k, k), RNG.uniform(1e-5, 1e-4, co).astype(np.float32)
     bias = RNG.integers(-5000, 5000, co).astype(np.int32)
     real = w.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
     shape = (1, size, size, ci)
@@ -154,14 +154,14 @@ def convolution(bits: int, size: int, ci: int, co: int, k: int, stride: int, pad
     return Contest(shape, {"int8": ("uint8", integer), "fp32": ("float32", floats)}, {"ort int8": integers, "ort fp32": float_peer})
 
 
-def contests(bits: int) -> dict[str, Callable[[], Contest]]:
-    """By name; bits: of integer weights."""
-    found: dict[str, Callable[[], Contest]] = {f"gemm {m}x{k}x{n}": lambda size=(m, k, n): gemm(bits, *size) for m, k, n in GEMMS}
-    return found | {name: lambda numbers=numbers: convolution(bits, *numbers) for name, numbers in CONVOLUTIONS.items()}
+def contests(short: bool) -> dict[str, Callable[[], Contest]]:
+    """By name; short: weights whose sums fit 16 bits."""
+    found: dict[str, Callable[[], Contest]] = {f"gemm {m}x{k}x{n}": lambda size=(m, k, n): gemm(short, *size) for m, k, n in GEMMS}
+    return found | {name: lambda numbers=numbers: convolution(short, *numbers) for name, numbers in CONVOLUTIONS.items()}
 
 
 def prepare(folder: Path, names: list[str], target: Target) -> None:
-    for name, make in contests(8 if "int8" in target.formats else 7).items():
+    for name, make in contests("int8" not in target.formats).items():
         if names and not any(text in name for text in names):
             continue
         place = folder / name.replace("/", "_")

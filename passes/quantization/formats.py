@@ -61,15 +61,14 @@ class Affine:
 
 @dataclass(frozen=True)
 class Int8:
-    """int8, symmetric, codes -127..127, with 7 `bits` -63..63. axis: one scale per slice along it (the output channels of a weight); None: one for the whole tensor."""
+    """int8, symmetric, codes -127..127. axis: one scale per slice along it (the output channels of a weight); None: one for the whole tensor."""
 
     axis: int | None = None
-    bits: int = 8
 
-    def encode(self, x: np.ndarray) -> Encoded:
-        top = (1 << (self.bits - 1)) - 1
-        scale = _positive(_top(x, self.axis) / np.float32(top))
-        codes = np.clip(np.rint(x / scale), -top, top).astype(np.int8)
+    def encode(self, x: np.ndarray, least: np.ndarray | float = 0.0) -> Encoded:
+        """least: scales, that broadcast against x, below which none goes."""
+        scale = np.maximum(_positive(_top(x, self.axis) / np.float32(127)), np.float32(least))
+        codes = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
         return Encoded(codes, scale, np.zeros_like(scale, np.int32))
 
     def size_bytes(self, shape: tuple[int, ...]) -> int:
@@ -83,17 +82,18 @@ class Int8:
         return packed.reshape(shape)
 
 
-def within_16_bits(codes: np.ndarray) -> np.ndarray:
-    """int8 [.., K, N] of 7 bits -> the same with the few codes lowered that keep sums of four products with u8 from fitting 16 bits: of every eight k, those of 0, 1, 4, 5 and of 2, 3, 6, 7
-    of one sign add up to 128 at most. Of normally distributed weights one in about 700 is lowered."""
-    *lead, k, n = codes.shape
-    padded = np.pad(codes.astype(np.int16), [(0, 0)] * len(lead) + [(0, -k % 8), (0, 0)]).reshape(*lead, -1, 2, 2, 2, n)
-    kept = np.zeros_like(padded)
-    for sign in (1, -1):
-        part = np.maximum(sign * padded, 0)
-        total = part.sum(axis=(-4, -2), keepdims=True)
-        kept += sign * np.where(total > 128, part * 128 // np.maximum(total, 1), part)
-    return kept.reshape(*lead, -1, n)[..., :k, :].astype(np.int8)
+def scale_for_16_bits(weight: np.ndarray) -> np.ndarray:
+    """[.., K, N] -> [N], the scales by which int8 codes are such that sums of their products with u8 fit 16 bits.
+
+    The sums are those of four k of eight, 0, 1, 4, 5 and 2, 3, 6, 7, unless that would cost more than a bit, and then of two consecutive k: weights of one sign add up to 128 at most
+    (their rounding is allowed for), since 128 * 255 < 2^15."""
+    k, n = weight.shape[-2:]
+    rows = np.pad(weight.reshape(-1, k, n).astype(np.float32), ((0, 0), (0, -k % 8), (0, 0))).reshape(-1, 2, 2, 2, n)
+    pairs = [np.maximum(sign * rows, 0).sum(axis=3) for sign in (1, -1)]
+    of_two = np.maximum(*(part.max(axis=(0, 1, 2)) for part in pairs)) / np.float32(127)
+    of_four = np.maximum(*(part.sum(axis=1).max(axis=(0, 1)) for part in pairs)) / np.float32(126)
+    best = _positive(np.abs(rows).max(axis=(0, 1, 2, 3)) / np.float32(127))
+    return np.maximum(best, of_four if float(np.mean(of_four / best)) <= 2 else of_two)
 
 
 def float8(x: np.ndarray) -> np.ndarray:

@@ -9,14 +9,14 @@ The last line and the codes of the next layer are element-wise, so they end up i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ...compiler.tvm import relax
 from ..products import Site
-from .formats import Affine, Encoded, Int8, within_16_bits
+from .formats import Affine, Encoded, Int8, scale_for_16_bits
 from .schemes import Codes, Emit, Scheme, channels, number
 
 op = relax.op
@@ -24,15 +24,16 @@ op = relax.op
 
 @dataclass(frozen=True)
 class Integers(Scheme):
-    """Weights int8, activations u8 over a range that was observed. bits: of the weights; with 7 the sums that `vpmaddubsw` makes in 16 bits are exact."""
+    """Weights int8, activations u8 over a range that was observed. short_sums: scales of weights are as wide as it takes for the sums that `vpmaddubsw` makes in 16 bits to be
+    exact."""
 
-    bits: int = 8
+    short_sums: bool = False
     name: ClassVar[str] = "int8"
     chained: ClassVar[bool] = True
     covering = staticmethod(Affine.of_range)
 
     def weight(self, site: Site) -> Encoded:
-        return weight_codes(site.weight, 8 if site.depthwise else self.bits)
+        return weight_codes(site.weight, self.short_sums and not site.depthwise)
 
     def codes(self, emit: Emit, x: Any, covering: Affine) -> Codes:
         return Codes(quantized(emit, x, covering))
@@ -44,15 +45,19 @@ class Integers(Scheme):
         return integer_product(emit, site, codes.expr, covering, weight)
 
 
-def weight_codes(weight: np.ndarray, bits: int) -> Encoded:
-    """[K, N] or OIHW -> int8 of so many bits, symmetric per output channel; those of 7 bits keep sums of four products within 16 bits."""
+def weight_codes(weight: np.ndarray, short_sums: bool) -> Encoded:
+    """[K, N] or OIHW -> int8, symmetric per output channel. short_sums: with scales by which sums of products fit 16 bits."""
     matmul = weight.ndim == 2
-    encoded = Int8(1 if matmul else 0, bits).encode(weight)
-    if bits == 8:
-        return encoded
-    # K, the input channels of a tap, second to last
-    codes = within_16_bits(encoded.codes if matmul else encoded.codes.transpose(2, 3, 1, 0))
-    return replace(encoded, codes=codes if matmul else np.ascontiguousarray(codes.transpose(3, 2, 0, 1)))
+    if not short_sums:
+        return Int8(1 if matmul else 0).encode(weight)
+    if matmul:
+        return Int8(1).encode(weight, scale_for_16_bits(weight))
+    # K, the input channels of a tap, second to last; where they are no multiple of eight, words of several taps begin anywhere, and any two weights have to fit
+    if weight.shape[1] % 8 and weight[0, 0].size > 1:
+        least = np.abs(weight).max(axis=(1, 2, 3)) / np.float32(64)
+    else:
+        least = scale_for_16_bits(weight.transpose(2, 3, 1, 0))
+    return Int8(0).encode(weight, least.reshape(-1, 1, 1, 1))
 
 
 def quantized(emit: Emit, x: Any, affine: Affine) -> Any:

@@ -45,7 +45,8 @@ class Quantize(Pass):
     alone in groups of `group` along K: "w1" .. "w8", by their bits; "w4a8" or "w4fp8", of any bits, by activations of int8 or float8_e4m3fn with a scale per row, found while the model runs. observer: how the range of an activation is found, "minmax" | "percentile" | "mse"; for fp8 also "dynamic", which
     it is without calibration data: a scale per row of a matrix product, or image of a convolution, found while the model runs. smooth: 0 (off) .. 1, how much of the activations' spread moves
     into the weights (SmoothQuant). max_drop, metric: the loss up to which layers are quantized, those with the most loss first left in float32; None: the compilation's own
-    limit. weight_bits: of int8's weights, 8, or 7 for CPUs without VNNI, whose `vpmaddubsw` adds products of 8 bits inexactly and is therefore not used for them; None: 7 on such CPUs.
+    limit. short_sums: whether scales of int8's weights are wide enough for sums of their products to fit 16 bits, in which CPUs without VNNI multiply twice as fast; at most a bit of
+    the weights' eight, in the mean over a layer's channels, is given up for it; None: on such CPUs.
     skip: layers (node names) to leave in float32.
     """
 
@@ -59,7 +60,7 @@ class Quantize(Pass):
     smooth: float = 0.0
     group: int = 32
     symmetric: bool = True
-    weight_bits: int | None = None
+    short_sums: bool | None = None
     max_drop: float | None = None
     metric: str | None = None
     skip: tuple[str, ...] = ()
@@ -77,8 +78,6 @@ class Quantize(Pass):
             raise UsageError(f"quantize: smooth must be within 0..1, not {self.smooth}")
         if self.group < 2 or self.group % 2:
             raise UsageError(f"quantize: group must be an even number of weights, not {self.group}")
-        if self.weight_bits not in (None, 7, 8):
-            raise UsageError(f"quantize: weight_bits must be 7 or 8, not {self.weight_bits}")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise UsageError(f"quantize: max_drop must be a loss of at least 0, not {self.max_drop}")
         if self.metric is not None:
@@ -97,7 +96,7 @@ class Quantize(Pass):
     def _scheme(self, context: PassContext) -> Scheme:
         if self.format != "int8":
             return SCHEMES[self.format]
-        return Integers(self.weight_bits or (8 if "int8" in context.target.formats else 7))
+        return Integers("int8" not in context.target.formats if self.short_sums is None else self.short_sums)
 
     def _note_target(self, context: PassContext) -> None:
         """UsageError where a target cannot compute in the format; a note where nothing is faster there."""
@@ -112,13 +111,11 @@ class Quantize(Pass):
             context.note(
                 f"target {target.text} has no instruction for fp8: its numbers are held in 16 bits, weights take half of the memory, products run at {rate}'s rate"
             )
-        elif self.weight_bits == 8:
-            context.note(
-                f"target {target.text} has no VNNI: products by weights of 8 bits run at float32's rate; those by weight_bits=7 take less than half of its time"
-            )
+        elif self.short_sums is False:
+            context.note(f"target {target.text} has no VNNI: products run at float32's rate; with short_sums they take less than half of its time")
         else:
             context.note(
-                f"target {target.text} has no VNNI: weights are rounded to 7 bits, by which it multiplies exactly in less than half of float32's time; weight_bits=8 keeps 8"
+                f"target {target.text} has no VNNI: weights have up to one bit less than eight, so that it multiplies exactly in less than half of float32's time; short_sums=False keeps it"
             )
 
     def _note_activations(self, context: PassContext) -> None:
