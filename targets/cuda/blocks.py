@@ -70,6 +70,7 @@ class BlockGemm(Gemm):
     #: words of k of a tile, and the columns that it may have
     unit: ClassVar[int] = 16
     widths: ClassVar[Sequence[int]] = (32, 64, 128)
+    equal_shares = False
 
     def __init__(
         self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED, *, pattern: Zeros

@@ -33,7 +33,7 @@ from ..common.words import packed_words
 from . import stream
 from .kernel import Kernel, Packing, Plan, Signature, ctype
 from .product import Product, plan
-from .schedule import GemmShape, TileSchedule, best_tile, predicted_cycles
+from .schedule import BK, GemmShape, TileSchedule, best_tile, predicted_cycles
 from .sizes import FIXED, Known, blocks, divides, same, shown, simplified, times
 from .words import GROUPS
 
@@ -89,6 +89,8 @@ class Gemm(Product):
 
     cores = ("matmul", "conv2d")
     open_sizes = True
+    #: the template knows equal shares (stream.py)
+    equal_shares = True
 
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
         super().__init__(fused, target, policy, constants, rounded, known)
@@ -132,9 +134,18 @@ class Gemm(Product):
         tile = best_tile(shape, self.target, self.policy, shares=self._takes_shares())
         return tile if isinstance(self.k, int) else replace(tile, parts=1)
 
+    @property
+    def k_steps(self) -> int:
+        """Steps of K."""
+        return math.ceil(self.k / BK)
+
+    def streamed(self, sizes: str) -> str:
+        """The device template of equal shares, of these sizes."""
+        return f"gemm_stream<tc::{self.policy}, {sizes}, {self.a.vector}, {self.b.vector}>"
+
     def _takes_shares(self) -> bool:
-        """Whether blocks may take equal shares of it: one product of known sizes, the same for all rows."""
-        return type(self) is Gemm and self.fixed and all(isinstance(size, int) and size == 1 for size in (self.batch, self.groups))
+        """Whether blocks may take equal shares of it: one product of known sizes."""
+        return self.equal_shares and self.fixed and all(isinstance(size, int) and size == 1 for size in (self.batch, self.groups))
 
     def _of(self, tile: TileSchedule) -> tuple[Kernel, ...]:
         return stream.kernels(self, tile) if tile.shares else super()._of(tile)

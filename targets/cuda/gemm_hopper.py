@@ -51,11 +51,11 @@ def gemm(
     return plan(HopperGemm, fused, target, policy, constants, tile, rounded, known)
 
 
-def least_cycles(shape: GemmShape, target: Target, policy: str = "") -> float:
-    """Predicted cycles of this template's best tile for a product of matrices in words; infinite where it takes none."""
+def least_cycles(shape: GemmShape, target: Target, policy: str = "", shares: bool = False) -> float:
+    """Predicted cycles of this template's best tile for a product of matrices in words; infinite where it takes none. shares: as in `best_tile`."""
     if target.name not in TARGETS or shape.k % _ALIGNED or shape.m < ROWS:
         return math.inf
-    return predicted_cycles(shape, best_tile(shape, target, policy), target)
+    return predicted_cycles(shape, best_tile(shape, target, policy, shares=shares), target)
 
 
 class HopperGemm(Gemm):
@@ -88,7 +88,14 @@ class HopperGemm(Gemm):
         return self._best(self.shape)
 
     def _best(self, shape: GemmShape) -> HopperSchedule:
-        return best_tile(self._in_steps(shape), self.target, self.policy)
+        return best_tile(self._in_steps(shape), self.target, self.policy, shares=self._takes_shares())
+
+    @property
+    def k_steps(self) -> int:
+        return self.steps
+
+    def streamed(self, sizes: str) -> str:
+        return f"gemm_hopper_stream<tc::{self.policy}, {sizes}>"
 
     def cycles(self, tile: HopperSchedule, rows: int) -> float:
         return predicted_cycles(self._in_steps(self._shape(rows)), tile, self.target)
@@ -106,7 +113,7 @@ class HopperGemm(Gemm):
     def _faster(self, shape: GemmShape) -> bool:
         """It is predicted to take less time than gemm.py."""
         mma = schedule.predicted_cycles(shape, super()._best(shape), self.target, self.policy)
-        return mma > least_cycles(self._in_steps(shape), self.target, self.policy)
+        return mma > least_cycles(self._in_steps(shape), self.target, self.policy, self._takes_shares())
 
     def resident(self, tile: HopperSchedule) -> int:
         return tile.resident
@@ -125,19 +132,29 @@ class HopperGemm(Gemm):
         return replace(packing, buffer=buffer, pack=pack)
 
     def operands(self, tile: HopperSchedule, signature: Signature) -> list[str]:
-        a = self._rows_of_a(tile, signature, "blockIdx.y * T::BM")
         b = self.packings[0].buffer
+        if tile.shares:  # of whatever tile
+            source, described = self._described(tile, signature)
+            weights = signature.map(b, "encode", _rows(b), int(b.shape[-1]), tile.bn)
+            return [
+                f"const auto {name} = [&](int first) {{ return {of}{{{by}, first}}; }};"
+                for name, of, by in (("a", source, described), ("b", "tc::MappedRows", weights))
+            ]
+        a = self._rows_of_a(tile, signature, "blockIdx.y * T::BM")
         weights = signature.map(b, "encode", _rows(b), int(b.shape[-1]), tile.bn)
         return [a, f"const tc::MappedRows b{{{weights}, (int)({self._row(b, 'blockIdx.x * T::BN', signature)})}};"]
 
     def _rows_of_a(self, tile: HopperSchedule, signature: Signature, first: str) -> str:
         """The declaration of a source of the rows of A from `first` on."""
+        source, described = self._described(tile, signature)
+        return f"const {source} a{{{described}, (int)({self._row(self.fused.inputs[0], first, signature)})}};"
+
+    def _described(self, tile: HopperSchedule, signature: Signature) -> tuple[str, str]:
+        """The source of A's rows, and the map that it reads."""
         a = self.fused.inputs[0]
         if self.image is None:
-            source, described = "tc::MappedRows", signature.map(a, "encode", _rows(a), self.k, tile.bm)
-        else:
-            source, described = self.image.source, signature.map(a, "encode_windows", *self.image.encoding(tile.bm))
-        return f"const {source} a{{{described}, (int)({self._row(a, first, signature)})}};"
+            return "tc::MappedRows", signature.map(a, "encode", _rows(a), self.k, tile.bm)
+        return self.image.source, signature.map(a, "encode_windows", *self.image.encoding(tile.bm))
 
     def _row(self, buffer: Any, tile: str, signature: Signature) -> str:
         """The row of a map at which a block's tile begins."""

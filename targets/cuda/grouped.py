@@ -39,6 +39,7 @@ class Grouped(Gemm):
     """See the module."""
 
     cores = ("grouped_matmul",)
+    equal_shares = False
 
     def _factors(self) -> tuple[Any, Any]:
         x, weight, self.owner = grouped_operands(self.fused)

@@ -30,6 +30,7 @@ INCLUDED = (
     "depthwise.cuh",
     "recurrent.cuh",
     "hopper.cuh",
+    "stream_hopper.cuh",
     "blocks.cuh",
     "attention_hopper.cuh",
     "host.cuh",

@@ -145,8 +145,8 @@ def timed(shape: GemmShape, tile: TileSchedule, target: Target, family: str, cyc
     return corrected(target, family, tile, cycles, kept=kept, **sizes, **numbers, **known)
 
 
-def in_shares(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: float) -> float:
-    """`predicted_cycles` of blocks that take equal shares: all steps at once, the copies of a tile's first ones, which none hides, and the sums of the tiles that are cut."""
+def in_shares(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: float, latency: float = 0.0) -> float:
+    """`in_waves` of blocks that take equal shares: all steps at once, the copies of a tile's first ones, which none hides, and the sums of the tiles that are cut."""
     k_steps = math.ceil(shape.k / BK)
     tiles = math.ceil(shape.m / tile.bm) * math.ceil(shape.n / tile.bn)
     resident, steps = math.ceil(tile.shares / target.cores), math.ceil(tiles * k_steps / tile.shares)
@@ -155,7 +155,7 @@ def in_shares(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles:
         target.cores * _L2_BYTES_PER_CYCLE
     )  # two parts of a share are written, and read again
     starts = math.ceil(steps / k_steps) + 1
-    return starts * _BLOCK_LATENCY + steps * (max(step_cycles, level2) * resident + _STEP_LATENCY) + sums
+    return starts * _BLOCK_LATENCY + steps * (max(max(step_cycles, level2) * resident, latency) + _STEP_LATENCY) + sums
 
 
 def _resident(tile: TileSchedule, target: Target) -> int:
@@ -163,10 +163,11 @@ def _resident(tile: TileSchedule, target: Target) -> int:
     return max(1, min(target.shared_bytes // tile.shared_bytes, 2048 // tile.threads, 512 // tile.threads * 2))
 
 
-def _in_shares(shape: GemmShape, tiles: Sequence[TileSchedule], target: Target) -> list[TileSchedule]:
-    """Those of tiles of which there are more than the GPU holds at once, with as many shares as it does."""
-    found = (replace(tile, shares=target.cores * resident) for tile in tiles for resident in range(1, _resident(tile, target) + 1))
-    return [tile for tile in found if tile.shares < _blocks(shape, tile)]
+def or_shares(shape: GemmShape, best: Tile, tiles: Sequence[tuple[Tile, int]], target: Target, cycles: Callable[[Tile], float]) -> Tile:
+    """The best of whole tiles, or one of `tiles` (with the most blocks of it that a multiprocessor holds) in as many shares as the GPU holds blocks at once, if that takes clearly less."""
+    found = (replace(tile, shares=target.cores * resident) for tile, most in tiles for resident in range(1, most + 1))
+    shared = min((tile for tile in found if tile.shares < _blocks(shape, tile)), key=cycles, default=best)
+    return shared if cycles(shared) < _SHARES_GAIN * cycles(best) else best
 
 
 def in_waves(shape: GemmShape, tile: TileSchedule, target: Target, step_cycles: float, per_sm: int, latency: float = 0.0) -> float:
@@ -241,8 +242,7 @@ def best_tile(shape: GemmShape, target: Target, policy: str, width: int | None =
         return predicted_cycles(shape, tile, target, policy)
 
     best = fastest(shape, found, target, cycles)
-    shared = min(_in_shares(shape, found, target), key=cycles, default=best) if shares else best
-    return shared if cycles(shared) < _SHARES_GAIN * cycles(best) else best
+    return or_shares(shape, best, [(tile, _resident(tile, target)) for tile in found], target, cycles) if shares else best
 
 
 def fastest(shape: GemmShape, tiles: Sequence[Tile], target: Target, cycles: Callable[[Tile], float]) -> Tile:

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 
 from ...autotune.latency import corrected
 from ..base import Target
-from .schedule import BK, BLOCKED, EXPONENTIALS, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_turns, in_waves, timed
+from .schedule import (
+    BK,
+    BLOCKED,
+    EXPONENTIALS,
+    SHARED_BYTES_PER_CYCLE,
+    GemmShape,
+    TileSchedule,
+    fastest,
+    in_shares,
+    in_turns,
+    in_waves,
+    or_shares,
+    timed,
+)
 
 #: multiply-adds of words per cycle and SM by wgmma, as a fraction of `Target.fma_per_cycle` (what mma.sync does): 1024 of 640
 _RATE = 1.6
@@ -46,7 +59,7 @@ class HopperSchedule(TileSchedule):
         return f"tc::HopperTile<{self.bm}, {self.bn}, {self.groups}, {self.stages}, {self.resident}>"
 
     def __str__(self) -> str:
-        parts = f", K in {self.parts} parts" if self.parts > 1 else ""
+        parts = f", K in {self.parts} parts" if self.parts > 1 else f", {self.shares} equal shares" if self.shares else ""
         return f"{self.bm}x{self.bn}x{BK}, 1 warp group copies, {self.groups} multiply, {self.stages} stages{parts}"
 
 
@@ -67,14 +80,20 @@ def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> 
     on their way while that one is multiplied."""
     arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE)
     shared = _ROW * (tile.bm + math.ceil(tile.bm / 64) * tile.bn + tile.bm + tile.bn) / SHARED_BYTES_PER_CYCLE
-    cycles = in_waves(shape, tile, target, max(arithmetic, shared), tile.resident, _COPY_LATENCY / (tile.stages - 1))
+    step, latency = max(arithmetic, shared), _COPY_LATENCY / (tile.stages - 1)
+    cycles = in_shares(shape, tile, target, step, latency) if tile.shares else in_waves(shape, tile, target, step, tile.resident, latency)
     return timed(shape, tile, target, "gemm hopper blocks" if shape.strips else "gemm hopper", cycles)
 
 
-def best_tile(shape: GemmShape, target: Target, policy: str = "", width: int | None = None) -> HopperSchedule:
-    """The tile of least predicted time for operands of this policy. width: the columns that it has to have."""
+def best_tile(shape: GemmShape, target: Target, policy: str = "", width: int | None = None, shares: bool = False) -> HopperSchedule:
+    """The tile of least predicted time for operands of this policy. width: the columns that it has to have. shares: blocks may take equal shares."""
     tiles = [tile for tile in space(target, 96 if policy in BLOCKED else 128, width) if tile.bn == (width or tile.bn)]
-    return fastest(shape, tiles, target, lambda tile: predicted_cycles(shape, tile, target))
+
+    def cycles(tile: HopperSchedule) -> float:
+        return predicted_cycles(shape, tile, target)
+
+    best = fastest(shape, tiles, target, cycles)
+    return or_shares(shape, best, [(tile, tile.resident) for tile in tiles], target, cycles) if shares else best
 
 
 #: keys of a step of attention: scores of 64 of them take 32 registers a thread

@@ -87,6 +87,8 @@ def gemm(
 class SparseGemm(Gemm):
     """A matmul of 16-bit numbers by one matrix. Rows may be open."""
 
+    equal_shares = False
+
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
         super().__init__(fused, target, policy, constants, rounded, known)
         if fused.core["op"] != "matmul" or self.group != 2 or self.batch != 1:

@@ -1,7 +1,7 @@
 """Products in equal shares (stream-K; Osama et al. 2023): as many blocks as the GPU holds at once each take as many steps of K, of however many tiles those are.
 
-    block: for every tile of its share        # tc::gemm_stream in include/stream.cuh
-        sums <- its steps of the tile, as tc::gemm makes them
+    block: for every tile of its share        # tc::gemm_stream in include/stream.cuh, tc::gemm_hopper_stream in include/stream_hopper.cuh
+        sums <- its steps of the tile, as tc::gemm or tc::gemm_hopper makes them
         all steps: C = epilogue(sums)         some: parts <- sums
     a second kernel: C = epilogue(parts of a tile, added up in their order)
 
@@ -25,7 +25,7 @@ def kernels(product: Gemm, tile: TileSchedule) -> tuple[Kernel, ...]:
     """The product of known sizes in `tile.shares` shares, and what ends the tiles that several of them have."""
     parts = tirx.decl_buffer((tile.shares, 2, tile.bm, tile.bn), product.fused.accumulator.ty.dtype, "parts")
     written = (product.fused.output, *product.copies)
-    sizes = f"T, {product.m}, {product.n}, {product.k}, {tile.shares}"
+    sizes = f"T, {product.m}, {product.n}, {product.k_steps}, {tile.shares}"
     return _shares(product, tile, parts, written, sizes), _joined(product, tile, parts, written, sizes)
 
 
@@ -36,8 +36,7 @@ def _shares(product: Gemm, tile: TileSchedule, parts: tirx.Buffer, written: tupl
         f"using T = {tile.source};",
         *operands,
         f"const tc::To<{', '.join(kinds)}> out{{{', '.join(names)}}};",
-        f"tc::gemm_stream<tc::{product.policy}, {sizes}, {product.a.vector}, {product.b.vector}>(a, b, out, {signature.name(parts)}, "
-        f"[&](int m, int n, {product.sum} sum) -> {kinds[0]} {{",
+        f"tc::{product.streamed(sizes)}(a, b, out, {signature.name(parts)}, [&](int m, int n, {product.sum} sum) -> {kinds[0]} {{",
         *(f"  {line}" for line in product.epilogue()),
         "});",
     ]

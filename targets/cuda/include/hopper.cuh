@@ -87,6 +87,68 @@ template <int C, int OH, int OW, int KW, int SH, int SW, int TOP, int LEFT, int 
   }
 };
 
+// By the one thread that copies: so many steps of k of a tile, from step `first` on.
+template <class T, class R, class SourceA, class SourceB> TC_DEVICE void hopper_copies(R& ring, const SourceA& a, const SourceB& b, int first, int steps) {
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, ring.next()) {
+    char* const stage = ring.fill(T::STAGE_BYTES);
+    a.bring(stage, first + step, ring.full + ring.slot);
+    b.bring(stage + T::A_BYTES, first + step, ring.full + ring.slot);
+  }
+}
+// By a warp group whose rows begin at `own`: c += its products of so many steps. The stage of the last one, which is not released yet unless steps are summed apart, is returned.
+template <class P, class T, class R> TC_DEVICE int hopper_sums(R& ring, int own, int steps, typename P::Sum (&c)[T::MT][T::BN / 2]) {
+  int before = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, ring.next()) {
+    const uint32_t stage = ring.read();
+    const uint64_t da = descriptor(stage + own * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
+    typename P::Sum block[T::MT][T::BN / 2];  // of this step, where it is summed apart
+    products_begin();
+#pragma unroll
+    for (int bytes = 0; bytes < T::ROW_BYTES; bytes += 32)
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i)
+        Wgmma<P, T::BN>::multiply(P::blocked ? block[i] : c[i], da + ((i * 64 * T::ROW_BYTES + bytes) >> 4), db + (bytes >> 4), !P::blocked || bytes > 0);
+    products_commit();
+    if (P::blocked) {  // another warp group multiplies meanwhile
+      products_wait<0>();
+      ring.release(ring.slot);
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i) {
+        products_end(block[i]);
+#pragma unroll
+        for (int e = 0; e < T::BN / 2; ++e) c[i][e] += block[i][e];
+      }
+      continue;
+    }
+    products_wait<1>();  // those of the step before, whose stage may be filled again
+    if (step > 0) ring.release(before);
+    before = ring.slot;
+  }
+  products_wait<0>();
+  return before;
+}
+// out[m0.., n0..] [rows][N] = value(row, column, sum) for the sums of a warp group.
+template <class T, int N, class Sum, class Out, class Value>
+TC_DEVICE void hopper_store(Sum (&c)[T::MT][T::BN / 2], int own, int lane, const Out& out, int rows, int m0, int n0, const Value& value) {
+#pragma unroll
+  for (int i = 0; i < T::MT; ++i) {
+    products_end(c[i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int m = m0 + own + i * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + r * 8;
+      if (m < rows) {
+#pragma unroll
+        for (int j = 0; j < T::BN / 8; ++j) {
+          const int n = n0 + j * 8 + lane % 4 * 2;
+          put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][4 * j + 2 * r + e]); });
+        }
+      }
+    }
+  }
+}
+
 // out[m0.., n0..] [rows][N] = value(row, column, sum) for the elements of A B' over `steps` steps of k, from step `first` on.
 template <class P, class T, int N, class SourceA, class SourceB, class Out, class Value>
 TC_DEVICE void gemm_hopper(const SourceA& a, const SourceB& b, const Out& out, int rows, int m0, int n0, int first, int steps, const Value& value) {
@@ -101,62 +163,13 @@ TC_DEVICE void gemm_hopper(const SourceA& a, const SourceB& b, const Out& out, i
   __syncthreads();
   if (group == 0) {
     give_registers<T::COPYING>();
-    if (threadIdx.x == 0) {
-#pragma unroll 1
-      for (int step = 0; step < steps; ++step, ring.next()) {
-        char* const stage = ring.fill(T::STAGE_BYTES);
-        a.bring(stage, first + step, ring.full + ring.slot);
-        b.bring(stage + T::A_BYTES, first + step, ring.full + ring.slot);
-      }
-    }
+    if (threadIdx.x == 0) hopper_copies<T>(ring, a, b, first, steps);
   } else {
     take_registers<T::MULTIPLYING>();
     const int own = (group - 1) * T::MT * 64;  // its first row
     typename P::Sum c[T::MT][T::BN / 2] = {};
-    int before = 0;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step, ring.next()) {
-      const uint32_t stage = ring.read();
-      const uint64_t da = descriptor(stage + own * T::ROW_BYTES), db = descriptor(stage + T::A_BYTES);
-      typename P::Sum block[T::MT][T::BN / 2];  // of this step, where it is summed apart
-      products_begin();
-#pragma unroll
-      for (int bytes = 0; bytes < T::ROW_BYTES; bytes += 32)
-#pragma unroll
-        for (int i = 0; i < T::MT; ++i)
-          Wgmma<P, T::BN>::multiply(P::blocked ? block[i] : c[i], da + ((i * 64 * T::ROW_BYTES + bytes) >> 4), db + (bytes >> 4), !P::blocked || bytes > 0);
-      products_commit();
-      if (P::blocked) {  // another warp group multiplies meanwhile
-        products_wait<0>();
-        ring.release(ring.slot);
-#pragma unroll
-        for (int i = 0; i < T::MT; ++i) {
-          products_end(block[i]);
-#pragma unroll
-          for (int e = 0; e < T::BN / 2; ++e) c[i][e] += block[i][e];
-        }
-        continue;
-      }
-      products_wait<1>();  // those of the step before, whose stage may be filled again
-      if (step > 0) ring.release(before);
-      before = ring.slot;
-    }
-    products_wait<0>();
-#pragma unroll
-    for (int i = 0; i < T::MT; ++i) {
-      products_end(c[i]);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int m = m0 + own + i * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + r * 8;
-        if (m < rows) {
-#pragma unroll
-          for (int j = 0; j < T::BN / 8; ++j) {
-            const int n = n0 + j * 8 + lane % 4 * 2;
-            put<N>(out, (size_t)m * N, n, [&](int e) { return value(m, n + e, c[i][4 * j + 2 * r + e]); });
-          }
-        }
-      }
-    }
+    hopper_sums<P, T>(ring, own, steps, c);
+    hopper_store<T, N>(c, own, lane, out, rows, m0, n0, value);
   }
 }
 
