@@ -16,9 +16,10 @@ import numpy as np
 import tcompile
 import torch
 from tcompile.compiler.timing import interleaved
+from tcompile.passes.quantization.weight_only import WEIGHT_ONLY
 
-#: bytes of a weight, and of scales where there are some (groups of 64)
-BYTES = {"fp32": 4.0, "bf16": 2.0, "w8": 1.0 + 4 / 64, "w4": 0.5 + 4 / 64}
+#: bytes of a weight, with its part of the scales of groups of 32
+BYTES = {"fp32": 4.0, "bf16": 2.0, **{name: (bits + 1) / 8 for name, (bits, _) in WEIGHT_ONLY.items()}}
 
 
 def measure(kind: str, rows: int, options: argparse.Namespace) -> str:

@@ -1,14 +1,14 @@
 """What quantization costs and gains on real networks: accuracy on text and images that packages carry, and times beside float32 and onnxruntime.
 
 python benchmarks/quantized.py [NETWORK ...] [--threads 1,2] [--rounds N] [--nncf PYTHON] [--work FOLDER] [--docs docs/performance.md]
-python benchmarks/quantized.py --accuracy minilm,ocr,smollm2 [--threads N] [--work FOLDER]
+python benchmarks/quantized.py --accuracy minilm,ocr,smollm2 [--formats w8,w4,w4a8] [--threads N] [--work FOLDER]
 
 Networks of the zoo: milliseconds of float32, int8, onnxruntime and OpenVINO, onnxruntime on its own QDQ int8 model, and OpenVINO on what NNCF makes, if `--nncf` names the interpreter of an
 environment that has it; interleaved. `--docs` writes them into the page. Compiled models are kept in the folder, so that a second run only measures. With one thread, processor time
 is measured.
 
-Accuracy, minilm: cosine of int8 sentence embeddings to the float32 ones, on the Lee corpus. ocr: character error rate of PP-OCRv4 on rendered lines, float32 and int8. smollm2: perplexity
-on the Lee corpus, float32, w8, w4.
+Accuracy, minilm: cosine of sentence embeddings in int8 and in `--formats` to the float32 ones, on the Lee corpus. ocr: character error rate of PP-OCRv4 on rendered lines, float32 and int8. smollm2: perplexity
+on the Lee corpus, float32 and `--formats`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ def minilm(work: Path, options: argparse.Namespace) -> None:
         make = lambda quantize=quantize: tcompile.compile(entry.onnx_path(), shapes=shapes, quantize=quantize, calibration=calibration)  # noqa: E731
         cosine = (embeddings(kept(work / f"minilm_{name}.tcm", int(options.threads), make), test) * exact).sum(1)
         print(f"minilm int8, observer {name}: cosine to float32 mean {cosine.mean():.5f}, least {cosine.min():.5f} ({len(test)} texts)", flush=True)
+    for name in filter(None, options.formats.split(",")):
+        make = lambda name=name: tcompile.compile(entry.onnx_path(), shapes=shapes, quantize=name)  # noqa: E731
+        cosine = (embeddings(kept(work / f"minilm_{name}.tcm", int(options.threads), make), test) * exact).sum(1)
+        print(f"minilm {name}: cosine to float32 mean {cosine.mean():.5f}, least {cosine.min():.5f} ({len(test)} texts)", flush=True)
 
 
 def errors(read: str, truth: str) -> int:
@@ -121,9 +125,9 @@ def smollm2(work: Path, options: argparse.Namespace) -> None:
     ids = np.asarray(tokenizer("\n".join(lee("lee.cor", 50)))["input_ids"][: 4 * window], np.int64).reshape(-1, 1, window)
     shapes = {"input_ids": (1, window)}
     path = ZOO["smollm2"].onnx_path()
-    for name, quantize in (("float32", None), ("w8 g32", Quantize("w8")), ("w4 g32", Quantize("w4")), ("w4 g64", Quantize("w4", group=64))):
+    for name, quantize in (("float32", None), *((name, Quantize(name)) for name in filter(None, options.formats.split(",")))):
         model = kept(
-            work / f"smollm2_{name.replace(' ', '_')}.tcm",
+            work / f"smollm2_{name}.tcm",
             int(options.threads),
             lambda quantize=quantize: tcompile.compile(path, shapes=shapes, quantize=quantize),
         )
@@ -229,7 +233,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--nncf", type=Path, metavar="PYTHON")
     parser.add_argument("--docs", type=Path)
-    parser.add_argument("--observers", default="", help="of minilm, by commas; all when left out")
+    parser.add_argument("--observers", default="", help="of minilm, by commas; all when left out, none with 'none'")
+    parser.add_argument("--formats", default="w8,w4", help="weights in few bits of minilm and smollm2, by commas")
     parser.add_argument("--ocr-observer", default="minmax")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

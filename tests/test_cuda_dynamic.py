@@ -125,12 +125,24 @@ def in_few_bits(rows):
     return program, lambda x: (weight_only(x, codes, scales, bits=4, group=group),), lambda b, n: (floats(b, n, k),)
 
 
+def by_bytes(rows):
+    """Weights of three bits by int8."""
+    k, n, group = 96, 40, 32
+    codes, scales = RANDOM.integers(0, 256, (k * 3 // 8, n), "uint8"), np.abs(floats(k // group, n))
+    program = program_of(
+        lambda emit, x: [emit(weight_only_matmul(x, relax.const(codes), relax.const(scales), bits=3, group=group))],
+        {"x": (("b", rows, k), "int8")},
+    )
+    return program, lambda x: (weight_only(x, codes, scales, bits=3, group=group),), lambda b, n: (RANDOM.integers(-128, 128, (b, n, k), "int8"),)
+
+
 @pytest.mark.parametrize(
     ("case", "target", "kinds"),
     [
         (hopper, "cuda:sm_90a", {"gemm hopper", "conv2d hopper"}),
         pytest.param(pruned, "cuda:sm_80", {"gemm 2:4"}, marks=pytest.mark.networks),
         (in_few_bits, "cuda:sm_80", {"weight only"}),
+        pytest.param(by_bytes, "cuda:sm_80", {"weight only"}, marks=pytest.mark.networks),
     ],
 )
 def test_rows_of_every_template_of_products_may_be_open(case, target, kinds, monkeypatch):

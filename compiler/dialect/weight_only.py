@@ -19,7 +19,7 @@ def weight_only_matmul(
 ) -> relax.Call:
     """x: [..., M, K] float32, bfloat16, float16 or int8, packed: [ceil(Kp * bits / 8), N] uint8, scales: [Kp / group, N] float32, zeros: [Kp / group, N] uint8 -> [..., M, N] float32.
 
-    bits: 1..8; Kp is K padded to whole groups. A weight is (code - zero) * scale with codes 0..2^bits - 1; without `zeros` the zero is `middle(bits)`. A column of `packed` is a
+    bits: 1..8; Kp is K padded to whole groups. A weight is (code - zero) * scale with codes and zeros 0..2^bits - 1; without `zeros` the zero is `middle(bits)`. A column of `packed` is a
     string of bits, the lowest of every byte first, padded to whole bytes: 8 bits are a code per byte, and of 4 bits row i holds k = 2i in the low half of its bytes and k = 2i + 1 in
     the high half.
     """

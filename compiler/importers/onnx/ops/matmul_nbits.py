@@ -15,7 +15,7 @@ from ..values import Refusal
 def matmul_nbits(node: Node) -> relax.Expr:
     """A [..., K] times the transpose of B: codes [N, blocks, block_size * bits / 8], (code - zero) * scale, plus a bias [N].
 
-    It becomes the dialect's weight-only product; where that cannot say it (zero points that are no integers, blocks chosen by g_idx), the weight is made at import.
+    It becomes the dialect's weight-only product; where that cannot say it (zero points that are no codes, blocks chosen by g_idx), the weight is made at import.
     """
     k, n, bits, block = (node.attr(name, default) for name, default in (("K", 0), ("N", 0), ("bits", 4), ("block_size", 0)))
     if bits not in (2, 4, 8) or block < 16 or block & (block - 1) or node.attr("weight_prepacked", 0):
@@ -47,7 +47,7 @@ def _product(node: Node, x: relax.Expr, codes: np.ndarray, scales: np.ndarray, z
     k, bits, block = sizes
     group_of = np.arange(k) // block
     given = _constant(node, 4).reshape(-1)[:k] if node.has(4) else group_of
-    whole = zeros is None or bool(np.all((zeros == np.rint(zeros)) & (zeros >= 0) & (zeros <= 255)))
+    whole = zeros is None or bool(np.all((zeros == np.rint(zeros)) & (zeros >= 0) & (zeros < 1 << bits)))
     if not np.array_equal(given, group_of) or not whole:
         if np.any((given < 0) | (given >= scales.shape[1])):
             raise Refusal("g_idx names a block that does not exist")
