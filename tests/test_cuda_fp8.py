@@ -93,7 +93,7 @@ def test_casts_and_products_of_awkward_sizes(monkeypatch, target):
 def whole_sums(monkeypatch):
     """Products of 24 columns take all of K in one part: by wgmma on sm_90a, by mma.sync elsewhere."""
     forced_tiles(monkeypatch)[24] = tile(64, 64, 1, 4)
-    monkeypatch.setattr(gemm, "best_tile", lambda *_: TileSchedule(16, 32, 1, 2, 3))
+    monkeypatch.setattr(gemm, "best_tile", lambda *_, **__: TileSchedule(16, 32, 1, 2, 3))
 
 
 @needs_gxx
