@@ -165,8 +165,8 @@ class Dot:
             return _call(kind, _DPBUSD[lanes], acc, T.reinterpret(octets, a), T.reinterpret(octets, b))
         if self.name in _BY_BYTES:
             words = zip(a, b, strict=True) if self.parts > 1 else ((a, b),)
-            first, *others = (_call(halves, _MADDUBS[lanes], T.reinterpret(octets, x), T.reinterpret(octets, y)) for x, y in words)
-            return acc + _call(kind, _MADD[lanes], first + others[0] if others else first, splat(T.int16(1), 2 * lanes))
+            first, *others = (byte_pairs(x, y, lanes) for x, y in words)
+            return add_pairs(acc, first + others[0] if others else first, lanes)
         return acc + _call(kind, _MADD[lanes], T.reinterpret(halves, a), T.reinterpret(halves, b))
 
     def pair(self, low: Any, high: Any, lanes: int) -> Any:
@@ -269,6 +269,17 @@ def dot_for(kind: str, target: Target) -> Dot:
     if kind == "bf16":
         return BF16 if "bfloat16" in target.formats else BF16_FMA
     return F32 if kind == "f32" else integer_dot(target, kind)
+
+
+def byte_pairs(a: Any, b: Any, lanes: int) -> Any:
+    """Sums of two products of bytes, u8 x s8, in 16 bits, where they saturate."""
+    octets = f"int8x{4 * lanes}"
+    return _call(f"int16x{2 * lanes}", _MADDUBS[lanes], T.reinterpret(octets, a), T.reinterpret(octets, b))
+
+
+def add_pairs(acc: Any, pairs: Any, lanes: int) -> Any:
+    """acc + the two sums of 16 bits in every lane."""
+    return acc + _call(_typed("int32", lanes), _MADD[lanes], pairs, splat(T.int16(1), 2 * lanes))
 
 
 def _call(kind: str, name: str, *args: Any) -> Any:

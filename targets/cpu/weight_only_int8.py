@@ -26,7 +26,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from ..common.ops_linear import weight_only_operands
 from ..common.words import packed_words, planes
-from .dot import F32, MADD, VNNI, fma, integer_dot, splat, vector
+from .dot import F32, MADD, VNNI, add_pairs, byte_pairs, fma, integer_dot, splat, vector
 from .emit import Accumulators, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
 from .template import Kernel, Packing
@@ -224,12 +224,11 @@ class _Emitter(GemmEmitter):
                         elif bits == 8 and v < nv:
                             into.store(m, column, _wide(into.load(m, column), code, x, lanes))
                         else:
-                            pairs = _pairs(code, x, lanes)
+                            pairs = byte_pairs(code, x, lanes)
                             short[m, v] = T.bind(short[m, v] + pairs if (m, v) in short else pairs)
             for (m, v), pairs in short.items():
                 into, column = (part, v) if v < nv else (sums, 0)
-                one = splat(T.int16(1), 2 * lanes)
-                into.store(m, column, MADD.multiply_add(into.load(m, column), pairs, one, lanes))
+                into.store(m, column, add_pairs(into.load(m, column), pairs, lanes))
 
     def _codes(self, jo: Any, word: Any, quads: int, quad: int, nv: int, loaded: dict[tuple[int, int], list[Any]]) -> list[Any]:
         """Four codes in the bytes of every lane, of every vector of columns. loaded: words that are in registers, by their plane and place in it."""
@@ -258,13 +257,6 @@ class _Emitter(GemmEmitter):
         for part in parts[1:]:
             word = word | part
         return word
-
-
-def _pairs(codes: Any, x: Any, lanes: int) -> Any:
-    """Sums of two products of bytes, u8 x s8, in 16 bits."""
-    name = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw", 4: "llvm.x86.ssse3.pmadd.ub.sw.128"}[lanes]
-    octets = f"int8x{4 * lanes}"
-    return T.call_llvm_pure_intrin(f"int16x{2 * lanes}", T.llvm_lookup_intrinsic_id(name), T.reinterpret(octets, codes), T.reinterpret(octets, x))
 
 
 def _wide(acc: Any, codes: Any, x: Any, lanes: int) -> Any:
