@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...compiler.tvm import is_constant, relax, tirx, tvm
+from ...compiler.dialect.attention import SWAPPED
+from ...compiler.tvm import is_constant, mutator, relax, tirx, tvm
 from ..products import variables
 
 
@@ -87,6 +88,14 @@ def is_unit(dim: Any) -> bool:
     return isinstance(dim, tirx.IntImm) and int(dim) == 1
 
 
+def swapped(emit: Callable[[Any], Any], value: Any) -> Any:
+    """Four dims with the second and third in the other order; a view where one of them is 1."""
+    own = shape(value) or []
+    if is_unit(own[1]) or is_unit(own[2]):
+        return emit(relax.op.reshape(value, [own[axis] for axis in SWAPPED]))
+    return emit(relax.op.permute_dims(value, list(SWAPPED)))
+
+
 def equal(a: Any, b: Any) -> bool:
     """Two dims are provably the same."""
     return _ANALYZER.can_prove_equal(a, b)
@@ -97,3 +106,27 @@ def less(a: Any, b: Any) -> bool:
 
 
 _ANALYZER = tvm.sym.Analyzer()
+
+
+def rebound(module: Any, made: Mapping[Any, Callable[[Any], relax.Expr]]) -> Any:
+    """The module with some variables of main bound to other expressions, and without what is dead then. made: the expression, from the mutator, which emits and visits its parts."""
+    return relax.transform.DeadCodeElimination()(_Rebinder(module, made).apply())
+
+
+@mutator
+class _Rebinder(relax.PyExprMutator):
+    def __init__(self, module: Any, made: Mapping[Any, Callable[[Any], relax.Expr]]):
+        super().__init__(module)
+        self.module, self.made = module, made
+
+    def apply(self) -> Any:
+        main = self.module.get_global_var("main")
+        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
+        return self.builder_.get()
+
+    def visit_var_binding_(self, binding: Any) -> None:
+        make = self.made.get(binding.var)
+        if make is None:
+            super().visit_var_binding_(binding)
+            return
+        self.builder_.emit_normalized(relax.VarBinding(binding.var, self.builder_.normalize(make(self))))

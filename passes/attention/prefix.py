@@ -10,15 +10,16 @@ Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes" 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...compiler.dialect.attention import NAME, SWAPPED, AttentionAttrs, AttentionDims, attention, attrs_of, dims_of
+from ...compiler.dialect.attention import NAME, AttentionAttrs, AttentionDims, attention, attrs_of, dims_of
 from ...compiler.program import DimRange, Program
-from ...compiler.tvm import is_constant, mutator, relax, tirx
+from ...compiler.tvm import is_constant, relax, tirx
 from ..base import Pass, PassContext
-from .graph import Graph, is_unit, scalar, shape
+from .graph import Graph, is_unit, rebound, scalar, shape, swapped
 from .match import Miss
 
 #: bytes of keys and values that have to be saved for each byte that the join reads and writes, and in all: what three kernels more take
@@ -58,7 +59,7 @@ class SharedPrefix(Pass):
         if not sites:
             return program
         context.matched(attention=len(sites))
-        return program.with_module(relax.transform.DeadCodeElimination()(_Rewriter(program.module, graph, sites).apply()))
+        return program.with_module(rebound(program.module, {var: partial(_joined, site) for var, site in sites.items()}))
 
 
 def _site(graph: Graph, call: Any, program: Program) -> _Site | Miss | None:
@@ -150,58 +151,33 @@ def _expected(program: Program, dim: Any) -> int:
     return bounds.min if bounds.opt is None else bounds.opt
 
 
-@mutator
-class _Rewriter(relax.PyExprMutator):
-    def __init__(self, module: Any, graph: Graph, sites: dict[Any, _Site]):
-        super().__init__(module)
-        self.module, self.graph, self.sites = module, graph, sites
-
-    def apply(self) -> Any:
-        main = self.module.get_global_var("main")
-        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
-        return self.builder_.get()
-
-    def visit_var_binding_(self, binding: Any) -> None:
-        site = self.sites.get(binding.var)
-        if site is None:
-            super().visit_var_binding_(binding)
-            return
-        self.builder_.emit_normalized(relax.VarBinding(binding.var, self.builder_.normalize(self._joined(site))))
-
-    def _joined(self, site: _Site) -> relax.Expr:
-        op, emit, attrs = relax.op, self.builder_.emit, attrs_of(site.call)
-        q = self.visit_expr(site.call.args[0])
-        dims = dims_of(*(shape(arg) or () for arg in site.call.args[:3]), attrs.layouts)
-        one, rows = tirx.const(1, "int64"), dims.batch * dims.queries
-        # with queries before heads, the sequences follow each other
-        by_token = q if attrs.layouts[0] == "BSHD" else self._swapped(q)
-        folded = emit(op.reshape(by_token, [one, rows, dims.heads, dims.depth]))
-        plain = {**asdict(replace(attrs, causal=False, before=-1, after=-1)), "logsum": True}
-        layouts = attrs.layouts
-        first = emit(
-            attention(
-                folded, *map(self.visit_expr, site.prefix), **{**plain, "fill": -float("inf"), "layout": ",".join(("BSHD", *layouts[1:3], "BSHD"))}
-            )
+def _joined(site: _Site, rewriter: Any) -> relax.Expr:
+    op, emit, attrs = relax.op, rewriter.builder_.emit, attrs_of(site.call)
+    q = rewriter.visit_expr(site.call.args[0])
+    dims = dims_of(*(shape(arg) or () for arg in site.call.args[:3]), attrs.layouts)
+    one, rows = tirx.const(1, "int64"), dims.batch * dims.queries
+    # with queries before heads, the sequences follow each other
+    by_token = q if attrs.layouts[0] == "BSHD" else swapped(emit, q)
+    folded = emit(op.reshape(by_token, [one, rows, dims.heads, dims.depth]))
+    plain = {**asdict(replace(attrs, causal=False, before=-1, after=-1)), "logsum": True}
+    layouts = attrs.layouts
+    first = emit(
+        attention(
+            folded, *map(rewriter.visit_expr, site.prefix), **{**plain, "fill": -float("inf"), "layout": ",".join(("BSHD", *layouts[1:3], "BSHD"))}
         )
-        # the prefix is seen by all: nothing to see behind it is 0, not NaN
-        mask = None if site.mask is None else self.visit_expr(site.mask)
-        ahead = attrs.window[1]
-        window = {} if ahead is None else {"causal": ahead == site.length, "after": ahead - site.length or -1}
-        own = {**plain, **window, "safe": True, "layout": ",".join((*layouts[:3], "BSHD"))}
-        second = emit(attention(q, *map(self.visit_expr, site.suffix), mask, **own))
-        parts = [[emit(relax.TupleGetItem(pair, index)) for index in range(2)] for pair in (first, second)]
-        wanted = [dims.batch, dims.queries, dims.heads, dims.width]
-        before, behind = emit(op.reshape(parts[0][0], wanted)), parts[1][0]
-        # [1, H, B S] and [B, H, S] -> [B, S, H, 1]
-        log_before = emit(op.reshape(emit(op.permute_dims(parts[0][1], [0, 2, 1])), [*wanted[:3], one]))
-        log_behind = emit(op.expand_dims(emit(op.permute_dims(parts[1][1], [0, 2, 1])), -1))
-        share = emit(op.sigmoid(emit(op.subtract(log_behind, log_before))))
-        out: Any = emit(op.add(before, emit(op.multiply(emit(op.subtract(behind, before)), share))))
-        return out if layouts[3] == "BSHD" else self._swapped(out)
-
-    def _swapped(self, value: Any) -> Any:
-        """Second and third dim in the other order; a view where one of them is 1."""
-        own = shape(value) or []
-        if is_unit(own[1]) or is_unit(own[2]):
-            return self.builder_.emit(relax.op.reshape(value, [own[axis] for axis in SWAPPED]))
-        return self.builder_.emit(relax.op.permute_dims(value, list(SWAPPED)))
+    )
+    # the prefix is seen by all: nothing to see behind it is 0, not NaN
+    mask = None if site.mask is None else rewriter.visit_expr(site.mask)
+    ahead = attrs.window[1]
+    window = {} if ahead is None else {"causal": ahead == site.length, "after": ahead - site.length or -1}
+    own = {**plain, **window, "safe": True, "layout": ",".join((*layouts[:3], "BSHD"))}
+    second = emit(attention(q, *map(rewriter.visit_expr, site.suffix), mask, **own))
+    parts = [[emit(relax.TupleGetItem(pair, index)) for index in range(2)] for pair in (first, second)]
+    wanted = [dims.batch, dims.queries, dims.heads, dims.width]
+    before, behind = emit(op.reshape(parts[0][0], wanted)), parts[1][0]
+    # [1, H, B S] and [B, H, S] -> [B, S, H, 1]
+    log_before = emit(op.reshape(emit(op.permute_dims(parts[0][1], [0, 2, 1])), [*wanted[:3], one]))
+    log_behind = emit(op.expand_dims(emit(op.permute_dims(parts[1][1], [0, 2, 1])), -1))
+    share = emit(op.sigmoid(emit(op.subtract(log_behind, log_before))))
+    out: Any = emit(op.add(before, emit(op.multiply(emit(op.subtract(behind, before)), share))))
+    return out if layouts[3] == "BSHD" else swapped(emit, out)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-from ...compiler.dialect.attention import NAME, SWAPPED, attrs_of, dims_of
+from ...compiler.dialect.attention import NAME, attrs_of, dims_of
 from ...compiler.dialect.attention_quantized import attention_quantized
 from ...compiler.program import Program
-from ...compiler.tvm import is_constant, mutator, relax, tirx
+from ...compiler.tvm import is_constant, relax, tirx
 from ..base import Pass, PassContext
 from .codes import Codes, codes_of
-from .graph import Graph, is_unit, scalar, shape
+from .graph import Graph, is_unit, rebound, scalar, shape, swapped
 from .match import Miss
 
 #: most queries whose attention a CPU takes from codes: with more of them every float that is made serves many products
@@ -47,7 +48,7 @@ class QuantizedAttention(Pass):
         if not sites:
             return program
         context.matched(attention=len(sites))
-        return program.with_module(relax.transform.DeadCodeElimination()(_Rewriter(program.module, graph, sites).apply()))
+        return program.with_module(rebound(program.module, {var: partial(_made, graph, site) for var, site in sites.items()}))
 
 
 def _site(graph: Graph, call: relax.Call, few: bool) -> tuple[Codes, Codes] | Miss | None:
@@ -74,28 +75,17 @@ def _site(graph: Graph, call: relax.Call, few: bool) -> tuple[Codes, Codes] | Mi
     return k, v
 
 
-@mutator
-class _Rewriter(relax.PyExprMutator):
-    def __init__(self, module: Any, graph: Graph, sites: dict[Any, tuple[relax.Call, Codes, Codes]]):
-        super().__init__(module)
-        self.module, self.graph, self.sites = module, graph, sites
+def _made(graph: Graph, site: tuple[relax.Call, Codes, Codes], rewriter: Any) -> relax.Expr:
+    return _Maker(graph, rewriter).attention(*site)
 
-    def apply(self) -> Any:
-        main = self.module.get_global_var("main")
-        self.builder_.update_func(main, self.visit_expr(self.module["main"]))
-        return self.builder_.get()
 
-    def visit_var_binding_(self, binding: Any) -> None:
-        site = self.sites.get(binding.var)
-        if site is None:
-            super().visit_var_binding_(binding)
-            return
-        self.builder_.emit_normalized(relax.VarBinding(binding.var, self.builder_.normalize(self._call(*site))))
+class _Maker:
+    """Attention over codes, in the place of that over floats. graph: of the source program; rewriter: as of `rebound`."""
 
-    def emit(self, expr: Any) -> Any:
-        return self.builder_.emit(expr)
+    def __init__(self, graph: Graph, rewriter: Any):
+        self.graph, self.emit, self.visit_expr = graph, rewriter.builder_.emit, rewriter.visit_expr
 
-    def _call(self, call: relax.Call, k: Codes, v: Codes) -> relax.Expr:
+    def attention(self, call: relax.Call, k: Codes, v: Codes) -> relax.Expr:
         attrs, old = attrs_of(call), call.args
         dims = dims_of(*(shape(arg) or () for arg in old[:3]), attrs.layouts)
         q, scale = self._plain(self.visit_expr(old[0]), attrs.layouts[0]), attrs.scale
@@ -119,13 +109,8 @@ class _Rewriter(relax.PyExprMutator):
         return self._plain(out, attrs.layouts[3])
 
     def _plain(self, value: Any, layout: str) -> Any:
-        """BHSD of a layout, and back; a view where there is one query."""
-        if layout == "BHSD":
-            return value
-        before = shape(value) or []
-        if is_unit(before[1]) or is_unit(before[2]):
-            return self.emit(relax.op.reshape(value, [before[axis] for axis in SWAPPED]))
-        return self.emit(relax.op.permute_dims(value, list(SWAPPED)))
+        """BHSD of a layout, and back."""
+        return value if layout == "BHSD" else swapped(self.emit, value)
 
     def _scaled(self, value: Any, factor: Any, dims: Any) -> Any:
         """[B, H, S, N] times a factor that broadcasts to [B, Hk, 1, N]: those heads of q that share a head of keys are more rows of it."""
