@@ -102,6 +102,33 @@ def test_awkward_sizes(sizes, mask, attrs, pick, target):
     check(operands(*sizes, mask, layouts), target, pick=pick, **attrs)
 
 
+@pytest.mark.parametrize("target", runnable())
+@pytest.mark.parametrize(("sizes", "mask", "attrs", "nv", "group"), [
+    ((1, 4, 2, 131, 300, 16, 17), "rows", {"causal": True, "received": True}, 2, 3),
+    ((2, 2, 1, 150, 290, 64, 64), "bool", {"before": 40, "after": 30}, 3, 4),
+    (AWKWARD[4], "padding", {"logsum": True}, 1, 12),
+    ((1, 2, 1, 131, 37, 16, 17), "none", {"before": 7, "causal": True}, 2, 4),  # queries that see nothing
+    (AWKWARD[5], "none", {"causal": True, "fill": -1e4}, 1, 3),
+    (AWKWARD[3], "none", {}, 1, 2),
+])  # fmt: skip
+def test_tiles_that_share_a_copy_of_values(sizes, mask, attrs, nv, group, target):
+    layouts = ("BSHD",) * 4
+    check(operands(*sizes, mask, layouts), target, AttentionSchedule(nv, target.lanes(), 2, 3, 2, 64, group), layout="BSHD", **attrs)
+
+
+def test_rows_of_other_heads_between():
+    """They are prefetched, and tiles may share a copy; one head, or heads that lie one after the other, need neither."""
+    for layout, heads, apart in (("BSHD", 12, True), ("BHSD", 12, False), ("BSHD", 1, False)):
+        shape = (1, 512, heads, 64) if layout == "BSHD" else (1, heads, 512, 64)
+        module = legalized([(shape, "float32")] * 3, layout=layout)
+        ((_, func),) = [(variable, func) for variable, func in module.functions_items() if variable.name_hint == "attention"]
+        fused, template = analyze(own_dims(func)), Attention()
+        workload = template.workload(fused, frozenset())
+        space = template.space(workload, HASWELL)
+        assert workload.apart == apart == (max(schedule.group for schedule in space) > 1)
+        assert ("llvm.prefetch" in str(template.build(fused, workload, space[0], HASWELL).func)) == apart
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 2), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.integers(1, 70), st.integers(1, 150), st.integers(1, 80), st.integers(1, 80),
@@ -123,7 +150,7 @@ def test_symbolic_lengths(target):
         ((batch, 1, rows, columns), "float32"),
     ]
     module = legalized(types, causal=target is HASWELL, received=target is not HASWELL)
-    module.update_func(*kernel_of(module, target))
+    module.update_func(*kernel_of(module, target, AttentionSchedule(2, target.lanes(), 2, 3, 2, 64, 3) if target is HASWELL else None))
     for variable, func in list(module.functions_items()):
         if isinstance(func, tirx.PrimFunc) and variable.name_hint != "attention":
             module.update_func(variable, generic(func, target).func)

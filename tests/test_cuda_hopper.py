@@ -295,7 +295,7 @@ NEEDED = {
     "ring.release(before)": "ring.release(ring.slot)",
     "products_begin();": "",
     "products_commit();": "",
-    "    products_wait<0>();": "",
+    "\n  products_wait<0>();": "",
     "round ^ 1);": "round);",
     "(-shared_address(shared) & 1023)": "0",
     "ring.open(4 * T::GROUPS)": "ring.open(4)",

@@ -19,6 +19,7 @@ normalizer calculation for softmax" (2018); the order of the loops: Dao, "FlashA
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,18 +27,24 @@ from ...autotune.cost_model import KernelFeatures
 from ..base import Target
 from ..common.fused import Fused, Unfusable, static
 from .attention_emit import AttentionEmitter
+from .attention_views import rows_apart
 from .dot import dot_for
-from .emit import balanced, kernel
+from .emit import balanced, balanced_sizes, kernel
 from .ops_attention import sizes
 from .template import Kernel
 
 #: sizes assumed for what is known at run time only
 _GUESS = {"batch": 1, "queries": 128, "keys": 128}
 
+#: cycles of an exponential of a vector of float32
+_EXP = 8.0
+#: tiles of queries that a task has
+_GROUPS = (1, 4, 12)
+
 
 @dataclass(frozen=True)
 class AttentionWorkload:
-    """Sizes (None: known at run time only) and what happens to the scores."""
+    """Sizes (None: known at run time only) and what happens to the scores. apart: rows of other heads lie between those of k or of v."""
 
     batch: int | None
     heads: int
@@ -53,18 +60,20 @@ class AttentionWorkload:
     logsum: bool = False
     before: int = -1
     after: int = -1
+    apart: bool = False
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         extra = f"{' causal' if self.causal else ''}{f' mask {self.mask}' if self.mask != 'none' else ''}{' received' if self.received else ''}"
-        extra += " logsum" if self.logsum else ""
+        extra += f"{' logsum' if self.logsum else ''}{' apart' if self.apart else ''}"
         extra += f" window {self.before}+{0 if self.causal else self.after}" if max(self.before, self.after) >= 0 else ""
         return f"attention {'' if self.kind == 'f32' else f'{self.kind} '}{self.batch}x{heads}x{self.queries}x{self.keys}x{self.depth}x{self.width}{extra}"
 
 
 @dataclass(frozen=True)
 class AttentionSchedule:
-    """nv vectors of `lanes` queries at a time; tiles of mr keys for the scores, of rows queries x columns vectors for the output; `block` keys between two rescalings."""
+    """nv vectors of `lanes` queries at a time; tiles of mr keys for the scores, of rows queries x columns vectors for the output; `block` keys between two rescalings.
+    group: such tiles of queries a task has; several share a copy of the values of every block."""
 
     nv: int
     lanes: int
@@ -72,6 +81,7 @@ class AttentionSchedule:
     rows: int
     columns: int
     block: int
+    group: int = 1
 
 
 class Attention:
@@ -101,6 +111,7 @@ class Attention:
             fused.core["logsum"],
             fused.core["before"],
             fused.core["after"],
+            rows_apart(fused),
         )
 
     def space(self, workload: AttentionWorkload, target: Target) -> Sequence[AttentionSchedule]:
@@ -116,9 +127,10 @@ class Attention:
                 if columns == 1 < wide:
                     continue
                 rows = min((registers - columns - 1) // columns, 8, nv * lanes)
-                for block in (64, 128, 256):
-                    if block == 64 or workload.keys is None or block < 2 * workload.keys:
-                        found.append(AttentionSchedule(nv, lanes, mr, rows, columns, block))
+                for block, group in itertools.product((64, 128, 256), _GROUPS if workload.apart else (1,)):
+                    usual = block == 64 or workload.keys is None or block < 2 * workload.keys
+                    if usual and (group == 1 or vectors is None or group <= -(-vectors // nv)):
+                        found.append(AttentionSchedule(nv, lanes, mr, rows, columns, block, group))
         return found
 
     def features(self, workload: AttentionWorkload, schedule: AttentionSchedule, target: Target) -> KernelFeatures:
@@ -131,32 +143,46 @@ class Attention:
             most = [min(keys, each) if each >= 0 else keys / 2 for each in (workload.before, 0 if workload.causal else workload.after)]
             seen = min(float(keys), sum(most) + nv * lanes)
         dot = dot_for(workload.kind, target)
-        broadcast = dot.broadcast_loads if dot.grouped else 0.5 if target.vector_bits == 512 else 1.0
+        broadcast = dot.broadcast_loads if dot.grouped else 0.5
         # per word of one or two numbers
         rate, group = target.fma_per_cycle / dot.instructions, dot.group
-        fma = load = latency = 0.0
+        # v is passed once for every tile of rows: from the second-level cache where a block is more than the first level holds, or falls into few of its sets
+        copied = schedule.group > 1 or group > 1 or width % lanes > 0
+        near = 4.0 * schedule.block * (nv + wide) * lanes < 0.75 * target.l1_bytes and (copied or not workload.apart)
+        held = 4.0 / group * seen * (depth + width) < (0.25 if workload.apart else 0.75) * target.l2_bytes
+        blocks = -(-seen // schedule.block)
+        fma = load = latency = l2 = l3 = 0.0
         for size in tiles:
             scores = seen * depth / group * (2 if workload.received else 1)
             fma += scores * size / rate
             load += scores * (broadcast + size / schedule.mr) / 2.0
-            latency += scores / schedule.mr * max(4.0, schedule.mr * size / rate)
-            products = seen / group * size * lanes
-            fma += products * wide / rate
-            load += products * (broadcast * -(-wide // schedule.columns) + wide / schedule.rows) / 2.0
-            latency += products * -(-wide // schedule.columns) / schedule.rows * max(4.0, schedule.rows * schedule.columns / rate)
+            latency += scores / schedule.mr * max(4.0, schedule.mr * size / rate) + seen / schedule.mr * 12.0
+            shapes = itertools.product(balanced_sizes(size * lanes, schedule.rows).items(), balanced_sizes(wide, schedule.columns).items())
+            for (rows, many), (columns, times) in shapes:
+                products = seen / group * many * times
+                fma += products * rows * columns / rate
+                load += products * (broadcast * rows + columns) / 2.0
+                # a tile fills and drains the pipes once a block
+                latency += products * max(4.0, rows * columns / rate) + many * times * blocks * 12.0
+                # lines of 64 bytes, of which an odd vector uses half
+                l2 += 0.0 if near else products * -(-columns * lanes // 16) * 64.0
             # the exponential, and the rescaling of the output between blocks
-            fma += seen * size * (24.0 if group == 1 else 32.0) + -(-seen // schedule.block) * size * lanes * wide * 4.0
+            other = seen * size * (_EXP if group == 1 else 1.5 * _EXP) + blocks * size * lanes * wide * 2.0
+            fma, latency = fma + other, latency + other  # one after the other
             load += seen * size * 4.0 + depth * size * lanes * 2.0
-        block_bytes = 4.0 * schedule.block * (nv * lanes + wide * lanes)
-        l2 = len(tiles) * seen * 4.0 / group * (depth + width) + (0 if block_bytes < 0.75 * target.l1_bytes else len(tiles) * seen * 8.0 * nv * lanes)
+            own = seen / schedule.group * wide if copied else 0.0
+            load += own * group
+            traffic = 4.0 / group * seen * (depth + width)
+            l2 += traffic if held else 0.0
+            l3 += 0.0 if held else traffic / schedule.group
         return KernelFeatures(
             flops=2.0 * heads * queries * seen * (depth + width),
             fma_cycles=heads * fma,
             load_cycles=heads * load,
             latency_cycles=heads * latency,
             l2_bytes=heads * l2,
-            l3_bytes=4.0 / group * heads * (queries + keys) * (depth + width),
-            tasks=heads * len(tiles),
+            l3_bytes=heads * (l3 + 4.0 / group * (queries + keys) * (depth + width)),
+            tasks=heads * -(-len(tiles) // schedule.group),
         )
 
     def build(self, fused: Fused, workload: AttentionWorkload, schedule: AttentionSchedule, target: Target) -> Kernel:

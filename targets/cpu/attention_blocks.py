@@ -68,7 +68,7 @@ class AttentionBlocks:
         return BlocksWorkload(**asdict(plain), kept=kept, masks=masks)
 
     def space(self, workload: BlocksWorkload, target: Target) -> Sequence[AttentionSchedule]:
-        return Attention().space(workload, target)
+        return [schedule for schedule in Attention().space(workload, target) if schedule.group == 1]  # lists are those of one tile
 
     def features(self, workload: BlocksWorkload, schedule: AttentionSchedule, target: Target) -> KernelFeatures:
         block, starts = _block(workload, schedule), _starts(workload, schedule)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...compiler.dialect.attention import SWAPPED
 from ...compiler.tvm import relax, tirx, tvm
-from ..common.fused import static
+from ..common.fused import Fused, static
 
 #: per dim of the holding tensor: a constant, and a factor for each of the indices b, h, s, d
 Rows = tuple[tuple[int, ...], ...]
@@ -57,6 +57,24 @@ def _affine(row: Sequence[int], indices: Sequence[Any]) -> Any:
     if total is None:
         return tirx.const(constant, "int64")
     return total + tirx.const(constant, "int64") if constant else total
+
+
+def rows_apart(fused: Fused) -> bool:
+    """Whether consecutive rows of the keys or of the values do not lie side by side, but with those of other heads between them."""
+    return any(_stride(fused.core["rows"][place], fused.inputs[place].shape) != static(fused.inputs[place].shape[-1]) for place in (1, 2))
+
+
+def _stride(rows: Sequence[Sequence[int]], shape: Sequence[Any]) -> int | None:
+    """Elements from row s to row s + 1; None if sizes known at run time only decide it."""
+    total, inner = 0, 1
+    for row, dim in zip(reversed(rows), reversed(shape), strict=True):
+        if row[3]:
+            if inner is None:
+                return None
+            total += row[3] * inner
+        size = static(dim)
+        inner = None if inner is None or size is None else inner * size
+    return total
 
 
 def find_view(bindings: dict[Any, Any], x: Any, layout: str) -> View:
