@@ -11,6 +11,9 @@
             for (i, e) in tiles: acc[i][e] = out[i][e] * shrink[i];  for j: acc[i][e] += p[j][i] * v[j, e]
         out /= total
 
+Where rows of other heads lie between those of a head, their addresses fall into few sets of the caches and no hardware prefetcher follows them: rows are prefetched while the tiles
+before them are computed, and a task may have several tiles of queries (`group`), which share a copy of each block of v.
+
 bfloat16: the products are over words of two d, and of two keys (see `dot`); p is rounded pair by pair, the pairs of v are put together once per block.
 
 With the queries in the lanes neither k nor v is transposed, and the softmax needs no sum across lanes. Running maximum and sum: Milakov and Gimelshein, "Online
