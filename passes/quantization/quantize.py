@@ -112,7 +112,7 @@ class Quantize(Pass):
                 f"target {target.text} has no instruction for fp8: its numbers are held in 16 bits, weights take half of the memory, products run at {rate}'s rate"
             )
         elif self.short_sums is False:
-            context.note(f"target {target.text} has no VNNI: products run at float32's rate; with short_sums they take less than half of its time")
+            context.note(f"target {target.text} has no VNNI: with short_sums, products would take about two thirds of their time")
         else:
             context.note(
                 f"target {target.text} has no VNNI: weights have up to one bit less than eight, so that it multiplies exactly in less than half of float32's time; short_sums=False keeps it"

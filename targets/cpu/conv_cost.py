@@ -8,6 +8,7 @@ from .cache import conflict_bytes
 from .conv_common import ConvWorkload, row_tiles
 from .dot import dot_for
 from .emit import balanced
+from .widen import widening
 
 
 def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, rows: int, target: Target) -> KernelFeatures:
@@ -38,6 +39,7 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
                     load += steps * (live * dot.broadcast_loads + columns * dot.parts) / 2.0
                     latency += steps * max(4.0, busy)
     repeats = n * workload.groups
+    elements = n * out_h * workload.strides[0] * out_w * workload.strides[1] * workload.ci
     # loop set-up, the row's address arithmetic and the epilogue cost about this many cycles per tile
     overhead = 12.0 * repeats * panels * out_h * tile_count * (1 + workload.kh / 2)
     task_rows = min(rows or out_h, out_h)
@@ -57,9 +59,9 @@ def direct_features(workload: ConvWorkload, pixels: int, nv: int, lanes: int, ro
     l3 = repeats * chunks * input_bytes * (1 if in_l2 else panels) + n * weights * (1 if weights < target.l2_bytes / 2 else chunks)
     return KernelFeatures(
         flops=2.0 * n * out_h * out_w * workload.co * workload.kh * workload.kw * workload.ci_group,
-        fma_cycles=repeats * fma + overhead,
+        fma_cycles=repeats * fma + overhead + widening(elements, dot),
         load_cycles=repeats * load + overhead,
-        latency_cycles=repeats * latency + overhead,
+        latency_cycles=repeats * latency + overhead + widening(elements, dot),
         l2_bytes=l2,
         l3_bytes=l3,
         dram_bytes=weights,

@@ -39,6 +39,7 @@ from .dot import dot_for
 from .emit import Accumulators, kernel, register_tiles, store_tile, tasks
 from .short_sums import with_sums
 from .template import Kernel, Packing
+from .widen import activations
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _Emitter:
         self.out_h, self.out_w = fused.output.shape[1:3]
         if workload.turned:
             self.h, self.w, self.out_h, self.out_w = self.w, self.h, self.out_w, self.out_h
-        self.x = T.decl_buffer((product(x.shape),), self.dot.activation, data=buffers[x].data)
+        self.x = activations(x, buffers, self.dot, (product(x.shape),))
         self.panels = buffers[w]
         self.nr = schedule.nv * schedule.lanes
 

@@ -16,6 +16,7 @@ from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, p
 from .prefetch import panels_ahead
 from .short_sums import with_sums
 from .template import Kernel
+from .widen import activations
 
 
 class ConvPointwise:
@@ -31,10 +32,12 @@ class ConvPointwise:
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = vector_lanes(max(workload.co, dot_for(workload.kind, target).min_lanes()), target)
-        return [GemmSchedule(s.mr, s.nv, lanes, s.mc) for s in Gemm().space(_gemm(workload), target) if s.nv == 1 or (s.nv - 1) * lanes < workload.co]
+        return [
+            GemmSchedule(s.mr, s.nv, lanes, s.mc) for s in Gemm().space(gemm_of(workload), target) if s.nv == 1 or (s.nv - 1) * lanes < workload.co
+        ]
 
     def features(self, workload: ConvWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
-        return Gemm().features(_gemm(workload), schedule, target)
+        return Gemm().features(gemm_of(workload), schedule, target)
 
     def build(self, fused: Fused, workload: ConvWorkload, schedule: GemmSchedule, target: Target) -> Kernel:
         x, w = fused.inputs
@@ -44,14 +47,15 @@ class ConvPointwise:
         packing = pack_gemm(position, workload.ci, workload.co, nr, dot)
         with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
             pixels = list(fused.output.shape[:3])
-            flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
-            address = _reader(workload, x, pixels)
+            flat = activations(x, buffers, dot, (product(x.shape),))
+            address = pixel_reader(workload, x, pixels)
             operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), flat, address, buffers[w], True, dot)
             GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packing, buffers[w], dot, target)).emit()
         return Kernel(builder.get(), (packing,))
 
 
-def _gemm(workload: ConvWorkload) -> GemmWorkload:
+def gemm_of(workload: ConvWorkload) -> GemmWorkload:
+    """The GEMM that a 1x1 convolution is."""
     sizes = (workload.n, workload.out_h, workload.out_w)
     known = [size for size in sizes if size is not None]
     rows = None
@@ -60,7 +64,7 @@ def _gemm(workload: ConvWorkload) -> GemmWorkload:
     return GemmWorkload(1, rows, workload.ci, workload.co, True, workload.epilogue, workload.kind)
 
 
-def _reader(workload: ConvWorkload, x: Any, pixels: list[Any]) -> Callable[[Any], Callable[[Any], tuple[Any, ...]]]:
+def pixel_reader(workload: ConvWorkload, x: Any, pixels: list[Any]) -> Callable[[Any], Callable[[Any], tuple[Any, ...]]]:
     """Row number of the GEMM -> (k -> index of the input element)."""
     channels = T.int64(workload.ci)
     if workload.strides == (1, 1):

@@ -38,9 +38,9 @@ def fma(a: Any, b: Any, c: Any, lanes: int) -> Any:
 class Dot:
     """One way to multiply and add.
 
-    name: "f32", "vnni" (vpdpbusd: 4 products a lane), "madd" (vpmaddwd, vpaddd: 2 products of 16 bit), "pairs" (vpmaddubsw, vpmaddwd by ones, vpaddd: 4 products), "quads" (two
+    name: "f32", "vnni" (vpdpbusd: 4 products a lane), "madd" (vpmaddwd, vpaddd: 2 products of 16 bit), "wide" (the same of activations that were widened before, see widen.py), "pairs" (vpmaddubsw, vpmaddwd by ones, vpaddd: 4 products), "quads" (two
     words, their vpmaddubsw added in 16 bits: 8 products), "bf16" (vdpbf16ps: 2 products a lane) or "bf16fma" (the same by two multiply-adds). group: consecutive k of a step.
-    activation: element type of what is read. accumulator: type of a sum. instructions: multiplications per step of one accumulator. weight_bytes: of one packed number.
+    activation: element type of what is read. accumulator: type of a sum. instructions: what a step of one accumulator takes, in multiplications. weight_bytes: of one packed number.
     broadcast_loads: loads that a word of the activations costs. parts: words of 4 bytes of a step; where there are several, `read`, `broadcast` and `weights` give tuples.
     """
 
@@ -48,7 +48,7 @@ class Dot:
     activation: str
     accumulator: str
     group: int
-    instructions: int
+    instructions: float
     weight_bytes: int
     broadcast_loads: float = 1.0
     parts: int = 1
@@ -60,13 +60,13 @@ class Dot:
 
     @property
     def scratch(self) -> int:
-        """Registers that a step takes beside sums, weights and a word of the activations: products and ones, and the second word."""
-        return {"pairs": 2, "quads": 4}.get(self.name, 0)
+        """Registers that a step takes beside sums, weights and a word of the activations: products, ones, and the second word."""
+        return {"wide": 1, "pairs": 2, "quads": 4}.get(self.name, 0)
 
     @property
     def separate(self) -> bool:
         """Products are added by instructions of their own."""
-        return self.name in ("madd", *_BY_BYTES)
+        return self.name in ("madd", "wide", *_BY_BYTES)
 
     @property
     def grouped(self) -> bool:
@@ -80,7 +80,7 @@ class Dot:
 
     @property
     def activation_bits(self) -> int:
-        return {"uint8": 8, "bfloat16": 16, "float32": 32}[self.activation]
+        return {"uint8": 8, "int16": 16, "bfloat16": 16, "float32": 32}[self.activation]
 
     @property
     def activation_bytes(self) -> int:
@@ -184,7 +184,7 @@ class Dot:
         if self.parts > 1:
             *lead, group, n = codes.shape
             return packed_words(codes.reshape(*lead, self.parts, group // self.parts, n)).reshape(*lead, self.parts * n)
-        return packed_words(codes.astype(np.int16) if self.name == "madd" else codes)
+        return packed_words(codes.astype(np.int16) if self.name in ("madd", "wide") else codes)
 
 
 #: dot products by `vpmaddubsw`
@@ -236,6 +236,7 @@ _BF16_LLVM = _bf16_functions()
 F32 = Dot("f32", "float32", "float32", 1, 1, 4)
 VNNI = Dot("vnni", "uint8", "int32", 4, 1, 1)
 MADD = Dot("madd", "uint8", "int32", 2, 2, 2, broadcast_loads=2.0)
+WIDE = Dot("wide", "int16", "int32", 2, 1.25, 2)
 PAIRS = Dot("pairs", "uint8", "int32", 4, 2, 1)
 QUADS = Dot("quads", "uint8", "int32", 8, 3, 1, broadcast_loads=2.0, parts=2)
 BF16 = Dot("bf16", "bfloat16", "float32", 2, 1, 2)
@@ -249,7 +250,7 @@ def has_vnni(target: Target) -> bool:
 
 def integer_dot(target: Target, kind: str = "u8s8") -> Dot:
     """The exact u8 x s8 dot product of a machine, for a kind that says what the weights allow."""
-    return VNNI if has_vnni(target) else next((dot for dot in (PAIRS, QUADS) if dot.kind == kind), MADD)
+    return VNNI if has_vnni(target) else next((dot for dot in (WIDE, PAIRS, QUADS) if dot.kind == kind), MADD)
 
 
 def dot_kind(inputs: tuple[Any, ...], accumulator: Any) -> str:

@@ -31,6 +31,7 @@ from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_row
 from .prefetch import FEWEST_TILES, Ahead, panels_ahead, steps
 from .short_sums import with_sums
 from .template import Kernel, Packing
+from .widen import activations, widening
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ class Gemm:
         dram = weight_bytes * n if workload.packed else 0.0
         return KernelFeatures(
             flops=2.0 * batch * m * k * n,
-            fma_cycles=batch * fma,
+            fma_cycles=batch * fma + widening(batch * m * k, dot),
             load_cycles=batch * load,
-            latency_cycles=batch * latency,
+            latency_cycles=batch * latency + widening(batch * m * k, dot),
             l2_bytes=l2,
             l3_bytes=l3,
             dram_bytes=dram,
@@ -147,7 +148,7 @@ class Gemm:
         with kernel(fused, {packing.param: packing.shape for packing in packings}, dot) as (builder, buffers):
             a, b = fused.inputs
             _, batch, rows = _split(fused)
-            flat = T.decl_buffer((product([*batch, *rows]), a.shape[-1]), dot.activation, data=buffers[a].data)
+            flat = activations(a, buffers, dot, (product([*batch, *rows]), a.shape[-1]))
             weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
             operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], flat, lambda row: lambda k: (row, k), weights, workload.packed, dot)
             GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packings[0], weights, dot, target) if packings else None).emit()
@@ -366,13 +367,17 @@ class GemmEmitter:
 
         store_tile(self.fused, self.buffers, acc, lead, lambda v: jo * self.nr + v * lanes, columns, limit)
 
+    def _first_sums(self, row: Any) -> Callable[[int, int], Any] | None:
+        """What the sums of a tile from `row` on begin with, zeros by default."""
+        return None
+
     def _products(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, nv: int) -> tuple[Any, Accumulators]:
         """The number of the first row among those of all batches, and the tile's sums."""
         lanes = self.schedule.lanes
         first = T.bind(batch * self.m + row)
         dot, known = self.dot, static(self.k)
         acc = Accumulators(mr, nv, lanes, dot)
-        acc.fill()
+        acc.fill(self._first_sums(row))
         rows = [self.address(first + i) for i in range(mr)]
 
         def multiply(part: Accumulators, start: Any, count: Any) -> None:

@@ -34,6 +34,7 @@ def templates() -> list[KernelTemplate]:
     from .conv_pointwise import ConvPointwise
     from .conv_winograd import ConvWinograd
     from .gemm import Gemm
+    from .gemm_rest import GemmRest
     from .grouped import GroupedGemm
     from .sparse_blocks import GemmBlocks
     from .sparse_columns import GemmColumns
@@ -42,6 +43,7 @@ def templates() -> list[KernelTemplate]:
 
     return [
         Gemm(),
+        GemmRest(),
         WeightOnly(),
         WeightOnlyInt8(),
         GroupedGemm(),

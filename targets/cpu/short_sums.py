@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..common.fused import Fused
-from .dot import PAIRS, QUADS
+from .dot import PAIRS, QUADS, WIDE
 
 #: weights of one sign that go into 16 bits: 128 * 255 < 32768
 _MOST = 128
@@ -52,11 +52,26 @@ def _of(weights: np.ndarray, aligned: bool) -> int:
     return fit
 
 
+def fitting(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [K, N] as a sum of two: one in which all pairs fit, and what is left, zero but for the larger code of every pair that does not. Pairs of what is left fit, too."""
+    k, n = weight.shape
+    pairs = np.zeros((-(-k // 2), 2, n), np.int16)
+    pairs.reshape(-1, n)[:k] = weight
+    rest = np.zeros_like(pairs)
+    sums = pairs.sum(axis=1)
+    for sign, excess in ((1, sums - _MOST), (-1, -sums - _MOST)):
+        panel, column = np.nonzero((excess > 0) & (sign * pairs >= 0).all(axis=1))
+        larger = np.argmax(sign * pairs[panel, :, column], axis=1)
+        rest[panel, larger, column] = sign * excess[panel, column]
+    # a single code of -128 is what fits, two are one of them and a rest
+    return tuple(array.reshape(-1, n)[:k].astype(np.int8) for array in (pairs - rest, rest))  # pyright: ignore[reportReturnType]
+
+
 def with_sums(workload: W, fused: Fused, constants: frozenset[int], group_of_k: int = 0) -> W:
     """The workload of a u8 x s8 product with the kind that its weights allow. group_of_k: consecutive k of a convolution's taps, whose words may begin anywhere if they are no multiple of eight."""
     values = getattr(constants, "values", {})
     position = fused.param_index(fused.inputs[1])
-    if workload.kind != "u8s8" or position not in values:
+    if workload.kind != "u8s8":
         return workload
-    fit = products_in_16_bits(values[position], aligned=group_of_k % 8 == 0)
-    return replace(workload, kind={1: "u8s8", 2: PAIRS.kind, 4: QUADS.kind}[fit])
+    fit = products_in_16_bits(values[position], aligned=group_of_k % 8 == 0) if position in values else 1
+    return replace(workload, kind={1: WIDE.kind, 2: PAIRS.kind, 4: QUADS.kind}[fit])

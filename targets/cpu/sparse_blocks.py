@@ -106,7 +106,7 @@ class GemmBlocks:
 
     def build(self, fused: Fused, workload: SparseWorkload, schedule: BlockSchedule, target: Target) -> Kernel:
         nr, dot = schedule.nv * schedule.lanes, dot_for(workload.kind, target)
-        with sparse_kernel(fused, workload, schedule.r, nr, dot) as (builder, buffers, stream):
+        with sparse_kernel(fused, workload.n, schedule.r, nr, dot) as (builder, buffers, stream):
             a, _ = fused.inputs
             rows = list(a.shape[:-1])
             flat = T.decl_buffer((product(rows), a.shape[-1]), dot.activation, data=buffers[a].data)

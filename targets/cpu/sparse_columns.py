@@ -87,7 +87,7 @@ class GemmColumns:
 
     def build(self, fused: Fused, workload: SparseWorkload, schedule: ColumnSchedule, target: Target) -> Kernel:
         dot = dot_for(workload.kind, target)
-        with sparse_kernel(fused, workload, dot.group, 1, dot) as (builder, buffers, stream):
+        with sparse_kernel(fused, workload.n, dot.group, 1, dot) as (builder, buffers, stream):
             _Emitter(fused, workload, schedule, buffers, stream, dot).emit()
         return Kernel(builder.get(), (stream_packing(fused, dot.group, 1, dot),))
 

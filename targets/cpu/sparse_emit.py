@@ -89,10 +89,12 @@ class StreamBuffers:
 
 
 @contextmanager
-def sparse_kernel(fused: Fused, workload: SparseWorkload, r: int, c: int, dot: Dot) -> Iterator[tuple[IRBuilder, dict[Any, Any], StreamBuffers]]:
-    """Open a PrimFunc with the parameters of `fused`, the weight's replaced by its stream in groups of r by c.
+def sparse_kernel(
+    fused: Fused, n: int, r: int, c: int, dot: Dot, panels: tuple[int, ...] | None = None
+) -> Iterator[tuple[IRBuilder, dict[Any, Any], StreamBuffers]]:
+    """Open a PrimFunc with the parameters of `fused`, that of the weight with n outputs replaced by its stream in groups of r by c; panels: shape of dense words that come before the stream.
 
-    Yields the builder, a map from the fused function's buffers (the weight left out) to the new ones, and the stream.
+    Yields the builder, a map from the fused function's buffers (the weight's are its dense words, or none) to the new ones, and the stream.
     """
     _, weight = fused.inputs
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
@@ -100,10 +102,12 @@ def sparse_kernel(fused: Fused, workload: SparseWorkload, r: int, c: int, dot: D
         buffers, stream = {}, None
         for param in fused.params:
             if param.same_as(weight):
+                if panels is not None:
+                    buffers[param] = T.arg("panels", T.buffer(panels, dot.word))
                 groups = tirx.Var("groups", "int64")
                 values = T.arg("values", T.buffer((groups, r // dot.group * c), dot.word))
                 indices = T.arg("indices", T.buffer((groups,), "int32"))
-                pointers = T.arg("pointers", T.buffer((-(-workload.n // c) + 1,), "int32"))
+                pointers = T.arg("pointers", T.buffer((-(-n // c) + 1,), "int32"))
                 stream = StreamBuffers(values, indices, pointers)
             elif hasattr(param, "shape"):
                 buffers[param] = T.arg(param.name, T.buffer(tuple(param.shape), param.ty.dtype))

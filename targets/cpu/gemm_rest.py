@@ -1,0 +1,222 @@
+"""GEMM and 1x1 convolution of u8 x s8 by `vpmaddubsw` for weights that it would saturate with: the few codes that are too large for a pair are lowered, and what that takes away is added.
+
+    W = fit + rest                                  # at compile time: pairs of `fit` fit 16 bits, `rest` is sparse (see short_sums.py)
+    for (block of rows, k in K / 4) in parallel:    # words of A transposed once: words[block][K / 4][rows]
+        words[block, k, :] = A[rows of the block, k]
+    for (panel, block of rows) in parallel:
+        for n in panel:
+            for p in pointers[n] .. pointers[n + 1]:            # the words of rest[:, n] that are not zero
+                sums[n, rows] += words[block, indices[p], rows] * values[p]     # vectors run along the rows
+        for io in rows / mr:                        # the dense GEMM's tiles, which begin with those sums
+            acc = transposed sums
+            for k in K / 4:
+                acc[i][v] += A[io*mr + i, k] * fit[k][v]
+            C = epilogue(acc)
+
+Both products are exact in int32. The rest costs in proportion to its words: 3 of 100 of those of BERT in 8 bits, per output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...autotune.cost_model import KernelFeatures
+from ...compiler.tvm import T
+from ..base import Target
+from ..common.fused import Fused, Unfusable, product
+from .conv_common import ConvWorkload
+from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
+from .dot import PAIRS, WIDE, dot_for, splat, vector
+from .emit import Accumulators, tasks
+from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
+from .short_sums import fitting
+from .sparse_columns import transpose
+from .sparse_emit import StreamBuffers, sparse_kernel
+from .sparse_weights import compress, group_mask
+from .template import Kernel, Packing
+
+#: vectors of rows whose sums one word of the rest is multiplied into, at most
+_VECTORS = 8
+#: weights that are split to see how much is left, those of the other call sites resemble them
+_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class RestWorkload:
+    """A dense GEMM by pairs; rest: nonzero words of 4 consecutive k by one output / all of them. convolution: what it is, if it is a 1x1 convolution."""
+
+    gemm: GemmWorkload
+    rest: float
+    convolution: ConvWorkload | None = None
+
+    def __str__(self) -> str:
+        return f"{self.convolution or self.gemm} rest {self.rest:.3f}".replace(PAIRS.kind, f"{PAIRS.kind}+rest")
+
+
+@dataclass(frozen=True)
+class RestSchedule:
+    """mr rows x nv vectors of `lanes` columns in registers; blocks of vectors * lanes rows."""
+
+    mr: int
+    nv: int
+    lanes: int
+    vectors: int
+
+
+class GemmRest:
+    """See the module."""
+
+    name = "gemm_rest"
+
+    def workload(self, fused: Fused, constants: frozenset[int]) -> RestWorkload:
+        convolution = ConvPointwise().workload(fused, constants) if fused.core["op"] == "conv2d" else None
+        gemm = Gemm().workload(fused, constants) if convolution is None else gemm_of(convolution)
+        if gemm.kind != WIDE.kind:
+            raise Unfusable("no weights of 8 bits, or all pairs of them fit 16 bits")
+        values = getattr(constants, "values", {}).get(fused.param_index(fused.inputs[1]), ())
+        if not values or gemm.m is None or gemm.k is None or gemm.k % 4:
+            raise Unfusable("weights or rows are not known, or K is no multiple of 4")
+        masks = [group_mask(fitting(weight.reshape(gemm.k, -1))[1], 4, 1) for weight in values[:_SAMPLES]]
+        share = float(np.mean([mask.mean() for mask in masks]))
+        return RestWorkload(replace(gemm, kind=PAIRS.kind), share, None if convolution is None else replace(convolution, kind=PAIRS.kind))
+
+    def space(self, workload: RestWorkload, target: Target) -> Sequence[RestSchedule]:
+        gemm, lanes, rows = workload.gemm, target.lanes(), workload.gemm.m
+        assert rows is not None and gemm.k is not None
+        if dot_for(gemm.kind, target) is not PAIRS:
+            raise Unfusable("four products are added by one instruction")
+        if rows < lanes or gemm.k < 4 * lanes:
+            raise Unfusable("fewer rows or words than a vector has lanes")
+        # the fewest rows that are summed twice, as the last block ends at the last row, and the fewest blocks
+        vectors = min(range(1, min(_VECTORS, rows // lanes) + 1), key=lambda count: -(-rows // (count * lanes)) * (count + 1.5))
+        return [RestSchedule(s.mr, s.nv, s.lanes, vectors) for s in Gemm().space(gemm, target) if not s.mc and s.mr <= vectors * lanes]
+
+    def features(self, workload: RestWorkload, schedule: RestSchedule, target: Target) -> KernelFeatures:
+        gemm, vectors, lanes = workload.gemm, schedule.vectors, schedule.lanes
+        assert gemm.m is not None and gemm.k is not None and gemm.n is not None
+        height = vectors * lanes
+        blocks, words, panels = -(-gemm.m // height), gemm.k // 4, -(-gemm.n // (schedule.nv * lanes))
+        found = Gemm().features(replace(gemm, m=blocks * height), GemmSchedule(schedule.mr, schedule.nv, lanes, height), target)
+        entries = workload.rest * words * gemm.n
+        # a transposed square takes 2 cycles a vector; the loop over the words of an output ends where it was not predicted
+        squares = blocks * vectors * (words / lanes + gemm.n / lanes) * 2.0 * lanes
+        more = blocks * (entries * (vectors + 1.0) + 20.0 * gemm.n) + squares
+        return replace(
+            found,
+            flops=2.0 * gemm.m * gemm.k * gemm.n,
+            fma_cycles=found.fma_cycles + more,
+            load_cycles=found.load_cycles + more,
+            latency_cycles=found.latency_cycles + more,
+            l2_bytes=found.l2_bytes + blocks * entries * (4.0 * height + 8.0) + 2.0 * gemm.m * gemm.k,
+            tasks=blocks * panels,
+        )
+
+    def build(self, fused: Fused, workload: RestWorkload, schedule: RestSchedule, target: Target) -> Kernel:
+        gemm, nr = workload.gemm, schedule.nv * schedule.lanes
+        assert gemm.k is not None and gemm.n is not None
+        x, weight = fused.inputs
+        position = fused.param_index(weight)
+        assert position is not None
+        dense = pack_gemm(position, gemm.k, gemm.n, nr, PAIRS)
+        with sparse_kernel(fused, gemm.n, 4, 1, PAIRS, dense.shape) as (builder, buffers, stream):
+            flat = T.decl_buffer((product(x.shape),), PAIRS.activation, data=buffers[x].data)
+            rows = list(fused.output.shape[:-1])
+            k = T.int64(gemm.k)
+            address = (lambda row: lambda at: (row * k + at,)) if workload.convolution is None else pixel_reader(workload.convolution, x, rows)
+            operands = GemmOperands([], rows, k, T.int64(gemm.n), flat, address, buffers[weight], True, PAIRS)
+            _Emitter(fused, buffers, schedule, operands, stream, gemm).emit()
+
+        def pack(array: np.ndarray) -> tuple[np.ndarray, ...]:
+            fit, rest = fitting(array.reshape(gemm.k, gemm.n))
+            return dense.pack(fit), *compress(rest, 4, 1, PAIRS).arrays  # pyright: ignore[reportReturnType]
+
+        return Kernel(builder.get(), (Packing(position, (), pack, f"{dense.key} and rest"),))
+
+
+class _Emitter(GemmEmitter):
+    """The dense GEMM's tiles over one block of rows and one panel after the other; see the module."""
+
+    def __init__(
+        self, fused: Fused, buffers: dict[Any, Any], schedule: RestSchedule, operands: GemmOperands, stream: StreamBuffers, gemm: GemmWorkload
+    ):
+        super().__init__(fused, buffers, GemmSchedule(schedule.mr, schedule.nv, schedule.lanes, 0), operands)
+        assert gemm.m is not None and gemm.k is not None and gemm.n is not None
+        self.stream, self.lanes, self.vectors, self.height = stream, schedule.lanes, schedule.vectors, schedule.vectors * schedule.lanes
+        self.rows_known, self.words, self.columns_known = gemm.m, gemm.k // 4, gemm.n
+        self.blocks = -(-gemm.m // self.height)
+        #: of the block and panel at hand: its first row, and the sums of the rest
+        self.first: Any = None
+        self.sums: Any = None
+
+    def emit(self) -> None:
+        words = T.alloc_buffer((self.blocks, self.words, self.height), self.dot.word)
+        self._transpose(words)
+        panels = -(-self.columns_known // self.nr)
+        whole, rest = divmod(self.columns_known, self.nr)
+        with tasks(T.int64(panels * self.blocks), self.rows_known * self.words * 4 * self.columns_known) as task:
+            jo, block = T.bind(T.floordiv(task, T.int64(self.blocks))), T.bind(T.floormod(task, T.int64(self.blocks)))
+
+            def outputs(columns: int) -> None:
+                self.first = T.bind(self._first_row(block))
+                self._rest(words, block, jo, columns)
+                self._static_rows(T.int64(0), self.first, self.height, jo, self._panel(T.int64(0), jo), columns, None)
+
+            if not rest or not whole:
+                outputs(rest or self.nr)
+            else:
+                with T.If(jo < T.int64(whole)):
+                    with T.Then():
+                        outputs(self.nr)
+                    with T.Else():
+                        outputs(rest)
+
+    def _first_row(self, block: Any) -> Any:
+        """The last block ends at the last row: it sums some rows again."""
+        return T.min(block * self.height, T.int64(self.rows_known - self.height))
+
+    def _transpose(self, words: Any) -> None:
+        """words[block, k, :] = the word of 4 codes from 4 k on of every row of a block."""
+        lanes = self.lanes
+        steps = -(-self.words // lanes)
+        with tasks(T.int64(self.blocks * steps), self.rows_known * self.words) as task:
+            block = T.bind(T.floordiv(task, T.int64(steps)))
+            k = T.bind(T.min(T.floormod(task, T.int64(steps)) * lanes, T.int64(self.words - lanes)))
+            with T.serial(T.int64(self.vectors)) as v:
+                row = T.bind(self._first_row(block) + v * lanes)
+                rows = []
+                for i in range(lanes):
+                    (place,) = self.address(row + i)(k * 4)
+                    rows.append(T.bind(T.reinterpret(f"int32x{lanes}", self.a[vector(place, 4 * lanes)])))
+                for i, value in enumerate(transpose(rows)):
+                    T.buffer_store(words, value, [block, k + i, vector(v * lanes, lanes)])
+
+    def _rest(self, words: Any, block: Any, jo: Any, columns: int) -> None:
+        """self.sums[row, column] of a block and a panel; columns that the panel does not have hold anything."""
+        lanes, stream = self.lanes, self.stream
+        self.sums = T.alloc_buffer((self.height, self.nr), self.dot.accumulator)
+        turned = T.alloc_buffer((lanes, self.height), self.dot.accumulator)
+        for start in range(0, columns, lanes):
+            with T.serial(T.int64(min(lanes, columns - start))) as n:
+                output = T.bind(jo * self.nr + start + n)
+                acc = Accumulators(1, self.vectors, lanes, self.dot)
+                acc.fill()
+                begin, end = T.bind(stream.pointers[output]), T.bind(stream.pointers[output + 1])
+                with T.serial(end - begin) as step:
+                    p = T.bind(begin + step)
+                    k = T.bind(stream.indices[p].astype("int64") // T.int64(4))
+                    weight = T.bind(splat(stream.values[p, 0], lanes))
+                    for v in range(self.vectors):
+                        acc.fma(0, v, words[block, k, vector(T.int64(v * lanes), lanes)], weight)
+                for v in range(self.vectors):
+                    T.buffer_store(turned, acc.load(0, v), [n, vector(T.int64(v * lanes), lanes)])
+            with T.serial(T.int64(self.vectors)) as v:
+                squares = transpose([T.bind(turned[i, vector(v * lanes, lanes)]) for i in range(lanes)])
+                for i, value in enumerate(squares):
+                    T.buffer_store(self.sums, value, [v * lanes + i, vector(T.int64(start), lanes)])
+
+    def _first_sums(self, row: Any) -> Callable[[int, int], Any]:
+        return lambda i, v: self.sums[row - self.first + i, vector(T.int64(v * self.lanes), self.lanes)]
