@@ -25,7 +25,7 @@ from .learned import PRETRAINED, Schema, read_booster, trees
 VERSION = 1
 #: templates whose schedules are predicted, as reports call them (a convolution is the product that it is computed as)
 FAMILIES = (
-    "gemm", "gemm blocks", "gemm hopper", "gemm hopper blocks", "gemm 2:4", "grouped_gemm", "weight only", "attention", "attention hopper", "depthwise",
+    "gemm", "gemm blocks", "gemm hopper", "gemm hopper blocks", "gemm 2:4", "grouped_gemm", "weight only", "attention", "attention hopper", "depthwise", "weight only hopper",
 )  # fmt: skip
 #: products by number policy of include/tcompile.cuh
 POLICIES = ("Fp32", "Tf32", "Fp16", "Bf16", "U8S8", "Fp16x2", "Bf16x2", "E4m3x4")

@@ -43,7 +43,7 @@ NETWORKS = {
 }
 #: tokens in the cache of smollm2-decode
 PAST = 1023
-TENSOR_CORE = ("gemm", "conv2d", "attention", "attention hopper", "gemm hopper", "conv2d hopper", "gemm 2:4", "weight only")
+TENSOR_CORE = ("gemm", "conv2d", "attention", "attention hopper", "gemm hopper", "conv2d hopper", "gemm 2:4", "weight only", "weight only hopper")
 #: instructions of the tensor cores: mma.sync and wgmma
 MMA = re.compile(r"\b[HI]G?MMA\b")
 

@@ -210,38 +210,37 @@ def test_activations_of_a_model_in_float16_are_read_as_they_lie():
 # -- the order of codes ------------------------------------------------------------------------------------------------------------------------------------
 
 
+def code_of(words, bits, step, tile, register, half):
+    """words: [.., bits * 32] of units -> [.., 32 lanes]: the code in that half of a register of a fragment."""
+
+    def word(start, width, index):
+        """Word `index` of every lane's `width` in the plane that begins there."""
+        return words[..., start + np.arange(32) * width + index].view(np.uint32)
+
+    if bits == 8:
+        return (word(128 * step, 4, 2 * tile + register // 2) >> np.uint32(8 * (register % 2) + 16 * half) & 255) ^ 128
+    found, start = 0, 0
+    for width, low in planes(bits):
+        pairs = 16 // width  # of a word
+        pair = 8 * step + 4 * tile + register
+        field = word(start, width, pair // pairs) >> np.uint32(width * (pair % pairs) + 16 * half) & ((1 << width) - 1)
+        found, start = found | field << low, start + 32 * width
+    return found
+
+
 def matrix_of(words, shape):
     """What `mma.sync` multiplies by, by the layout of its first operand in the PTX manual: register i of lane 4 g + t has row g + 8 (i % 2) and, in its low and high half, k = 2 t + 8 (i / 2)
     and the next."""
     matrix = np.zeros((shape.all_units * 32, shape.strips * 32), np.int64)
     lane = np.arange(32)
     g, t = lane // 4, lane % 4
-
-    def word(start, width, index):
-        """Word `index` of every lane's `width` in the plane that begins there."""
-        return words[:, :, start + lane * width + index].view(np.uint32)
-
-    def code(step, tile, register, half):
-        if shape.bits == 8:
-            return (word(128 * step, 4, 2 * tile + register // 2) >> np.uint32(8 * (register % 2) + 16 * half) & 255) ^ 128
-        found, start = 0, 0
-        for width, low in planes(shape.bits):
-            pairs = 16 // width  # of a word
-            pair = 8 * step + 4 * tile + register
-            field = word(start, width, pair // pairs) >> np.uint32(width * (pair % pairs) + 16 * half) & ((1 << width) - 1)
-            found, start = found | field << low, start + 32 * width
-        return found
-
-    for step in range(2):
-        for tile in range(2):
-            for register in range(4):
-                for half in range(2):
-                    codes = code(step, tile, register, half)
-                    # slot 2 t + 8 h + e of x is its k = 16 s + 4 t + 2 h + e; row g + 8 r of the tile is the strip's column 4 g + 2 tile + r
-                    k, column = 16 * step + 4 * t + 2 * (register // 2) + half, 4 * g + 2 * tile + register % 2
-                    for strip in range(shape.strips):
-                        for unit in range(shape.all_units):
-                            matrix[32 * unit + k, 32 * strip + column] = codes[strip, unit]
+    for step, tile, register, half in np.ndindex(2, 2, 4, 2):
+        codes = code_of(words, shape.bits, step, tile, register, half)
+        # slot 2 t + 8 h + e of x is its k = 16 s + 4 t + 2 h + e; row g + 8 r of the tile is the strip's column 4 g + 2 tile + r
+        k, column = 16 * step + 4 * t + 2 * (register // 2) + half, 4 * g + 2 * tile + register % 2
+        for strip in range(shape.strips):
+            for unit in range(shape.all_units):
+                matrix[32 * unit + k, 32 * strip + column] = codes[strip, unit]
     return matrix
 
 
@@ -260,7 +259,7 @@ def test_codes_in_the_order_of_fragments_are_the_matrix(bits, k, n, group, seed)
 def test_strips_of_scales_belong_to_the_columns_of_their_lanes():
     shape = Shape(1, 96, 70, 4, 32, False, 3, True, False)
     values = floats(3, 70)
-    packed = weight_only._strips(values, shape)
+    packed = weight_only.strips(values, (shape.strips, shape.groups, 32))
     assert packed.shape == (3, 3, 32)
     np.testing.assert_array_equal(packed.transpose(1, 0, 2).reshape(3, 96)[:, :70], values)
 

@@ -33,6 +33,7 @@ INCLUDED = (
     "stream_hopper.cuh",
     "blocks.cuh",
     "attention_hopper.cuh",
+    "weight_only_hopper.cuh",
     "host.cuh",
 )
 HEADERS = (*INCLUDED, "device.cuh", "device_hopper.cuh", "simt.h", "simt_hopper.h")

@@ -24,13 +24,13 @@ from .schedule import (
 )
 
 #: multiply-adds of words per cycle and SM by wgmma, as a fraction of `Target.fma_per_cycle` (what mma.sync does): 1024 of 640
-_RATE = 1.6
+RATE = 1.6
 #: cycles from the request of a stage to its arrival, an estimate
-_COPY_LATENCY = 800.0
+COPY_LATENCY = 800.0
 #: bytes of a row of a stage, those that the alignment of the stages may take, and those of the two barriers of a stage
-_ROW, _ALIGNMENT, _BARRIERS = 4 * BK, 1024, 16
+_ROW, ALIGNMENT, BARRIERS = 4 * BK, 1024, 16
 #: shared memory of a multiprocessor that each of its blocks takes for itself
-_RESERVED = 1024
+RESERVED = 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class HopperSchedule(TileSchedule):
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * (_ROW * (self.bm + self.bn) + _BARRIERS) + _ALIGNMENT
+        return self.stages * (_ROW * (self.bm + self.bn) + BARRIERS) + ALIGNMENT
 
     @property
     def source(self) -> str:
@@ -71,16 +71,16 @@ def space(target: Target, sums: int = 128, width: int | None = None) -> Sequence
     return [
         tile
         for tile in found
-        if tile.bm * tile.bn <= 128 * tile.groups * sums and tile.resident * (tile.shared_bytes + _RESERVED) <= target.shared_bytes + _RESERVED
+        if tile.bm * tile.bn <= 128 * tile.groups * sums and tile.resident * (tile.shared_bytes + RESERVED) <= target.shared_bytes + RESERVED
     ]
 
 
 def predicted_cycles(shape: GemmShape, tile: HopperSchedule, target: Target) -> float:
     """As in schedule.py. Each 64 rows read their part of A and the whole of B's tile from shared memory, into which TMA writes both once; all stages but one are
     on their way while that one is multiplied."""
-    arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * _RATE)
+    arithmetic = tile.bm * tile.bn * BK / (target.fma_per_cycle * RATE)
     shared = _ROW * (tile.bm + math.ceil(tile.bm / 64) * tile.bn + tile.bm + tile.bn) / SHARED_BYTES_PER_CYCLE
-    step, latency = max(arithmetic, shared), _COPY_LATENCY / (tile.stages - 1)
+    step, latency = max(arithmetic, shared), COPY_LATENCY / (tile.stages - 1)
     cycles = in_shares(shape, tile, target, step, latency) if tile.shares else in_waves(shape, tile, target, step, tile.resident, latency)
     return timed(shape, tile, target, "gemm hopper blocks" if shape.strips else "gemm hopper", cycles)
 
@@ -123,7 +123,7 @@ class AttentionSchedule:
     @property
     def shared_bytes(self) -> int:
         boxes = math.ceil(self.depth / 64), math.ceil(self.width / 64)
-        return 2 * (_ROW * boxes[0] * self.queries + _BARRIERS) + self.stages * (_ROW * max(boxes) * self.keys + _BARRIERS) + _ALIGNMENT
+        return 2 * (_ROW * boxes[0] * self.queries + BARRIERS) + self.stages * (_ROW * max(boxes) * self.keys + BARRIERS) + ALIGNMENT
 
     @property
     def source(self) -> str:
@@ -136,7 +136,7 @@ class AttentionSchedule:
         """Predicted; products of one warp group hide the softmax of another. seen: steps of every block of queries of every head, None where queries see all keys."""
         steps = seen if seen is not None else [math.ceil(keys / self.keys)] * (math.ceil(queries / self.queries) * heads)
         pairs = self.queries * self.keys
-        step_cycles = max(pairs * (self.depth + self.width) / 2 / (target.fma_per_cycle * _RATE), pairs / EXPONENTIALS)
+        step_cycles = max(pairs * (self.depth + self.width) / 2 / (target.fma_per_cycle * RATE), pairs / EXPONENTIALS)
         cycles = in_turns(steps, target, step_cycles, 1, _STEP_LATENCY)
         kept = sum(steps) * self.keys * self.queries / max(1, heads * queries * keys)
         sizes = {"batch": heads, "m": queries, "k": self.depth, "n": keys, "blocks": len(steps)}

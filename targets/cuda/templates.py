@@ -15,7 +15,21 @@ from ...passes.products import operator
 from ..base import Target
 from ..common.fused import Unfusable, analyze, static
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import attention, attention_codes, attention_hopper, blocks, depthwise, gemm_hopper, generic, recurrent, scan, scatter, sort, sparse
+from . import (
+    attention,
+    attention_codes,
+    attention_hopper,
+    blocks,
+    depthwise,
+    gemm_hopper,
+    generic,
+    recurrent,
+    scan,
+    scatter,
+    sort,
+    sparse,
+    weight_only_hopper,
+)
 from .gemm import gemm
 from .grouped import grouped
 from .kernel import SHORT, Plan, Unsupported
@@ -28,7 +42,10 @@ from .zeros import Zeros
 SPARSE: tuple[Callable[..., Plan], ...] = (blocks.gemm_on_hopper, blocks.gemm)
 DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm, depthwise.conv)
 ATTENTION: tuple[Callable[..., Plan], ...] = (attention_hopper.kernel, attention.kernel)
-TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {"weight_only_matmul": (weight_only,), "grouped_matmul": (grouped,)}
+TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {
+    "weight_only_matmul": (weight_only_hopper.weight_only, weight_only),
+    "grouped_matmul": (grouped,),
+}
 #: Relax operators that are kernels of their own: call -> its plan
 WHOLE: dict[str, Callable[[Any], Plan]] = {name: part.kernel for part in (scan, scatter, sort) for name in part.OPERATORS}
 

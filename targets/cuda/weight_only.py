@@ -21,7 +21,7 @@ the sum of three parts of bf16 (`fp32`), of two (`tf32`: 16 significant bits at 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,12 +56,15 @@ def weight_only(
 
     constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
     """
-    return plan(_WeightOnly, fused, target, policy, constants, schedule, rounded, known)
+    return plan(WeightOnly, fused, target, policy, constants, schedule, rounded, known)
 
 
-class _WeightOnly(Product):
+class WeightOnly(Product):
+    """The product and its kernels by mma.sync; the Hopper template overrides how weights are packed and multiplied."""
+
     cores = ("weight_only_matmul",)
     open_sizes = True
+    kind = "weight only"
 
     def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
         super().__init__(fused, target, policy, constants, rounded, known)
@@ -83,7 +86,7 @@ class _WeightOnly(Product):
         group = min(fused.core["group"], k + k % 2)
         self.m, self.n = times(dims[:-1]), n
         self.shape = Shape(max(1, known.typical(self.m)), k, n, bits, group, len(weights) == 3, parts, bf16, half, integers)
-        self.packings = _packings(weights, self.shape)
+        self.packings = self._packings(weights)
 
     def best(self) -> FewRows | ManyRows:
         return best(self.shape, self.target)
@@ -101,59 +104,80 @@ class _WeightOnly(Product):
             return math.inf
         return tile.predicted_cycles(replace(self.shape, m=rows), self.target)
 
-    def _product(self, tile: FewRows | ManyRows, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
+    def _packings(self, weights: Sequence[Any]) -> tuple[Packing, ...]:
+        """Codes as fragments, scales and zeros by strips; see include/weight_only.cuh."""
         shape = self.shape
-        groups = tuple(size // shape.per_word for size in (shape.k, shape.group, shape.spread))
-        # groups that are filled up begin where copies of this width may
-        width = vector(math.gcd(*groups[:2]) if shape.group != shape.spread else groups[0])
-        x = signature.name(self.x)
-        weights = ", ".join(signature.name(packing.buffer) for packing in self.packings) + ("" if shape.zeros else ", nullptr")
+        # sums of int8 are of codes at the upper end of bytes
+        names, scale = (("bytes", "byte_scales"), 2.0 ** (shape.bits - 8)) if shape.integers else (("codes", "float32"), 1.0)
+        order, dims = (shape.strips, shape.all_units, shape.bits * 32), (shape.strips, shape.groups, COLUMNS)
+        return packings(weights, (*names, "uint8"), order, lambda array: shuffled(array, shape), dims, scale)
+
+    def _product(self, tile: Any, signature: Signature, written: Sequence[Any], value: list[str]) -> Kernel:
+        operands, call = self._called(tile, signature)
         kinds = [ctype(buffer.ty.dtype) for buffer in written]
         start = f" + (size_t)blockIdx.z * {signature.size(times([self.m, self.n]))}" if tile.parts > 1 else ""
-        units = tile.units(shape)
-        first, last = ("0", "W::UNITS") if tile.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, W::UNITS)")
-        rows, known = signature.size(self.m), isinstance(self.m, int)
-        *types, call = tile.call(self.m if known else rows, width, first, last)
-        grouped, words_of_x = ", ".join(map(str, groups)), f"tc::words({x})" if shape.per_word > 1 else x
         lines = [
-            f"using A = {'tc::Integers' if shape.integers else f'tc::Activations<{shape.x_parts}, {_flag(shape.bf16)}, {_flag(shape.half)}>'};",
-            f"using W = tc::Weights<{shape.bits}, {shape.k}, {shape.n}, {shape.group}, {_flag(shape.zeros)}>;",
-            f"const tc::Grouped<{self.m}, {grouped}> x{{{words_of_x}}};" if known else f"const tc::OpenGrouped<{grouped}> x{{{words_of_x}, {rows}}};",
-            f"const W w{{{weights}}};",
+            *operands,
             f"const tc::To<{', '.join(kinds)}> out{{{', '.join(signature.name(buffer) + start for buffer in written)}}};",
-            *types,
-            f"{call} [&](int m, int n, float sum) -> {kinds[0]} {{",
+            *call[:-1],
+            f"{call[-1]} [&](int m, int n, float sum) -> {kinds[0]} {{",
             *(f"  {line}" for line in value),
             "});",
         ]
         return signature.kernel(
             lines,
-            grid=(tile.grid(shape)[0], tile.row_blocks(self.m), tile.parts),
+            grid=(tile.grid(self.shape)[0], tile.row_blocks(self.m), tile.parts),
             threads=tile.threads,
-            resident=1,
-            shared_bytes=tile.shared_bytes(shape),
-            kind="weight only",
-            workload=shape.text(shown(self.m)),
+            resident=tile.resident,
+            shared_bytes=tile.shared_bytes(self.shape),
+            kind=self.kind,
+            workload=self.shape.text(shown(self.m)),
             schedule=str(tile),
         )
 
+    def _called(self, tile: Any, signature: Signature) -> tuple[list[str], list[str]]:
+        """Declarations of the operands, and of the tile with the device template called on them, up to its last argument."""
+        shape = self.shape
+        groups = tuple(size // shape.per_word for size in (shape.k, shape.group, shape.spread))
+        # groups that are filled up begin where copies of this width may
+        width = vector(math.gcd(*groups[:2]) if shape.group != shape.spread else groups[0])
+        x, weights = signature.name(self.x), self._names(signature)
+        units = tile.units(shape)
+        first, last = ("0", "W::UNITS") if tile.parts == 1 else (f"blockIdx.z * {units}", f"tc::min<int>((blockIdx.z + 1) * {units}, W::UNITS)")
+        rows, known = signature.size(self.m), isinstance(self.m, int)
+        grouped, words_of_x = ", ".join(map(str, groups)), f"tc::words({x})" if shape.per_word > 1 else x
+        operands = [
+            f"using A = {'tc::Integers' if shape.integers else f'tc::Activations<{shape.x_parts}, {flag(shape.bf16)}, {flag(shape.half)}>'};",
+            f"using W = tc::Weights<{shape.bits}, {shape.k}, {shape.n}, {shape.group}, {flag(shape.zeros)}>;",
+            f"const tc::Grouped<{self.m}, {grouped}> x{{{words_of_x}}};" if known else f"const tc::OpenGrouped<{grouped}> x{{{words_of_x}, {rows}}};",
+            f"const W w{{{weights}}};",
+        ]
+        return operands, tile.call(self.m if known else rows, width, first, last)
 
-def _flag(value: bool) -> str:
+    def _names(self, signature: Signature) -> str:
+        """Codes, scales and zeros, in C."""
+        return ", ".join(signature.name(packing.buffer) for packing in self.packings) + ("" if self.shape.zeros else ", nullptr")
+
+
+def flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _packings(weights: Sequence[Any], shape: Shape) -> tuple[Packing, ...]:
-    """Codes as fragments, scales and zeros by strips; see include/weight_only.cuh."""
+def packings(
+    weights: Sequence[Any],
+    names: Sequence[str],
+    order: tuple[int, ...],
+    pack: Callable[[np.ndarray], np.ndarray],
+    dims: tuple[int, int, int],
+    scale: float = 1.0,
+) -> tuple[Packing, ...]:
+    """Codes [bytes, N] packed to words of this order; scales, by a factor, and zeros, if there are any, as [strips, groups, columns]. names: of these layouts."""
     codes, scales, *zeros = weights
-    order = (shape.strips, shape.all_units, shape.bits * 32)
-    dims = (shape.strips, shape.groups, COLUMNS)
-    # sums of int8 are of codes at the upper end of bytes
-    names, scale = (("bytes", "byte_scales"), np.float32(2.0 ** (shape.bits - 8))) if shape.integers else (("codes", "float32"), np.float32(1))
     made = [
-        Packing(codes, tirx.decl_buffer(order, "int32", names[0]), lambda array: shuffled(array, shape)),
-        Packing(scales, tirx.decl_buffer(dims, "float32", names[1]), lambda array: _strips(array * scale, shape)),
+        Packing(codes, tirx.decl_buffer(order, "int32", names[0]), pack),
+        Packing(scales, tirx.decl_buffer(dims, "float32", names[1]), lambda array: strips(array * np.float32(scale), dims)),
     ]
-    made += [Packing(buffer, tirx.decl_buffer(dims, "uint8", "uint8"), lambda array: _strips(array, shape)) for buffer in zeros]
+    made += [Packing(buffer, tirx.decl_buffer(dims, "uint8", names[2]), lambda array: strips(array, dims)) for buffer in zeros]
     return tuple(made)
 
 
@@ -171,20 +195,25 @@ def shuffled(packed: np.ndarray, shape: Shape) -> np.ndarray:
     rows = np.zeros((shape.all_units * 32, shape.strips * COLUMNS), np.uint8)
     kept = min(len(rows), shape.groups * shape.spread)
     rows[:kept] = spread.reshape(-1, spread.shape[2])[:kept]
-    # axes: unit, s, t, h, e, strip, g, i, r
     axes = rows.reshape(shape.all_units, 2, 4, 2, 2, shape.strips, 8, 2, 2)
     if shape.integers:
         # the registers i, s, r of a lane, and the bytes of one: h, e
         octets = axes.transpose(5, 0, 6, 2, 7, 1, 8, 3, 4).reshape(shape.strips, shape.all_units, 32, 8, 4) ^ np.uint8(1 << (shape.bits - 1))
         return np.concatenate([_byte_plane(octets, *plane) for plane in planes(shape.bits)], axis=-1)
-    if shape.bits == 8:
+    return fragments(axes, shape.bits)
+
+
+def fragments(axes: np.ndarray, bits: int) -> np.ndarray:
+    """axes: codes [unit, s, t, h, e, strip, g, i, r] -> int32 [strips, units, bits * 32]: those of lane 4 g + t at the places that `shuffled` says."""
+    units, count = axes.shape[0], axes.shape[5]
+    if bits == 8:
         ordered = np.ascontiguousarray(axes.transpose(5, 0, 1, 6, 2, 7, 3, 4, 8)) ^ np.uint8(128)
-        return ordered.reshape(shape.strips, shape.all_units, -1).view(np.int32)
+        return ordered.reshape(count, units, -1).view(np.int32)
     found = []
-    for width, low in planes(shape.bits):
+    for width, low in planes(bits):
         # words of a lane by s and i, the bits of one by e, what is left of these, h, r
         order = {4: (1, 7, 4, 3, 8), 2: (1, 4, 7, 3, 8), 1: (4, 1, 7, 3, 8)}[width]
-        fields = (axes.transpose(5, 0, 6, 2, *order) >> low & ((1 << width) - 1)).reshape(shape.strips, shape.all_units, 32 * width, 32 // width)
+        fields = (axes.transpose(5, 0, 6, 2, *order) >> low & ((1 << width) - 1)).reshape(count, units, 32 * width, 32 // width)
         found.append((fields.astype(np.uint32) << (width * np.arange(32 // width, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32))
     return np.concatenate(found, axis=-1).view(np.int32)
 
@@ -198,7 +227,8 @@ def _byte_plane(octets: np.ndarray, width: int, low: int) -> np.ndarray:
     return np.ascontiguousarray(fields).view(np.int32).reshape(*octets.shape[:2], 32 * width)
 
 
-def _strips(values: np.ndarray, shape: Shape) -> np.ndarray:
-    """[groups, N] -> [strips, groups, 32]."""
-    wide = np.pad(values, ((0, 0), (0, shape.strips * COLUMNS - shape.n)))
-    return np.ascontiguousarray(wide.reshape(shape.groups, shape.strips, COLUMNS).transpose(1, 0, 2))
+def strips(values: np.ndarray, dims: tuple[int, int, int]) -> np.ndarray:
+    """[groups, N] -> [strips, groups, columns] with zeros behind both."""
+    count, groups, columns = dims
+    wide = np.pad(values, ((0, groups - values.shape[0]), (0, count * columns - values.shape[1])))
+    return np.ascontiguousarray(wide.reshape(groups, count, columns).transpose(1, 0, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...autotune.latency import corrected
 from ..base import Target
@@ -18,8 +18,8 @@ COLUMNS, UNIT, STEP_WORDS = 32, 32, 32
 #: a warp's registers beside those of codes on their way, in 32-bit words per thread; those of a multiprocessor; its warps and blocks
 _OWN_REGISTERS, _FILE_REGISTERS, _WARPS, _BLOCKS = 72, 65536, 64, 32
 #: cycles from memory to registers; of a block around its loop; of a second kernel; of a warp's sums; instructions that a multiprocessor issues per cycle
-_MEMORY_LATENCY, _BLOCK_LATENCY, _SUMS_LATENCY, _WARP_SUMS, _ISSUE = 800.0, 1500.0, 3000.0, 20.0, 4.0
-_SHARED_BYTES_PER_CYCLE, _L2_BYTES_PER_CYCLE, _STEP_LATENCY = 128.0, 48.0, 60.0
+_MEMORY_LATENCY, BLOCK_LATENCY, _SUMS_LATENCY, _WARP_SUMS, ISSUE = 800.0, 1500.0, 3000.0, 20.0, 4.0
+_SHARED_BYTES_PER_CYCLE, L2_BYTES_PER_CYCLE, STEP_LATENCY = 128.0, 48.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,20 @@ class Shape:
         return COLUMNS * (UNIT * self.bits / 8 + (5 if self.zeros else 4) * UNIT / self.spread)
 
     @property
-    def unit_instructions(self) -> float:
-        """Instructions of a warp that make fragments of a unit of codes."""
-        pairs, planes = 16.0, self.bits.bit_count()
+    def code_instructions(self) -> float:
+        """Instructions of a warp that make fragments of a unit of codes, its scales and zeros aside."""
+        planes = self.bits.bit_count()
         if self.integers:  # a register has four codes
-            return 8 * (1.75 * planes if self.bits < 8 else 0) + self.sums * (4 + 12 * self.zeros)
+            return 8 * (1.75 * planes if self.bits < 8 else 0)
+        pairs = 16
         if self.bits == 1 and not self.zeros:
-            pair = 2.0
-        else:
-            pair = 0.75 + 2.0 * planes if self.bits < 8 else 3.25 + self.zeros
-        return pairs * pair + self.sums * (4 + 10 * self.zeros)
+            return pairs * 2.0
+        return pairs * (0.75 + 2.0 * planes if self.bits < 8 else 3.25 + self.zeros)
+
+    @property
+    def unit_instructions(self) -> float:
+        """Those with scales and zeros."""
+        return self.code_instructions + self.sums * (4 + (12 if self.integers else 10) * self.zeros)
 
     @property
     def row_instructions(self) -> float:
@@ -110,6 +114,7 @@ class FewRows:
     warps: int
     depth: int
     parts: int = 1
+    resident: ClassVar[int] = 1
 
     @property
     def threads(self) -> int:
@@ -142,11 +147,11 @@ class FewRows:
         resident = min(resident, _BLOCKS, math.ceil(count / target.cores))
         waves = math.ceil(count / (target.cores * resident))
         turns = math.ceil(self.units(shape) / self.warps)
-        issue = resident * self.units(shape) * (shape.unit_instructions + shape.row_instructions) / _ISSUE
-        level2 = resident * self.units(shape) * shape.unit_bytes / _L2_BYTES_PER_CYCLE
+        issue = resident * self.units(shape) * (shape.unit_instructions + shape.row_instructions) / ISSUE
+        level2 = resident * self.units(shape) * shape.unit_bytes / L2_BYTES_PER_CYCLE
         waiting = turns * _MEMORY_LATENCY / min(self.depth, turns)
-        block = _BLOCK_LATENCY + _MEMORY_LATENCY + max(issue, level2, waiting) + _WARP_SUMS * self.warps
-        cycles = max(_memory_cycles(shape, target), waves * block) + _sums_cycles(shape, self.parts, target)
+        block = BLOCK_LATENCY + _MEMORY_LATENCY + max(issue, level2, waiting) + _WARP_SUMS * self.warps
+        cycles = max(memory_cycles(shape, target), waves * block) + sums_cycles(shape, self.parts, target)
         return _timed(shape, self, target, cycles, bm=8, stages=self.depth)
 
     def __str__(self) -> str:
@@ -161,6 +166,7 @@ class ManyRows:
     warps: int
     stages: int
     parts: int = 1
+    resident: ClassVar[int] = 1
 
     @property
     def threads(self) -> int:
@@ -205,12 +211,12 @@ class ManyRows:
         waves = math.ceil(count / (target.cores * resident))
         # 16-bit products are twice as fast as those of tf32, bytes twice as fast again
         arithmetic = self.bm * self.warps * COLUMNS * UNIT * per_step * shape.x_parts / ((4 if shape.integers else 2) * target.fma_per_cycle)
-        issue = self.warps * per_step * (shape.unit_instructions + self.bm / 8 * shape.row_instructions) / _ISSUE
+        issue = self.warps * per_step * (shape.unit_instructions + self.bm / 8 * shape.row_instructions) / ISSUE
         x_bytes, w_bytes = 4.0 * self.bm * STEP_WORDS, self.warps * per_step * shape.unit_bytes
         shared = (x_bytes * (self.warps + 1) + 2 * w_bytes) / _SHARED_BYTES_PER_CYCLE
-        level2 = (x_bytes + w_bytes) / _L2_BYTES_PER_CYCLE
-        step = max(arithmetic, issue, shared, level2) * resident + _STEP_LATENCY
-        cycles = max(_memory_cycles(shape, target), waves * (_BLOCK_LATENCY + steps * step)) + _sums_cycles(shape, self.parts, target)
+        level2 = (x_bytes + w_bytes) / L2_BYTES_PER_CYCLE
+        step = max(arithmetic, issue, shared, level2) * resident + STEP_LATENCY
+        cycles = max(memory_cycles(shape, target), waves * (BLOCK_LATENCY + steps * step)) + sums_cycles(shape, self.parts, target)
         return _timed(shape, self, target, cycles, bm=self.bm, stages=self.stages)
 
     def __str__(self) -> str:
@@ -225,16 +231,16 @@ def _timed(shape: Shape, schedule: FewRows | ManyRows, target: Target, cycles: f
     return corrected(target, "weight only", schedule, cycles, **sizes, **own, **numbers)
 
 
-def _memory_cycles(shape: Shape, target: Target) -> float:
+def memory_cycles(shape: Shape, target: Target) -> float:
     """All weights from memory."""
     return shape.strips * shape.all_units * shape.unit_bytes * target.frequency_ghz / target.bandwidth_gbs
 
 
-def _sums_cycles(shape: Shape, parts: int, target: Target) -> float:
+def sums_cycles(shape: Shape, parts: int, target: Target) -> float:
     """The second kernel, which adds up parts of K."""
     if parts == 1:
         return 0.0
-    return _SUMS_LATENCY + 4.0 * (parts + 1) * shape.m * shape.n / (target.cores * _L2_BYTES_PER_CYCLE)
+    return _SUMS_LATENCY + 4.0 * (parts + 1) * shape.m * shape.n / (target.cores * L2_BYTES_PER_CYCLE)
 
 
 def space(shape: Shape, target: Target) -> Sequence[FewRows | ManyRows]:

@@ -154,7 +154,12 @@ TC_DEVICE void attention_hopper(const Q& q, const K& k, const V& v, float unit, 
 #pragma unroll
         for (int i = 0; i < T::BT / 2; ++i) {
           const int row = query + i / 2 % 2 * 8, key = place * T::BT + i / 4 * 8 + 2 * t + i % 2;
-          s[i] = (PLAIN || row < QUERIES) && key < KEYS ? seen.score(told, row, key, s[i], tile) : -INFINITY;
+          if (PLAIN) {  // nothing is read that may not be there: without branches, scores stay in their registers
+            const float x = seen.score(told, row, key, s[i], tile);
+            s[i] = KEYS % T::BT == 0 || key < KEYS ? x : -INFINITY;
+          } else {
+            s[i] = row < QUERIES && key < KEYS ? seen.score(told, row, key, s[i], tile) : -INFINITY;
+          }
         }
       };
       if (hidden >= 0 || (Seen::EVERY && !PLAIN)) masked(hidden);

@@ -75,6 +75,12 @@ TC_DEVICE float widen_float8(uint8_t bits) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((uint16_t)bits));
   return widen_half<false>((uint16_t)pair);
 }
+// word & mask | more by one instruction, of which the compiler, where it knows both numbers, makes two
+TC_DEVICE uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t more) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(mask), "r"(more));
+  return r;
+}
 // the differences of the halves of two words: numbers of bf16 or fp16
 template <bool BF16> TC_DEVICE uint32_t minus_pairs(uint32_t a, uint32_t b) {
   uint32_t r;

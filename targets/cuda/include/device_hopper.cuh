@@ -30,6 +30,13 @@ TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, ui
                : "memory");
 }
 
+// Bytes that lie one after the other, multiples of 16 at such addresses, to shared memory; they count on the barrier.
+TC_DEVICE void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes),
+               "r"(shared_address(barrier))
+               : "memory");
+}
+
 // The map's box at this column (a word) of [batch][outer][inner].
 TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int inner, int outer, int batch, uint64_t* barrier) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)), "l"(&map), "r"(column),
@@ -71,12 +78,12 @@ template <int COUNT> TC_DEVICE void products_end(int (&c)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(c[i])::"memory");
 }
-
 // c += A B of a warp group (c = A B without `add`): 64 rows of A, N of B, 8 words of k each, in shared memory by descriptors. Lane l of warp w has, as g = l / 4, t = l % 4, in c[4 j ..]
 // the columns 8 j + 2 t and the next of row 16 w + g, then those of row 16 w + g + 8.
 template <class P, int N> struct Wgmma;
-// c += A B where A is in registers, four words of two numbers a lane: row 16 w + g | g + 8 | g | g + 8, k = 2 t | 2 t | 2 t + 8 | 2 t + 8 and the next; rows of B are k (descriptor with `apart`).
-template <class P, int N> struct WgmmaRows;
+// c += A B (c = A B without `add`) where A is in registers, four words of two numbers a lane: row 16 w + g | g + 8 | g | g + 8, k = 2 t | 2 t | 2 t + 8 | 2 t + 8 and the next.
+// ROWS_OF_K: rows of B are k (descriptor with `apart`), otherwise they are columns of the product, as those of Wgmma.
+template <class P, int N, bool ROWS_OF_K = true> struct WgmmaRows;
 #define TC_Q0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define TC_Q1 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define TC_Q2 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -108,25 +115,25 @@ TC_WGMMAS(Bf16x2, "k16.f32.bf16.bf16", ", 1, 1, 0, 0", "+f");
 TC_WGMMAS(Fp16x2, "k16.f32.f16.f16", ", 1, 1, 0, 0", "+f");
 TC_WGMMAS(U8S8, "k32.s32.u8.s8", "", "+r");
 TC_WGMMAS(E4m3x4, "k32.f32.e4m3.e4m3", ", 1, 1", "+f");
-#define TC_WGMMA_ROWS(P, SIZE, types, names, a_names, b_name, ...)                                                                                                   \
-  template <> struct WgmmaRows<P, SIZE> {                                                                                                                            \
-    static TC_DEVICE void multiply(float (&c)[SIZE / 2], const uint32_t (&a)[4], uint64_t b) {                                                                       \
-      asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\twgmma.mma_async.sync.aligned.m64n" #SIZE types " {" names "}, {" a_names "}, " b_name ", p, 1, 1, 1;\n\t}" \
-                   : __VA_ARGS__                                                                                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                                            \
-    }                                                                                                                                                                \
+#define TC_WGMMA_ROWS(P, SIZE, types, names, a_names, b_name, add_name, turned_name, ...)                                                                                   \
+  template <bool ROWS_OF_K> struct WgmmaRows<P, SIZE, ROWS_OF_K> {                                                                                                          \
+    static TC_DEVICE void multiply(float (&c)[SIZE / 2], const uint32_t (&a)[4], uint64_t b, bool add = true) {                                                             \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, " add_name ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #SIZE types " {" names "}, {" a_names "}, " b_name ", p, 1, 1, " turned_name ";\n\t}"\
+                   : __VA_ARGS__                                                                                                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add), "n"((int)ROWS_OF_K));                                                               \
+    }                                                                                                                                                                       \
   }
 #define TC_F8(i) TC_C8("+f", i)
 #define TC_F32(i) TC_C32("+f", i)
-#define TC_WGMMAS_ROWS(P, types)                                                                                                                                           \
-  TC_WGMMA_ROWS(P, 16, types, TC_Q0, "%8, %9, %10, %11", "%12", TC_F8(0));                                                                                                 \
-  TC_WGMMA_ROWS(P, 32, types, TC_Q0 TC_Q1, "%16, %17, %18, %19", "%20", TC_F8(0), TC_F8(8));                                                                               \
-  TC_WGMMA_ROWS(P, 48, types, TC_Q0 TC_Q1 TC_Q2, "%24, %25, %26, %27", "%28", TC_F8(0), TC_F8(8), TC_F8(16));                                                              \
-  TC_WGMMA_ROWS(P, 64, types, TC_R0, "%32, %33, %34, %35", "%36", TC_F32(0));                                                                                              \
-  TC_WGMMA_ROWS(P, 80, types, TC_R0 TC_Q4, "%40, %41, %42, %43", "%44", TC_F32(0), TC_F8(32));                                                                             \
-  TC_WGMMA_ROWS(P, 96, types, TC_R0 TC_Q4 TC_Q5, "%48, %49, %50, %51", "%52", TC_F32(0), TC_F8(32), TC_F8(40));                                                            \
-  TC_WGMMA_ROWS(P, 112, types, TC_R0 TC_Q4 TC_Q5 TC_Q6, "%56, %57, %58, %59", "%60", TC_F32(0), TC_F8(32), TC_F8(40), TC_F8(48));                                          \
-  TC_WGMMA_ROWS(P, 128, types, TC_R0 TC_R1, "%64, %65, %66, %67", "%68", TC_F32(0), TC_F32(32))
+#define TC_WGMMAS_ROWS(P, types)                                                                                                                \
+  TC_WGMMA_ROWS(P, 16, types, TC_Q0, "%8, %9, %10, %11", "%12", "%13", "%14", TC_F8(0));                                                        \
+  TC_WGMMA_ROWS(P, 32, types, TC_Q0 TC_Q1, "%16, %17, %18, %19", "%20", "%21", "%22", TC_F8(0), TC_F8(8));                                      \
+  TC_WGMMA_ROWS(P, 48, types, TC_Q0 TC_Q1 TC_Q2, "%24, %25, %26, %27", "%28", "%29", "%30", TC_F8(0), TC_F8(8), TC_F8(16));                     \
+  TC_WGMMA_ROWS(P, 64, types, TC_R0, "%32, %33, %34, %35", "%36", "%37", "%38", TC_F32(0));                                                     \
+  TC_WGMMA_ROWS(P, 80, types, TC_R0 TC_Q4, "%40, %41, %42, %43", "%44", "%45", "%46", TC_F32(0), TC_F8(32));                                    \
+  TC_WGMMA_ROWS(P, 96, types, TC_R0 TC_Q4 TC_Q5, "%48, %49, %50, %51", "%52", "%53", "%54", TC_F32(0), TC_F8(32), TC_F8(40));                   \
+  TC_WGMMA_ROWS(P, 112, types, TC_R0 TC_Q4 TC_Q5 TC_Q6, "%56, %57, %58, %59", "%60", "%61", "%62", TC_F32(0), TC_F8(32), TC_F8(40), TC_F8(48)); \
+  TC_WGMMA_ROWS(P, 128, types, TC_R0 TC_R1, "%64, %65, %66, %67", "%68", "%69", "%70", TC_F32(0), TC_F32(32))
 TC_WGMMAS_ROWS(Bf16x2, "k16.f32.bf16.bf16");
 TC_WGMMAS_ROWS(Fp16x2, "k16.f32.f16.f16");
 

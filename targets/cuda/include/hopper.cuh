@@ -54,6 +54,26 @@ template <int STAGES, int BYTES> struct Ring {
   }
 };
 
+// A block of T::GROUPS warp groups that multiply and one of whose threads one copies, with a ring of T::STAGES stages between them: copy(ring), multiply(ring, number of the group, lane).
+template <class T, class Copy, class Multiply> TC_DEVICE void in_warp_groups(const Copy& copy, const Multiply& multiply) {
+  TC_SHARED(char, shared);
+  char* const stages = shared + (-shared_address(shared) & 1023);
+  Ring<T::STAGES, T::STAGE_BYTES> ring(stages, stages + T::STAGES * T::STAGE_BYTES);
+  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    ring.open(4 * T::GROUPS);
+    barriers_visible();
+  }
+  __syncthreads();
+  if (group == 0) {
+    give_registers<T::COPYING>();
+    if (threadIdx.x == 0) copy(ring);
+  } else {
+    take_registers<T::MULTIPLYING>();
+    multiply(ring, group - 1, lane);
+  }
+}
+
 // BM x BN of C by GROUPS warp groups that multiply; STAGES stages.
 template <int BM_, int BN_, int GROUPS_, int STAGES_, int RESIDENT> struct HopperTile : WarpGroups<GROUPS_, RESIDENT> {
   static constexpr int BM = BM_, BN = BN_, GROUPS = GROUPS_, STAGES = STAGES_, BK = 32, MT = BM / GROUPS / 64;
@@ -152,25 +172,13 @@ TC_DEVICE void hopper_store(Sum (&c)[T::MT][T::BN / 2], int own, int lane, const
 // out[m0.., n0..] [rows][N] = value(row, column, sum) for the elements of A B' over `steps` steps of k, from step `first` on.
 template <class P, class T, int N, class SourceA, class SourceB, class Out, class Value>
 TC_DEVICE void gemm_hopper(const SourceA& a, const SourceB& b, const Out& out, int rows, int m0, int n0, int first, int steps, const Value& value) {
-  TC_SHARED(char, shared);
-  char* const stages = shared + (-shared_address(shared) & 1023);
-  Ring<T::STAGES, T::STAGE_BYTES> ring(stages, stages + T::STAGES * T::STAGE_BYTES);
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    ring.open(4 * T::GROUPS);
-    barriers_visible();
-  }
-  __syncthreads();
-  if (group == 0) {
-    give_registers<T::COPYING>();
-    if (threadIdx.x == 0) hopper_copies<T>(ring, a, b, first, steps);
-  } else {
-    take_registers<T::MULTIPLYING>();
-    const int own = (group - 1) * T::MT * 64;  // its first row
-    typename P::Sum c[T::MT][T::BN / 2] = {};
-    hopper_sums<P, T>(ring, own, steps, c);
-    hopper_store<T, N>(c, own, lane, out, rows, m0, n0, value);
-  }
+  in_warp_groups<T>([&](auto& ring) { hopper_copies<T>(ring, a, b, first, steps); },
+                    [&](auto& ring, int group, int lane) {
+                      const int own = group * T::MT * 64;  // its first row
+                      typename P::Sum c[T::MT][T::BN / 2] = {};
+                      hopper_sums<P, T>(ring, own, steps, c);
+                      hopper_store<T, N>(c, own, lane, out, rows, m0, n0, value);
+                    });
 }
 
 }  // namespace tc

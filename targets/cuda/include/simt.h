@@ -256,6 +256,7 @@ TC_DEVICE float widen_float8(uint8_t bits) {
   return bits & 0x80 ? -magnitude : magnitude;
 }
 
+inline uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t more) { return word & mask | more; }
 template <bool BF16> uint32_t minus_pairs(uint32_t a, uint32_t b) {
   uint32_t r = 0;
   for (int half = 0; half < 2; ++half) r |= (uint32_t)round_half<BF16>(widen_half<BF16>(a >> 16 * half) - widen_half<BF16>(b >> 16 * half)) << 16 * half;

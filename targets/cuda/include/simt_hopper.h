@@ -35,7 +35,14 @@ namespace simt {
 }
 
 struct Barrier { uint32_t phase : 1, count : 15, pending : 16; int32_t bytes; };
-struct BoxCopy { char* to; TensorMap map; uint64_t* barrier; int column, row, w, h, n, dw, dh, inner, outer, batch; };
+struct BoxCopy {  // plain: so many bytes as they lie, in place of a box
+  char* to;
+  TensorMap map;
+  uint64_t* barrier;
+  int column, row, w, h, n, dw, dh, inner, outer, batch;
+  const char* from;
+  int plain;
+};
 struct Product {  // rows: of A in registers, those of the lanes that share them; given: where this lane's were
   void* c;
   uint64_t a, b;
@@ -128,6 +135,13 @@ inline std::vector<int64_t> rows_of(const BoxCopy& copy) {
 }
 inline void arrive(const BoxCopy& copy) {
   const uint32_t address = shared_address(copy.to);
+  if (copy.plain) {
+    if ((address | copy.plain | (uint32_t)(uintptr_t)copy.from) % 16) wrong("a copy of bytes that are not aligned");
+    for (int i = 0; i < copy.plain; i += 4) memcpy(at(address + i), copy.from + i, 4);
+    Barrier& barrier = barrier_at(copy.barrier);
+    barrier.bytes -= copy.plain;
+    return settle(barrier);
+  }
   if (address % 1024) wrong("a box of a copy that is not aligned to its swizzle");
   const std::vector<int64_t> rows = rows_of(copy);
   for (uint32_t r = 0; r < copy.map.box; ++r)
@@ -150,6 +164,9 @@ inline void request(const BoxCopy& copy) {
 }  // namespace simt
 
 TC_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, uint64_t* barrier) { simt::request({static_cast<char*>(to), map, barrier, column, row}); }
+TC_DEVICE void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  simt::request({static_cast<char*>(to), {}, barrier, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, static_cast<const char*>(from), bytes});
+}
 TC_DEVICE void copy_head(void* to, const TensorMap& map, int column, int inner, int outer, int batch, uint64_t* barrier) {
   simt::request({static_cast<char*>(to), map, barrier, column, 0, 0, 0, 0, 0, 0, inner, outer, batch});
 }
@@ -286,15 +303,15 @@ template <class P, int N> struct Wgmma {
   }
 };
 
-template <class P, int N> struct WgmmaRows;
-template <bool BF16, int N> struct WgmmaRows<Words<MmaHalf<BF16>>, N> {
-  static void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+template <class P, int N, bool ROWS_OF_K = true> struct WgmmaRows;
+template <bool BF16, int N, bool ROWS_OF_K> struct WgmmaRows<Words<MmaHalf<BF16>>, N, ROWS_OF_K> {
+  static void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add = true) {
     simt::Product product{nullptr, 0, b, &run, a, {}};
     memcpy(product.rows, simt::meet(a, 4, [](simt::Warp& w) {
       for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 16; ++i) w.out[lane][i] = w.in[lane / 4 * 4 + i / 4][i % 4];
     }), 64);
-    simt::ask(c, product, true);
+    simt::ask(c, product, add);
   }
   static void run(uint32_t* c, const simt::Product& product) {
     const int t = simt::machine.current % 4;
@@ -309,7 +326,8 @@ template <bool BF16, int N> struct WgmmaRows<Words<MmaHalf<BF16>>, N> {
           memcpy(&sum, c + 4 * j + 2 * r + e, 4);
           for (int k = 0; k < 16; ++k) {
             uint16_t b;
-            memcpy(&b, simt::byte_of(product.b, k, 2 * (8 * j + 2 * t + e)), 2);
+            const int column = 8 * j + 2 * t + e;
+            memcpy(&b, ROWS_OF_K ? simt::byte_of(product.b, k, 2 * column) : simt::byte_of(product.b, column, 2 * k), 2);
             sum += a[r][k] * widen_half<BF16>(b);
           }
           memcpy(c + 4 * j + 2 * r + e, &sum, 4);

@@ -9,21 +9,11 @@ namespace tc {
 template <class P, class T, int M, int N, int STEPS, int BLOCKS, class MakeA, class MakeB, class Out, class Value>
 TC_DEVICE void gemm_hopper_stream(const MakeA& a, const MakeB& b, const Out& out, typename P::Sum* parts, const Value& value) {
   using S = Shares<T, M, N, STEPS, BLOCKS>;
-  TC_SHARED(char, shared);
-  char* const stages = shared + (-shared_address(shared) & 1023);
-  Ring<T::STAGES, T::STAGE_BYTES> ring(stages, stages + T::STAGES * T::STAGE_BYTES);
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    ring.open(4 * T::GROUPS);
-    barriers_visible();
-  }
-  __syncthreads();
-  if (group == 0) {
-    give_registers<T::COPYING>();
-    if (threadIdx.x == 0) S::walk([&](int m0, int n0, int from, int steps) { hopper_copies<T>(ring, a(m0), b(n0), from, steps); });
-  } else {
-    take_registers<T::MULTIPLYING>();
-    const int own = (group - 1) * T::MT * 64;  // its first row
+  const auto copy = [&](auto& ring) {
+    S::walk([&](int m0, int n0, int from, int steps) { hopper_copies<T>(ring, a(m0), b(n0), from, steps); });
+  };
+  in_warp_groups<T>(copy, [&](auto& ring, int group, int lane) {
+    const int own = group * T::MT * 64;  // its first row
     S::walk([&](int m0, int n0, int from, int steps) {
       typename P::Sum c[T::MT][T::BN / 2] = {};
       const int last = hopper_sums<P, T>(ring, own, steps, c);
@@ -33,7 +23,7 @@ TC_DEVICE void gemm_hopper_stream(const MakeA& a, const MakeB& b, const Out& out
       else
         hopper_store<T, T::BN>(c, own, lane, S::part(parts, from), T::BM, 0, 0, [](int, int, typename P::Sum sum) { return sum; });
     });
-  }
+  });
 }
 
 }  // namespace tc

@@ -48,15 +48,15 @@ template <int BITS, bool BF16> struct Codes {
     return twice | BASE;
   }
   // bytes of two's complement, at bits 0 and 16: 128 + low seven bits - (128, or 256 with the sign: the lowest bit of the exponent)
-  static TC_DEVICE uint32_t signed_bytes(uint32_t w) { return minus_pairs<true>(w & 0x007f007fu | 0x43004300u, w & 0x00800080u | 0x43004300u); }
+  static TC_DEVICE uint32_t signed_bytes(uint32_t w) { return minus_pairs<true>(masked_or(w, 0x007f007fu, 0x43004300u), masked_or(w, 0x00800080u, 0x43004300u)); }
 
   // register i of a tile (0, 1) at a step (0, 1): two codes of fewer than 8 bits over BASE
   static TC_DEVICE uint32_t pair(const UnitCodes<BITS>& unit, int tile, int step, int i) {
     const int place = 4 * tile + i;
     uint32_t found = BASE;
-    if constexpr ((BITS & 4) != 0) found = unit.w[2 * step + tile] >> 4 * i & 0x000f000fu | found;
-    if constexpr ((BITS & 2) != 0) found = shifted_right(unit.w[(BITS & 4) + step], 2 * place - (BITS & 4)) & 0x00030003u << (BITS & 4) | found;
-    if constexpr ((BITS & 1) != 0) found = shifted_right(unit.w[BITS & 6], 8 * step + place - (BITS & 6)) & 0x00010001u << (BITS & 6) | found;
+    if constexpr ((BITS & 4) != 0) found = masked_or(unit.w[2 * step + tile] >> 4 * i, 0x000f000fu, found);
+    if constexpr ((BITS & 2) != 0) found = masked_or(shifted_right(unit.w[(BITS & 4) + step], 2 * place - (BITS & 4)), 0x00030003u << (BITS & 4), found);
+    if constexpr ((BITS & 1) != 0) found = masked_or(shifted_right(unit.w[BITS & 6], 8 * step + place - (BITS & 6)), 0x00010001u << (BITS & 6), found);
     return found;
   }
   // two signs of a half: what one bit is without zeros
