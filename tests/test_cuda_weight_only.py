@@ -20,6 +20,7 @@ from tcompile.targets.base import Target
 from tcompile.targets.common.words import planes
 from tcompile.targets.cuda import weight_only
 from tcompile.targets.cuda.machines import MACHINES
+from tcompile.targets.cuda.weight_only_hopper import HopperWeightOnly
 from tcompile.targets.cuda.weight_only_schedule import FewRows, ManyRows, Shape, best, space
 from test_cuda_half import SUMS, TYPES, short
 from test_cuda_target import dump, needs_cuobjdump, needs_nvcc
@@ -72,12 +73,18 @@ CASES = [
 ]
 
 
+def by_mma_sync(monkeypatch):
+    """On Hopper, too."""
+    monkeypatch.setattr(HopperWeightOnly, "_faster", lambda self, shape: False)
+
+
 def check(cases, precision, monkeypatch):
     operands = [weights_of(k, n, made) for _, k, n, made, _ in cases]
     inputs = {f"x{number}": floats(m, k) for number, (m, k, *_) in enumerate(cases)}
     bias = [floats(n) for _, _, n, *_ in cases]
     # kernels are scheduled in the order of the program, those of one shape once
     asked = {(m, k, n): schedule for m, k, n, _, schedule in cases}
+    by_mma_sync(monkeypatch)
     monkeypatch.setattr(weight_only, "best", lambda shape, target: asked[shape.m, shape.k, shape.n] or best(shape, target))
 
     def build(emit, *xs):
@@ -289,7 +296,8 @@ def test_schedules_fit_the_machine(arch):
 CODE = [(1, 512, 256, GroupedInt(4, 32)), (40, 512, 256, GroupedInt(4, 128, symmetric=False)), (3, 256, 64, GroupedInt(8, 64, symmetric=False))]
 
 
-def golden(arch, precision, cases, folder):
+def golden(arch, precision, cases, folder, monkeypatch):
+    by_mma_sync(monkeypatch)
     inputs = {f"x{number}": floats(m, k) for number, (m, k, *_) in enumerate(cases)}
     operands = [weights_of(k, n, made) for _, k, n, made in cases]
 
@@ -332,21 +340,21 @@ def check_code(row, text, kind):
 
 @needs_nvcc
 @needs_cuobjdump
-def test_codes_are_unpacked_in_registers_and_multiplied_on_tensor_cores(tmp_path):
-    golden("sm_80", "fp32", [*CODE[:2], (1, 512, 96, GroupedInt(3, 32))], tmp_path)
+def test_codes_are_unpacked_in_registers_and_multiplied_on_tensor_cores(tmp_path, monkeypatch):
+    golden("sm_80", "fp32", [*CODE[:2], (1, 512, 96, GroupedInt(3, 32))], tmp_path, monkeypatch)
 
 
 @pytest.mark.networks
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize(("arch", "precision"), [("sm_90a", "fp32"), ("sm_80", "tf32"), ("sm_80", "bf16"), ("sm_90a", "fp16")])
-def test_codes_are_unpacked_in_registers_in_every_precision(arch, precision, tmp_path):
-    golden(arch, precision, CODE, tmp_path)
+def test_codes_are_unpacked_in_registers_in_every_precision(arch, precision, tmp_path, monkeypatch):
+    golden(arch, precision, CODE, tmp_path, monkeypatch)
 
 
 @pytest.mark.networks
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize(("arch", "precision"), [("sm_80", "fp16"), ("sm_90a", "bf16")])
-def test_codes_of_every_width_are_unpacked_in_registers(arch, precision, tmp_path):
-    golden(arch, precision, [(m, 512, 32 * bits, GroupedInt(bits, 32)) for bits in range(1, 9) for m in (1, 40)], tmp_path)
+def test_codes_of_every_width_are_unpacked_in_registers(arch, precision, tmp_path, monkeypatch):
+    golden(arch, precision, [(m, 512, 32 * bits, GroupedInt(bits, 32)) for bits in range(1, 9) for m in (1, 40)], tmp_path, monkeypatch)

@@ -24,6 +24,7 @@ import test_cuda_recurrent
 import test_cuda_selection
 import test_cuda_sparse
 import test_cuda_weight_only
+import test_cuda_weight_only_hopper
 from tcompile.compiler import artifact
 from tcompile.compiler.compare import agree
 from tcompile.compiler.cuda_runtime import GpuModel
@@ -152,6 +153,15 @@ def test_weight_only(gpu, monkeypatch, precision):
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
     test_cuda_weight_only.check(test_cuda_weight_only.CASES, precision, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weight_only_hopper(gpu, monkeypatch, precision):
+    if gpu != test_cuda_weight_only_hopper.TARGET:
+        pytest.skip(f"no wgmma on {gpu}")
+    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
+    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    test_cuda_weight_only_hopper.check(test_cuda_weight_only_hopper.CASES, precision, monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
