@@ -13,7 +13,8 @@
                 acc[i][v] += A[io*mr + i, k] * fit[k][v]
             C = epilogue(acc)
 
-Both products are exact in int32. The rest costs in proportion to its words: 3 of 100 of those of BERT in 8 bits, per output channel.
+Both products are exact in int32. The rest costs in proportion to its words: 3 of 100 of those of BERT in 8 bits, per output channel. Where there are fewer rows than a vector has lanes, its codes are multiplied
+one by one instead: such products wait for the weights, half as many bytes as in 16 bits.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ _SAMPLES = 3
 
 @dataclass(frozen=True)
 class RestWorkload:
-    """A dense GEMM by pairs; rest: nonzero words of 4 consecutive k by one output / all of them. convolution: what it is, if it is a 1x1 convolution."""
+    """A dense GEMM by pairs; rest: nonzero words of 4 consecutive k by one output / all of them, codes: nonzero codes / all of them. convolution: what it is, if it is a 1x1 convolution."""
 
     gemm: GemmWorkload
     rest: float
+    codes: float
     convolution: ConvWorkload | None = None
 
     def __str__(self) -> str:
@@ -59,7 +61,7 @@ class RestWorkload:
 
 @dataclass(frozen=True)
 class RestSchedule:
-    """mr rows x nv vectors of `lanes` columns in registers; blocks of vectors * lanes rows."""
+    """mr rows x nv vectors of `lanes` columns in registers; blocks of vectors * lanes rows, 0: the rest one code after the other, for all rows."""
 
     mr: int
     nv: int
@@ -78,40 +80,41 @@ class GemmRest:
         if gemm.kind != WIDE.kind:
             raise Unfusable("no weights of 8 bits, or all pairs of them fit 16 bits")
         values = getattr(constants, "values", {}).get(fused.param_index(fused.inputs[1]), ())
-        if not values or gemm.m is None or gemm.k is None or gemm.k % 4:
-            raise Unfusable("weights or rows are not known, or K is no multiple of 4")
-        masks = [group_mask(fitting(weight.reshape(gemm.k, -1))[1], 4, 1) for weight in values[:_SAMPLES]]
-        share = float(np.mean([mask.mean() for mask in masks]))
-        return RestWorkload(replace(gemm, kind=PAIRS.kind), share, None if convolution is None else replace(convolution, kind=PAIRS.kind))
+        if not values or gemm.m is None or gemm.k is None:
+            raise Unfusable("weights or rows are not known")
+        rests = [fitting(weight.reshape(gemm.k, -1))[1] for weight in values[:_SAMPLES]]
+        words, codes = (float(np.mean([group_mask(rest, size, 1).mean() for rest in rests])) for size in (4, 1))
+        return RestWorkload(replace(gemm, kind=PAIRS.kind), words, codes, None if convolution is None else replace(convolution, kind=PAIRS.kind))
 
     def space(self, workload: RestWorkload, target: Target) -> Sequence[RestSchedule]:
         gemm, lanes, rows = workload.gemm, target.lanes(), workload.gemm.m
         assert rows is not None and gemm.k is not None
         if dot_for(gemm.kind, target) is not PAIRS:
             raise Unfusable("four products are added by one instruction")
-        if rows < lanes or gemm.k < 4 * lanes:
-            raise Unfusable("fewer rows or words than a vector has lanes")
+        if rows >= lanes and (gemm.k < 4 * lanes or gemm.k % 4):
+            raise Unfusable("fewer words of K than a vector has lanes, or part of one")
         # the fewest rows that are summed twice, as the last block ends at the last row, and the fewest blocks
-        vectors = min(range(1, min(_VECTORS, rows // lanes) + 1), key=lambda count: -(-rows // (count * lanes)) * (count + 1.5))
-        return [RestSchedule(s.mr, s.nv, s.lanes, vectors) for s in Gemm().space(gemm, target) if not s.mc and s.mr <= vectors * lanes]
+        vectors = min(range(1, min(_VECTORS, rows // lanes) + 1), key=lambda count: -(-rows // (count * lanes)) * (count + 1.5), default=0)
+        return [RestSchedule(s.mr, s.nv, s.lanes, vectors) for s in Gemm().space(gemm, target) if not s.mc and s.mr <= (vectors * lanes or rows)]
 
     def features(self, workload: RestWorkload, schedule: RestSchedule, target: Target) -> KernelFeatures:
         gemm, vectors, lanes = workload.gemm, schedule.vectors, schedule.lanes
         assert gemm.m is not None and gemm.k is not None and gemm.n is not None
-        height = vectors * lanes
+        height = vectors * lanes or gemm.m
         blocks, words, panels = -(-gemm.m // height), gemm.k // 4, -(-gemm.n // (schedule.nv * lanes))
         found = Gemm().features(replace(gemm, m=blocks * height), GemmSchedule(schedule.mr, schedule.nv, lanes, height), target)
-        entries = workload.rest * words * gemm.n
-        # a transposed square takes 2 cycles a vector; the loop over the words of an output ends where it was not predicted
+        # a transposed square takes 2 cycles a vector; the loop over the rest of an output ends where it was not predicted
+        entries = workload.rest * words * gemm.n if vectors else workload.codes * gemm.k * gemm.n
         squares = blocks * vectors * (words / lanes + gemm.n / lanes) * 2.0 * lanes
-        more = blocks * (entries * (vectors + 1.0) + 20.0 * gemm.n) + squares
+        more = blocks * (entries * (vectors + 1.0 if vectors else 2.0 * gemm.m) + 20.0 * gemm.n) + squares
         return replace(
             found,
             flops=2.0 * gemm.m * gemm.k * gemm.n,
             fma_cycles=found.fma_cycles + more,
             load_cycles=found.load_cycles + more,
             latency_cycles=found.latency_cycles + more,
-            l2_bytes=found.l2_bytes + blocks * entries * (4.0 * height + 8.0) + 2.0 * gemm.m * gemm.k,
+            l2_bytes=found.l2_bytes + blocks * entries * (4.0 * vectors * lanes + 8.0) + 2.0 * gemm.m * gemm.k,
+            dram_bytes=found.dram_bytes + 8.0 * entries,
             tasks=blocks * panels,
         )
 
@@ -132,9 +135,10 @@ class GemmRest:
 
         def pack(array: np.ndarray) -> tuple[np.ndarray, ...]:
             fit, rest = fitting(array.reshape(gemm.k, gemm.n))
-            return dense.pack(fit), *compress(rest, 4, 1, PAIRS).arrays  # pyright: ignore[reportReturnType]
+            left = compress(rest, 4, 1, PAIRS) if schedule.vectors else compress(rest, 1, 1)
+            return dense.pack(fit), left.values.astype(np.int32), left.indices, left.pointers  # pyright: ignore[reportReturnType]
 
-        return Kernel(builder.get(), (Packing(position, (), pack, f"{dense.key} and rest"),))
+        return Kernel(builder.get(), (Packing(position, (), pack, f"{dense.key} and rest {'words' if schedule.vectors else 'codes'}"),))
 
 
 class _Emitter(GemmEmitter):
@@ -145,7 +149,7 @@ class _Emitter(GemmEmitter):
     ):
         super().__init__(fused, buffers, GemmSchedule(schedule.mr, schedule.nv, schedule.lanes, 0), operands)
         assert gemm.m is not None and gemm.k is not None and gemm.n is not None
-        self.stream, self.lanes, self.vectors, self.height = stream, schedule.lanes, schedule.vectors, schedule.vectors * schedule.lanes
+        self.stream, self.lanes, self.vectors, self.height = stream, schedule.lanes, schedule.vectors, schedule.vectors * schedule.lanes or gemm.m
         self.rows_known, self.words, self.columns_known = gemm.m, gemm.k // 4, gemm.n
         self.blocks = -(-gemm.m // self.height)
         #: of the block and panel at hand: its first row, and the sums of the rest
@@ -153,8 +157,7 @@ class _Emitter(GemmEmitter):
         self.sums: Any = None
 
     def emit(self) -> None:
-        words = T.alloc_buffer((self.blocks, self.words, self.height), self.dot.word)
-        self._transpose(words)
+        words = self._transposed() if self.vectors else None
         panels = -(-self.columns_known // self.nr)
         whole, rest = divmod(self.columns_known, self.nr)
         with tasks(T.int64(panels * self.blocks), self.rows_known * self.words * 4 * self.columns_known) as task:
@@ -162,7 +165,11 @@ class _Emitter(GemmEmitter):
 
             def outputs(columns: int) -> None:
                 self.first = T.bind(self._first_row(block))
-                self._rest(words, block, jo, columns)
+                self.sums = T.alloc_buffer((self.height, self.nr), self.dot.accumulator)
+                if self.vectors:
+                    self._rest(words, block, jo, columns)
+                else:
+                    self._rest_of_few(jo, columns)
                 self._static_rows(T.int64(0), self.first, self.height, jo, self._panel(T.int64(0), jo), columns, None)
 
             if not rest or not whole:
@@ -178,9 +185,9 @@ class _Emitter(GemmEmitter):
         """The last block ends at the last row: it sums some rows again."""
         return T.min(block * self.height, T.int64(self.rows_known - self.height))
 
-    def _transpose(self, words: Any) -> None:
-        """words[block, k, :] = the word of 4 codes from 4 k on of every row of a block."""
-        lanes = self.lanes
+    def _transposed(self) -> Any:
+        """[block, k, :]: the word of 4 codes from 4 k on of every row of a block."""
+        lanes, words = self.lanes, T.alloc_buffer((self.blocks, self.words, self.height), self.dot.word)
         steps = -(-self.words // lanes)
         with tasks(T.int64(self.blocks * steps), self.rows_known * self.words) as task:
             block = T.bind(T.floordiv(task, T.int64(steps)))
@@ -193,11 +200,11 @@ class _Emitter(GemmEmitter):
                     rows.append(T.bind(T.reinterpret(f"int32x{lanes}", self.a[vector(place, 4 * lanes)])))
                 for i, value in enumerate(transpose(rows)):
                     T.buffer_store(words, value, [block, k + i, vector(v * lanes, lanes)])
+        return words
 
     def _rest(self, words: Any, block: Any, jo: Any, columns: int) -> None:
         """self.sums[row, column] of a block and a panel; columns that the panel does not have hold anything."""
         lanes, stream = self.lanes, self.stream
-        self.sums = T.alloc_buffer((self.height, self.nr), self.dot.accumulator)
         turned = T.alloc_buffer((lanes, self.height), self.dot.accumulator)
         for start in range(0, columns, lanes):
             with T.serial(T.int64(min(lanes, columns - start))) as n:
@@ -217,6 +224,23 @@ class _Emitter(GemmEmitter):
                 squares = transpose([T.bind(turned[i, vector(v * lanes, lanes)]) for i in range(lanes)])
                 for i, value in enumerate(squares):
                     T.buffer_store(self.sums, value, [v * lanes + i, vector(T.int64(start), lanes)])
+
+    def _rest_of_few(self, jo: Any, columns: int) -> None:
+        """The same, code by code."""
+        total, stream = T.alloc_buffer((self.height,), self.dot.accumulator), self.stream
+        rows = [self.address(T.int64(i)) for i in range(self.height)]
+        with T.serial(T.int64(columns)) as n:
+            output = T.bind(jo * self.nr + n)
+            for i in range(self.height):
+                T.buffer_store(total, T.int32(0), [T.int64(i)])
+            begin, end = T.bind(stream.pointers[output]), T.bind(stream.pointers[output + 1])
+            with T.serial(end - begin) as step:
+                p = T.bind(begin + step)
+                k, weight = T.bind(stream.indices[p].astype("int64")), T.bind(stream.values[p, 0])
+                for i, address in enumerate(rows):
+                    T.buffer_store(total, total[i] + T.cast(self.a[address(k)], "int32") * weight, [T.int64(i)])
+            for i in range(self.height):
+                T.buffer_store(self.sums, total[i], [T.int64(i), n])
 
     def _first_sums(self, row: Any) -> Callable[[int, int], Any]:
         return lambda i, v: self.sums[row - self.first + i, vector(T.int64(v * self.lanes), self.lanes)]
