@@ -46,6 +46,7 @@ def compile(
     sparsity: Any = None,
     target_latency: Any = None,
     token_keep: Any = None,
+    attention_scores: Any = None,
     report: str | Path | None = None,
     restore_tokens: bool = False,
     generate: bool = False,
@@ -63,7 +64,7 @@ def compile(
     machine), `cpu:NAME` or `cuda:NAME`. example_inputs: what a `torch.nn.Module` is traced with. shapes: `{"x": (1, 3, 224, 224)}` or `{"x": "1..8..32x128"}`
     (min..opt..max of a dim). recipe: TOML file with the passes to run.
 
-    quantize, sparsity, token_keep: compression, each a name or number as on the command line, or a configured pass (`Quantize("int8", smooth=0.5)`).
+    quantize, sparsity, token_keep, attention_scores ("int8"): compression, each a name or number as on the command line, or a configured pass (`Quantize("int8", smooth=0.5)`).
     calibration: a `.npz` file, a folder of them, or an iterable of inputs (dicts or tuples), on which passes observe the model and the loss is measured.
     metric: "cosine" (default), "relative" or "top1". max_drop: largest loss allowed.
     tune_trials, time_budget ("10m"): search schedules by measuring, so many candidates per kernel, so long in all; tuning_db: the database to take winners from and to
@@ -79,7 +80,7 @@ def compile(
     if asked := [name for name, value in later.items() if value is not None]:
         raise UsageError(f"not available yet: {', '.join(asked)}; leave {'it' if len(asked) == 1 else 'them'} out")
     target = target if isinstance(target, Target) else Target.parse(target)
-    compression = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
+    compression = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep, "attention_scores": attention_scores}
     database = None if tuning_db is None else Path(tuning_db)
     options = CompileOptions(
         None if recipe is None else Path(recipe), compression, seed=seed, threads=threads, precision=precision, emit_only=emit_only

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .attention.fuse import FuseAttention
 from .attention.prefix import SharedPrefix
 from .attention.quantized import QuantizedAttention
+from .attention.scores import Int8Scores
 from .base import Pass
 from .canonicalize import Canonicalize
 from .convolutions import Convolutions
@@ -29,6 +30,7 @@ PASSES: dict[str, type[Pass]] = {
         TokenPruning,
         Sparsify,
         Quantize,
+        Int8Scores,
         Precision,
         ChannelsLast,
     )

@@ -25,6 +25,9 @@ def compile_verb(
         None, "--sparsity", help="Zeros in the weights: 2:4, block:0.8, unstructured:0.9, ...; see docs/sparsity.md."
     ),
     token_keep: float | None = typer.Option(None, "--token-keep", help="Share of tokens that attention keeps at each pruning place, in (0, 1]."),
+    attention_scores: str | None = typer.Option(
+        None, "--attention-scores", help="Format in which attention multiplies queries and keys: int8; see docs/attention.md."
+    ),
     calibration: Path | None = typer.Option(None, "--calibration", help="Real inputs: a .npz file with an array per input, or a folder of them."),
     metric: str | None = typer.Option(None, "--metric", help="Loss that --max-drop limits: cosine (default), relative or top1."),
     max_drop: float | None = typer.Option(None, "--max-drop", help="Largest loss allowed on the calibration data; exit code 5 beyond it."),
@@ -67,7 +70,7 @@ def compile_verb(
     resolved = Target.parse(target)
     if report is not None:
         writable_page(report)
-    compression = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep}
+    compression = {"quantize": quantize, "sparsity": sparsity, "token_keep": token_keep, "attention_scores": attention_scores}
     options = CompileOptions(recipe, compression, dump_ir, seed, report is not None, threads, precision, emit_only)
     program = import_model(model, shapes=parse_shapes(shape))
     accuracy = accuracy_on(program, calibration, metric=metric, max_drop=max_drop, threads=threads)

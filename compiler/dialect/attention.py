@@ -109,20 +109,24 @@ def _infer(builder: Any, call: Any) -> Any:
         if not isinstance(arg.ty, relax.TensorType) or arg.ty.ndim != 4 or arg.ty.shape is None:
             raise ValueError(f"{NAME}: {name} has to be a tensor of four known dims, is {arg.ty}")
     attrs = attrs_of(call)
-    q, k, v = (_plain(list(arg.ty.shape), layout) for arg, layout in zip(call.args[:3], attrs.layouts, strict=False))
+    return infer(NAME, call.args[:3], attrs, attrs.dtype or working_dtype(call.args[0]))
+
+
+def infer(name: str, operands: Sequence[relax.Expr], attrs: AttentionAttrs, dtype: str) -> Any:
+    """The type of the result of an attention over these q, k and v; ValueError, which begins with `name`, where they do not go together."""
+    q, k, v = (_plain(list(arg.ty.shape), layout) for arg, layout in zip(operands, attrs.layouts, strict=False))
     analyzer = tvm.sym.Analyzer()
 
     def agree(what: str, one: Any, other: Any) -> None:
         if isinstance(one, tirx.IntImm) and isinstance(other, tirx.IntImm) and not analyzer.can_prove_equal(one, other):
-            raise ValueError(f"{NAME}: {what} differ: {int(one)} and {int(other)}")
+            raise ValueError(f"{name}: {what} differ: {int(one)} and {int(other)}")
 
     agree("batch sizes of q and k", q[0], k[0])
     agree("depths of q and k", q[3], k[3])
     for position, what in enumerate(("batch sizes", "heads", "lengths")):
         agree(f"{what} of k and v", k[position], v[position])
     if isinstance(q[1], tirx.IntImm) and isinstance(k[1], tirx.IntImm) and int(q[1]) % int(k[1]):
-        raise ValueError(f"{NAME}: {int(q[1])} heads of q cannot share {int(k[1])} heads of k")
-    dtype = attrs.dtype or working_dtype(call.args[0])
+        raise ValueError(f"{name}: {int(q[1])} heads of q cannot share {int(k[1])} heads of k")
     out = relax.TensorType(_plain([*q[:3], v[3]], attrs.layouts[3]), dtype)
     further = [relax.TensorType([q[0], k[2]], dtype)] if attrs.received else []
     further += [relax.TensorType(q[:3], dtype)] if attrs.logsum else []

@@ -31,7 +31,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, static
 from .attention_emit import AttentionEmitter
 from .attention_views import rows_apart
-from .dot import dot_for
+from .dot import F32, dot_for
 from .emit import balanced, balanced_sizes, kernel
 from .ops_attention import sizes
 from .template import Kernel
@@ -110,7 +110,7 @@ class Attention:
             fused.core["mask"],
             fused.core["causal"],
             fused.core["received"],
-            "f32" if str(fused.inputs[0].ty.dtype) == "float32" else "bf16",
+            fused.core.get("scores") or ("f32" if str(fused.inputs[0].ty.dtype) == "float32" else "bf16"),
             fused.core["logsum"],
             fused.core["before"],
             fused.core["after"],
@@ -118,14 +118,16 @@ class Attention:
         )
 
     def space(self, workload: AttentionWorkload, target: Target) -> Sequence[AttentionSchedule]:
-        lanes, registers = target.lanes(), target.vector_registers
+        lanes, registers, dot = target.lanes(), target.vector_registers, dot_for(workload.kind, target)
+        if dot.name == "madd":  # words of 16 bits, made for weights that are packed
+            return []
         vectors = None if workload.queries is None else -(-workload.queries // lanes)
         wide = -(-workload.width // lanes)
         found = []
         for nv in (1, 2, 3, 4):
             if vectors is not None and nv > vectors:
                 continue
-            mr = min((registers - nv - 1) // nv, 8)
+            mr = min((registers - nv - 1 - dot.scratch) // nv, 8)
             for columns in sorted({min(wide, size) for size in (1, 2, 3, 4)}):
                 if columns == 1 < wide:
                     continue
@@ -146,27 +148,30 @@ class Attention:
             most = [min(keys, each) if each >= 0 else keys / 2 for each in (workload.before, 0 if workload.causal else workload.after)]
             seen = min(float(keys), sum(most) + nv * lanes)
         dot = dot_for(workload.kind, target)
-        broadcast = dot.broadcast_loads if dot.grouped else 0.5
-        # per word of one or two numbers
-        rate, group = target.fma_per_cycle / dot.instructions, dot.group
+        mix = F32 if dot.accumulator == "int32" else dot
+        # words of one number or several: of the scores, and of the products by values
+        words, group = depth / dot.group, mix.group
+        rates = [target.fma_per_cycle / each.instructions for each in (dot, mix)]
+        broadcasts = [each.broadcast_loads if each.grouped else 0.5 for each in (dot, mix)]
         # v is passed once for every tile of rows: from the second-level cache where a block is more than the first level holds, or falls into few of its sets
         copied = schedule.group > 1 or group > 1 or width % lanes > 0
         near = 4.0 * schedule.block * (nv + wide) * lanes < 0.75 * target.l1_bytes and (copied or not workload.apart)
-        held = 4.0 / group * seen * (depth + width) < (0.25 if workload.apart else 0.75) * target.l2_bytes
+        row_bytes = dot.activation_bytes * depth + mix.activation_bytes * width
+        held = row_bytes * seen < (0.25 if workload.apart else 0.75) * target.l2_bytes
         blocks = -(-seen // schedule.block)
         fma = load = latency = l2 = l3 = 0.0
         for size in tiles:
-            scores = seen * depth / group * (2 if workload.received else 1)
-            fma += scores * size / rate
-            load += scores * (broadcast + size / schedule.mr) / 2.0
-            latency += scores / schedule.mr * max(4.0, schedule.mr * size / rate) + seen / schedule.mr * 12.0
+            scores = seen * words * (2 if workload.received else 1)
+            fma += scores * size / rates[0]
+            load += scores * (broadcasts[0] + size / schedule.mr) / 2.0
+            latency += scores / schedule.mr * max(4.0, schedule.mr * size / rates[0]) + seen / schedule.mr * 12.0
             shapes = itertools.product(balanced_sizes(size * lanes, schedule.rows).items(), balanced_sizes(wide, schedule.columns).items())
             for (rows, many), (columns, times) in shapes:
                 products = seen / group * many * times
-                fma += products * rows * columns / rate
-                load += products * (broadcast * rows + columns) / 2.0
+                fma += products * rows * columns / rates[1]
+                load += products * (broadcasts[1] * rows + columns) / 2.0
                 # a tile fills and drains the pipes once a block
-                latency += products * max(4.0, rows * columns / rate) + many * times * blocks * 12.0
+                latency += products * max(4.0, rows * columns / rates[1]) + many * times * blocks * 12.0
                 # lines of 64 bytes, of which an odd vector uses half
                 l2 += 0.0 if near else products * -(-columns * lanes // 16) * 64.0
             # the exponential, and the rescaling of the output between blocks
@@ -175,7 +180,7 @@ class Attention:
             load += seen * size * 4.0 + depth * size * lanes * 2.0
             own = seen / schedule.group * wide if copied else 0.0
             load += own * group
-            traffic = 4.0 / group * seen * (depth + width)
+            traffic = row_bytes * seen
             l2 += traffic if held else 0.0
             l3 += 0.0 if held else traffic / schedule.group
         return KernelFeatures(
@@ -184,7 +189,7 @@ class Attention:
             load_cycles=heads * load,
             latency_cycles=heads * latency,
             l2_bytes=heads * l2,
-            l3_bytes=heads * (l3 + 4.0 / group * (queries + keys) * (depth + width)),
+            l3_bytes=heads * (l3 + row_bytes * (queries + keys)),
             tasks=heads * -(-len(tiles) // schedule.group),
         )
 

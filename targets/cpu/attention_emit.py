@@ -142,10 +142,10 @@ class AttentionEmitter(AttentionScores):
     # ---- one tile of queries
 
     def _buffers(self, group: int) -> _Tiles:
-        block, queries, padded, dot = self.schedule.block, self.sizes[0] * self.lanes, self.wide * self.lanes, self.dot
+        block, queries, padded, dot = self.schedule.block, self.sizes[0] * self.lanes, self.wide * self.lanes, self.mix
         scores = T.alloc_buffer((block, queries), "float32")
         return _Tiles(
-            panel=T.alloc_buffer((group, dot.words(self.depth), queries), dot.word),
+            panel=self._panel(group, queries),
             out=T.alloc_buffer((group, queries, padded), "float32"),
             top=T.alloc_buffer((group, queries), "float32"),
             total=T.alloc_buffer((group, queries), "float32"),
@@ -176,11 +176,11 @@ class AttentionEmitter(AttentionScores):
         for place in places:
             T.buffer_store(shrink, top[local, place], [place])
 
-        def keep(acc: Accumulators, key: Any, i: int, v: int) -> None:
-            T.buffer_store(scores, acc.load(i, v), [key, places[v]])
-            T.buffer_store(top, tirx.Select(acc.load(i, v) > top[local, places[v]], acc.load(i, v), top[local, places[v]]), [local, places[v]])
+        def keep(score: Any, key: Any, v: int) -> None:
+            T.buffer_store(scores, score, [key, places[v]])
+            T.buffer_store(top, tirx.Select(score > top[local, places[v]], score, top[local, places[v]]), [local, places[v]])
 
-        self._scores(b, h, first, (tiles.panel, local), start, count, nv, keep)
+        self._scores(b, h, first, tiles.panel, local, start, count, nv, keep)
         base = [T.alloc_buffer((lanes,), "float32") for _ in range(nv)]
         sums = [T.alloc_buffer((lanes,), "float32") for _ in range(nv)]
         everything = vector(T.int64(0), lanes)
@@ -195,18 +195,18 @@ class AttentionEmitter(AttentionScores):
                 T.buffer_store(sums[v], sums[v][everything] + scores[j, place], [everything])
         for v, place in enumerate(places):
             T.buffer_store(total, total[local, place] * shrink[place] + sums[v][everything], [local, place])
-        if self.dot.grouped:
+        if self.mix.grouped:
             self._pair_weights(tiles.weights, scores, count, places)
         kv = self._kv_head(h)
 
         def value(j: Any, place: Any) -> Any:
             return tiles.values[j, place] if tiles.values is not None else self.v[self._index(2, b, kv, start + j, place)]
 
-        self._accumulate(tiles, local, value, T.ceildiv(count, T.int64(self.dot.group)), nv * lanes)
+        self._accumulate(tiles, local, value, T.ceildiv(count, T.int64(self.mix.group)), nv * lanes)
 
     def _words(self, count: Any) -> Iterator[tuple[Any, int]]:
         """Loops over the words of `count` rows: (number of the word, rows that it has)."""
-        group, known = self.dot.group, static(count)
+        group, known = self.mix.group, static(count)
         with T.serial(T.floordiv(count, T.int64(group))) as word:
             yield word, group
         if group > 1 and (known is None or known % group):
@@ -219,7 +219,7 @@ class AttentionEmitter(AttentionScores):
             for place in places:
                 low = scores[word * T.int64(2), place]
                 high = scores[word * T.int64(2) + T.int64(1), place] if rows == 2 else splat(T.float32(0), self.lanes)
-                T.buffer_store(weights, self.dot.pair(low, high, self.lanes), [word, place])
+                T.buffer_store(weights, self.mix.pair(low, high, self.lanes), [word, place])
 
     def _copy_values(self, values: Any, b: Any, h: Any, start: Any, count: Any) -> None:
         """v of one block in words, its rows side by side and filled up to whole vectors."""
@@ -227,8 +227,8 @@ class AttentionEmitter(AttentionScores):
         whole, rest = divmod(self.width, lanes)
 
         def words(word: Any, rows: int, e: Any, size: int) -> Any:
-            parts = [self.v[self._index(2, b, kv, start + word * T.int64(self.dot.group) + T.int64(i), vector(e, size))] for i in range(rows)]
-            if not self.dot.grouped:
+            parts = [self.v[self._index(2, b, kv, start + word * T.int64(self.mix.group) + T.int64(i), vector(e, size))] for i in range(rows)]
+            if not self.mix.grouped:
                 return parts[0]
             kinds = ("uint16", "int32") if size == 1 else (f"uint16x{size}", f"int32x{size}")
             low, *high = (T.Cast(kinds[1], T.reinterpret(kinds[0], part)) for part in parts)
@@ -237,7 +237,7 @@ class AttentionEmitter(AttentionScores):
         for word, rows in self._words(count):
             if self.ahead:
                 for i in range(rows):
-                    self._ask(2, b, kv, start + word * T.int64(self.dot.group) + T.int64(i + _COPIED_AHEAD))
+                    self._ask(2, b, kv, start + word * T.int64(self.mix.group) + T.int64(i + _COPIED_AHEAD))
             for e in range(whole):
                 place = T.int64(e * lanes)
                 T.buffer_store(values, words(word, rows, place, lanes), [word, vector(place, lanes)])
@@ -245,7 +245,7 @@ class AttentionEmitter(AttentionScores):
                 with T.serial(T.int64(rest)) as e:
                     T.buffer_store(values, words(word, rows, e + T.int64(whole * lanes), 1), [word, e + T.int64(whole * lanes)])
                 with T.serial(T.int64(lanes - rest)) as e:
-                    T.buffer_store(values, tirx.const(0, self.dot.word), [word, e + T.int64(self.width)])
+                    T.buffer_store(values, tirx.const(0, self.mix.word), [word, e + T.int64(self.width)])
 
     def _accumulate(self, tiles: _Tiles, local: Any, value: Callable[[Any, Any], Any], count: Any, queries: int) -> None:
         """out[i, e] = out[i, e] * shrink[i] + sum over keys of p[key, i] * v[key, e]."""
@@ -260,7 +260,7 @@ class AttentionEmitter(AttentionScores):
                     edge = T.bind(T.floordiv(index, T.int64(len(starts))) * T.int64(columns * lanes) + T.int64(edges[0] * lanes))
                     row = T.bind(T.floormod(index, T.int64(len(starts))) * T.int64(size) + T.int64(starts[0]))
                     places = [vector(edge + T.int64(e * lanes), lanes) for e in range(columns)]
-                    acc = Accumulators(size, columns, lanes, self.dot)
+                    acc = Accumulators(size, columns, lanes, self.mix)
                     acc.fill(lambda i, e: out[local, row + T.int64(i), places[e]] * splat(shrink[row + T.int64(i)], lanes))  # noqa: B023
                     with T.serial(count) as j:
                         acc.multiply(range(size), lambda i: weights[j, row + T.int64(i)], [T.bind(value(j, place)) for place in places])  # noqa: B023
@@ -325,19 +325,19 @@ class AttentionEmitter(AttentionScores):
             with T.serial(T.int64(self.heads)) as h, T.serial(begin, end) as tile:
                 first = T.bind(tile * T.int64(queries))
                 head = b * T.int64(self.heads) + h
-                panel = T.alloc_buffer((1, self.dot.words(self.depth), queries), self.dot.word)
+                panel = self._panel(1, queries)
                 self._fill(panel, T.int64(0), b, h, first, nv)
 
                 def share(v: int, score: Any) -> Any:
                     place = vector(first + T.int64(v * lanes), lanes)
                     return self._exp(score - statistics[0][head, place]) * statistics[1][head, place]
 
-                def keep(acc: Accumulators, key: Any, i: int, v: int) -> None:
+                def keep(score: Any, key: Any, v: int) -> None:
                     # a key may come twice: its share is put, not added, and added afterwards
                     previous = zero if v == 0 else part[key, everything]
-                    T.buffer_store(part, previous + share(v, acc.load(i, v)), [key, everything])
+                    T.buffer_store(part, previous + share(v, score), [key, everything])
 
-                self._scores(b, h, first, (panel, T.int64(0)), start, here, nv, keep)
+                self._scores(b, h, first, panel, T.int64(0), start, here, nv, keep)
                 with T.serial(here) as j:
                     T.buffer_store(sums, sums[j, everything] + part[j, everything], [j, everything])
             scale = T.float32(1.0) / T.Cast("float32", self.queries * T.int64(self.heads))

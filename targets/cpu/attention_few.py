@@ -62,6 +62,7 @@ class AttentionFew:
             workload.queries is None
             or workload.queries > _QUERIES
             or workload.causal
+            or fused.core.get("scores")
             or workload.received
             or max(workload.before, workload.after) >= 0
         ):

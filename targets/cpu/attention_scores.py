@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, static
 from .attention_views import element, rows_apart
 from .attention_window import Window
-from .dot import Dot, splat, vector
+from .dot import F32, Dot, splat, vector
 from .emit import Accumulators
 from .math import call_exp_nonpositive
 from .ops_attention import sizes
@@ -23,13 +24,25 @@ if TYPE_CHECKING:
 _FAR = 256
 
 
+@dataclass(frozen=True)
+class Panel:
+    """q^T of tiles, a tile's number first: [tiles, D / group, queries] words. Of codes also their scales, times that of the scores, and what sums of products begin with: [tiles, queries]."""
+
+    words: Any
+    scales: Any = None
+    starts: Any = None
+
+
 class AttentionScores:
     """Operands of one kernel; all sizes and positions are int64 expressions, `lane` counts queries within a tile."""
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AttentionSchedule, dot: Dot):
         self.schedule, self.lanes, self.core, self.dot = schedule, schedule.lanes, fused.core, dot
         self.q, self.k, self.v = (buffers[buffer] for buffer in fused.inputs[:3])
-        self.mask = buffers.get(fused.inputs[3]) if len(fused.inputs) > 3 else None
+        further = [buffers[buffer] for buffer in fused.inputs[3:]]
+        #: of codes, which are multiplied as such; their values are not
+        self.scales, self.mix = (further[:2], F32) if dot.accumulator == "int32" else (None, dot)
+        self.mask = next(iter(further[2 if self.scales else 0 :]), None)
         outputs = [buffers[param] for param in fused.params if param in buffers][-fused.core["outputs"] :]
         self.out = outputs[0]
         self.received = outputs[1] if fused.core["received"] else None
@@ -41,7 +54,7 @@ class AttentionScores:
         self.wide = -(-self.width // self.lanes)
         self.window = Window(fused.core, self.lanes)
         #: whether tiles get v in words of its own; whole vectors of floats may be read where they are
-        self.copies = schedule.group > 1 or self.width % self.lanes > 0 or dot.grouped
+        self.copies = schedule.group > 1 or self.width % self.lanes > 0 or self.mix.grouped
         keys = static(self.keys)
         self.ahead = (keys is None or keys >= _FAR) and rows_apart(fused)
 
@@ -54,8 +67,15 @@ class AttentionScores:
     def _kv_head(self, h: Any) -> Any:
         return h if self.groups == 1 else T.bind(T.floordiv(h, T.int64(self.groups)))
 
-    def _fill(self, panel: Any, local: Any, b: Any, h: Any, first: Any, nv: int) -> None:
-        """panel[local]: [D / group, queries], q^T of one tile in words, scaled if they are floats; beyond the last query it repeats that."""
+    def _panel(self, tiles: int, queries: int) -> Panel:
+        """Room for so many tiles of so many queries."""
+        words = T.alloc_buffer((tiles, self.dot.words(self.depth), queries), self.dot.word)
+        if self.scales is None:
+            return Panel(words)
+        return Panel(words, T.alloc_buffer((tiles, queries), "float32"), T.alloc_buffer((tiles, queries), "int32"))
+
+    def _fill(self, panel: Panel, local: Any, b: Any, h: Any, first: Any, nv: int) -> None:
+        """The queries of one tile, scaled if they are floats; beyond the last query it repeats that."""
         lanes, words = self.lanes, self.dot.words(self.depth)
         whole = words // lanes if lanes > 1 else 0
         everything = vector(T.int64(0), lanes)
@@ -69,11 +89,24 @@ class AttentionScores:
             for i in range(lanes):
                 T.buffer_store(rows[i], self._query(b, h, row(left + T.int64(i)), block * T.int64(lanes), lanes), [everything])
             for i, column in enumerate(self._transposed(rows)):
-                T.buffer_store(panel, column[everything], [local, block * T.int64(lanes) + T.int64(i), vector(left, lanes)])
+                T.buffer_store(panel.words, column[everything], [local, block * T.int64(lanes) + T.int64(i), vector(left, lanes)])
         if edge := words - whole * lanes:
             with T.serial(T.int64(nv * lanes)) as lane, T.serial(T.int64(edge)) as d:
                 word = T.bind(d + T.int64(whole * lanes))
-                T.buffer_store(panel, self._query(b, h, row(lane), word, 1), [local, word, lane])
+                T.buffer_store(panel.words, self._query(b, h, row(lane), word, 1), [local, word, lane])
+        if self.scales is None:
+            return
+        # codes of keys are 128 too large
+        with T.serial(T.int64(nv)) as v:
+            place = vector(v * T.int64(lanes), lanes)
+            T.buffer_store(excess := T.alloc_buffer((lanes,), "int32"), splat(T.int32(0), lanes), [everything])
+            with T.serial(T.int64(words)) as word:
+                extra = self.dot.multiply_add(excess[everything], splat(T.int32(-0x7F7F7F80), lanes), panel.words[local, word, place], lanes)
+                T.buffer_store(excess, extra, [everything])
+            T.buffer_store(panel.starts, splat(T.int32(0), lanes) - excess[everything], [local, place])
+        with T.serial(T.int64(nv * lanes)) as lane:
+            scale = self.scales[0][self._index(0, b, h, row(lane), T.int64(0))[:-1]] * T.float32(float(self.core["scale"]))
+            T.buffer_store(panel.scales, scale, [local, lane])
 
     def _query(self, b: Any, h: Any, row: Any, word: Any, count: int) -> Any:
         """`count` consecutive words of a row of q."""
@@ -96,6 +129,13 @@ class AttentionScores:
             rows, step = fresh, 2 * step
         return rows
 
+    def _score(self, products: Any, panel: Panel, local: Any, key: Callable[[], tuple[Any, ...]], place: Any) -> Any:
+        """The scores that sums of products are: those of floats have the scale already."""
+        if self.scales is not None:
+            factors = panel.scales[local, place] * splat(self.scales[1][key()[:-1]], self.lanes)
+            return T.Cast("float32" if self.lanes == 1 else f"float32x{self.lanes}", products) * factors
+        return products * splat(T.float32(float(self.core["scale"])), self.lanes) if self.dot.grouped else products
+
     def _masked(self, score: Any, b: Any, h: Any, t: Any, first: Any, v: int) -> Any:
         """The score of key t for vector v of a tile's queries with the mask operand applied."""
         if self.mask is None:
@@ -114,8 +154,8 @@ class AttentionScores:
 
     def _ask(self, operand: int, b: Any, h: Any, s: Any) -> None:
         """Prefetch a row of k (operand 1) or v (2); there may be none at s."""
-        buffer, elements = (self.k, self.v)[operand - 1], 32 if self.dot.grouped else 16
-        for d in range(0, (self.depth, self.width)[operand - 1], elements):
+        buffer, dot = ((self.k, self.dot), (self.v, self.mix))[operand - 1]
+        for d in range(0, (self.depth, self.width)[operand - 1], 64 // dot.activation_bytes):
             prefetch(buffer[self._index(operand, b, h, s, T.int64(d))])
 
     def _exp(self, x: Any) -> Any:
@@ -124,18 +164,19 @@ class AttentionScores:
     # ---- scores
 
     def _scores(
-        self, b: Any, h: Any, first: Any, panel: tuple[Any, Any], start: Any, count: Any, nv: int, use: Callable[[Accumulators, Any, int, int], None]
+        self, b: Any, h: Any, first: Any, panel: Panel, local: Any, start: Any, count: Any, nv: int, use: Callable[[Any, Any, int], None]
     ) -> None:
-        """Hand the masked scores of keys start..start+count by the queries of a panel (buffer, index) to `use(registers, key within the block, row, vector)`, a tile of mr keys at a time.
+        """Hand the masked scores of keys start..start+count by the queries of a tile to `use(scores, key within the block, vector)`, a tile of mr keys at a time.
 
         Keys past the last whole tile: a tile moved back to end there, which may see keys twice, so `use` has to be idempotent; or single keys when there are fewer.
         """
-        mr, known, (queries, local) = self.schedule.mr, static(count), panel
+        mr, known = self.schedule.mr, static(count)
         kv = self._kv_head(h)
 
         def tile(offset: Any, size: int) -> None:
             acc, dot = Accumulators(size, nv, self.lanes, self.dot), self.dot
-            acc.fill()
+            places = [vector(T.int64(v * self.lanes), self.lanes) for v in range(nv)]
+            acc.fill(None if panel.starts is None else lambda i, v: panel.starts[local, places[v]])
             key = T.bind(start + offset)
             if self.ahead:
                 for i in range(size):
@@ -143,20 +184,19 @@ class AttentionScores:
                     if not self.copies:
                         self._ask(2, b, kv, key + T.int64(i))
             with T.serial(T.int64(dot.words(self.depth))) as word:
-                columns = [T.bind(queries[local, word, vector(T.int64(v * self.lanes), self.lanes)]) for v in range(nv)]
+                columns = [T.bind(panel.words[local, word, place]) for place in places]
                 acc.multiply(range(size), lambda i: dot.read(self.k, lambda d: self._index(1, b, kv, key + i, d), word * dot.group), columns)
 
             def finish(hide: bool) -> None:
                 for i in range(size):
                     for v in range(nv):
-                        if self.mask is not None or hide or dot.grouped:
-                            score = acc.load(i, v)
-                            score = score * splat(T.float32(float(self.core["scale"])), self.lanes) if dot.grouped else score
-                            if hide and not self.window.skips:  # a mask is added to what is filled in
-                                score = self.window.hidden(score, key + i, first, v)
-                            score = self._masked(score, b, h, key + i, first, v)
-                            acc.store(i, v, self.window.hidden(score, key + i, first, v) if hide and self.window.skips else score)
-                        use(acc, offset + i, i, v)
+                        score = self._score(acc.load(i, v), panel, local, lambda: self._index(1, b, kv, key + i, T.int64(0)), places[v])  # noqa: B023
+                        if hide and not self.window.skips:  # a mask is added to what is filled in
+                            score = self.window.hidden(score, key + i, first, v)
+                        score = self._masked(score, b, h, key + i, first, v)
+                        score = self.window.hidden(score, key + i, first, v) if hide and self.window.skips else score
+                        plain = self.mask is None and not hide and not self.dot.grouped
+                        use(score if plain else T.bind(score), offset + i, v)
 
             seen = self.window.open(first, nv * self.lanes, key, size)
             if seen is None:
