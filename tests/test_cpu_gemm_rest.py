@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import only_kernel
 from machines import HASWELL
 from tcompile.autotune.cost_model import AnalyticModel
-from tcompile.compiler.tvm import tvm
+from tcompile.compiler.tvm import relax, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Unfusable
 from tcompile.targets.cpu.candidates import offers
@@ -39,10 +40,10 @@ def bell(k, n):
     return np.rint(w / np.abs(w).max(axis=0) * 127).astype(np.int8)
 
 
-def run(kernel, weight, x, shape):
+def run(kernel, weight, x, shape, *more):
     out = tvm.runtime.tensor(np.zeros(shape, np.int32))
     library = compiled(kernel, HASWELL)
-    library["f"](tvm.runtime.tensor(x), *(tvm.runtime.tensor(array) for array in kernel.packings[0].pack(weight)), out)
+    library["f"](tvm.runtime.tensor(x), *(tvm.runtime.tensor(array) for array in (*kernel.packings[0].pack(weight), *more)), out)
     return out.numpy(), library
 
 
@@ -87,6 +88,23 @@ def test_pointwise(case):
     want = reference(case, x.astype(np.float64), weight.astype(np.float64), [], "none").astype(np.int32)
     out, _ = run(template.build(func, workload, template.space(workload, HASWELL)[-1], HASWELL), weight, x, want.shape)
     np.testing.assert_array_equal(out, want)
+
+
+def test_operand_that_only_some_of_the_rows_have():
+    """An epilogue that takes row numbers apart."""
+    weight, builder = bell(64, 50), relax.BlockBuilder()
+    operands = (("x", (3, 10, 64), "uint8"), ("w", weight.shape, "int8"), ("r", (10, 50), "int32"))
+    x, w, r = (relax.Var(name, relax.TensorType(shape, dtype)) for name, shape, dtype in operands)
+    with builder.function("main"):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.add(builder.emit(relax.op.matmul(x, w, out_dtype="int32")), r))
+        builder.emit_func_output(y, params=[x, w, r])
+    func, template = only_kernel(builder.get()), GemmRest()
+    workload = template.workload(func, Constants.of({1: [weight]}))
+    kernel = template.build(func, workload, template.space(workload, HASWELL)[4], HASWELL)
+    codes, added = RANDOM.integers(0, 256, (3, 10, 64)).astype(np.uint8), RANDOM.integers(-99, 99, (10, 50)).astype(np.int32)
+    out, _ = run(kernel, weight, codes, (3, 10, 50), added)
+    np.testing.assert_array_equal(out, codes.astype(np.int32) @ weight.astype(np.int32) + added)
 
 
 def chosen(weight, target, m=128):

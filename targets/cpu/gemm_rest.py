@@ -152,6 +152,7 @@ class _Emitter(GemmEmitter):
         self.stream, self.lanes, self.vectors, self.height = stream, schedule.lanes, schedule.vectors, schedule.vectors * schedule.lanes or gemm.m
         self.rows_known, self.words, self.columns_known = gemm.m, gemm.k // 4, gemm.n
         self.blocks = -(-gemm.m // self.height)
+        self.lead: list[Any] = []
         #: of the block and panel at hand: its first row, and the sums of the rest
         self.first: Any = None
         self.sums: Any = None
