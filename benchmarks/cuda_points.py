@@ -25,10 +25,10 @@ from tcompile.targets.base import Target
 from tcompile.targets.common import legalize
 from tcompile.targets.common.fused import analyze
 from tcompile.targets.cuda import toolchain
-from tcompile.targets.cuda.gemm import gemm as plan_of
-from tcompile.targets.cuda.gemm import shape_of
+from tcompile.targets.cuda.gemm import Gemm
 from tcompile.targets.cuda.host import HEADERS, INCLUDE
 from tcompile.targets.cuda.kernel import Kernel
+from tcompile.targets.cuda.product import Request, plan
 from tcompile.targets.cuda.schedule import GemmShape, TileSchedule, design, space
 
 GEMM = relax.op.matmul
@@ -81,10 +81,8 @@ def kernels(number: int, arch: str, count: int) -> list[tuple[GemmShape, TileSch
     tiles = [*generator.sample(space(target), count - 2), *generator.sample(LARGER, 2)]
     policies = [POLICIES[(number + index) % 3 + 1] if index % 2 else "Fp32" for index in range(count)]
     generator.shuffle(policies)
-    return [
-        (shape_of(fused, target, policy), tile, policy, plan_of(fused, target, policy, tile=tile).kernels[0])
-        for tile, policy in zip(tiles, policies, strict=True)
-    ]
+    requests = [(tile, Request(fused, target, policy)) for tile, policy in zip(tiles, policies, strict=True)]
+    return [(Gemm(asked).shape, tile, asked.policy, plan(Gemm, asked, tile).kernels[0]) for tile, asked in requests]
 
 
 def usage(entries: list[Kernel], arch: str) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from tcompile.compiler.element_types import FLOAT8, numpy_dtype
 from tcompile.compiler.tvm import relax
 from tcompile.targets.base import Target
 from tcompile.targets.cuda import templates as templates_of
-from tcompile.targets.cuda.gemm import Gemm, gemm
+from tcompile.targets.cuda.gemm import Gemm
 from tcompile.targets.cuda.gemm_hopper import HopperGemm
 from tcompile.targets.cuda.schedule import GemmShape, TileSchedule, best_tile, predicted_cycles
 from tcompile.targets.cuda.schedule_hopper import HopperSchedule
@@ -133,7 +133,7 @@ def test_the_machine_code_of_shares(arch, precision, monkeypatch, tmp_path):
     weight = floats(512, 640)
     for tile in ((64, 64, 2, 2, 3), (128, 128, 4, 4, 3), (16, 64, 1, 4, 4)):
         schedule(monkeypatch, *tile, 1, 33)
-        monkeypatch.setattr(templates_of, "DENSE", (gemm,))
+        monkeypatch.setattr(templates_of, "DENSE", (Gemm,))
         program = program_of(lambda emit, x: [emit(op.nn.gelu(emit(op.matmul(x, relax.const(weight)))))], {"x": ((700, 512), "float32")})
         code = compiled(program, f"cuda:{arch}", precision, emit_only=False)
         listing = dump(code.library, tmp_path, "-sass")

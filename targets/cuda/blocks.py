@@ -18,50 +18,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...compiler.tvm import tirx
-from ..base import Target
-from ..common.fused import Fused, Unfusable
+from ..common.fused import Unfusable
 from . import gemm_hopper, schedule, schedule_hopper, sparse, zeros
-from .gemm import Gemm, packed, plan
-from .kernel import Packing, Plan, Signature
-from .product import Product
+from .gemm import Gemm, packed
+from .kernel import Packing, Signature
+from .product import Product, Request
 from .schedule import BK, GemmShape, TileSchedule
-from .sizes import FIXED, Known, blocks
+from .sizes import blocks
 from .zeros import Zeros
 
 #: words of a row of the walk are a multiple of it; those in front of the list of places (struct Walk in include/blocks.cuh)
 _ROW, _HEAD = 32, 4
-
-
-def gemm(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    tile: TileSchedule | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-    *,
-    pattern: Zeros,
-) -> Plan:
-    """As `gemm.gemm`, by weights that have zeros of this pattern, when that is predicted to be faster than dense; raises Unfusable otherwise."""
-    return plan(BlockGemm, fused, target, policy, constants, tile, rounded, known, pattern=pattern)
-
-
-def gemm_on_hopper(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    tile: TileSchedule | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-    *,
-    pattern: Zeros,
-) -> Plan:
-    """As `gemm_hopper.gemm`, by weights that have zeros of this pattern, when that is predicted to be faster than dense, and than `gemm`; raises Unfusable otherwise."""
-    if target.name not in gemm_hopper.TARGETS:
-        raise Unfusable(f"no wgmma on {target.name}")
-    return plan(HopperBlockGemm, fused, target, policy, constants, tile, rounded, known, pattern=pattern)
 
 
 class BlockGemm(Gemm):
@@ -72,18 +39,17 @@ class BlockGemm(Gemm):
     widths: ClassVar[Sequence[int]] = (32, 64, 128)
     equal_shares = False
 
-    def __init__(
-        self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED, *, pattern: Zeros
-    ):
-        self.pattern, self.constants, self.width = pattern, constants, 0
-        super().__init__(fused, target, policy, constants, rounded, known)
+    def __init__(self, asked: Request):
+        assert asked.zeros is not None
+        self.pattern, self.width = asked.zeros, 0
+        super().__init__(asked)
         if self.groups > 1 or self.batch != 1:
             raise Unfusable("several matrices of weights")
         if not (isinstance(self.k, int) and isinstance(self.n, int)):
             raise Unfusable("open sizes other than rows")
         #: columns of a strip
         self.width = self._best(self.shape).bn
-        kept = self._kept(pattern, self.width)
+        kept = self._kept(self.pattern, self.width)
         self.units, self.strips = kept.shape
         self.row = -(-(_HEAD + self.units) // _ROW) * _ROW
         self.dense, self.packings = self.packings, (self._tiles(),)
@@ -199,7 +165,7 @@ class HopperBlockGemm(BlockGemm, gemm_hopper.HopperGemm):
     widths = (64, 128, 192, 256)
 
     def _faster(self, shape: GemmShape) -> bool:
-        mma = BlockGemm(self.fused, self.target, self.policy, self.constants, known=self.known, pattern=self.pattern)
+        mma = BlockGemm(self.asked)
         return shape.m >= gemm_hopper.ROWS and self._least(shape) < min(self._others(shape), mma._least(shape))
 
     def _best_of(self, shape: GemmShape, width: int) -> TileSchedule:

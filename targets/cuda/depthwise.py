@@ -19,12 +19,11 @@ from typing import Any
 
 from ...autotune.latency import corrected
 from ...compiler.element_types import numpy_dtype
-from ..base import Target
-from ..common.fused import Fused, Unfusable
-from .kernel import Kernel, Plan, Signature, ctype
-from .product import Product, plan
+from ..common.fused import Unfusable
+from .kernel import Kernel, Signature, ctype
+from .product import Product, Request
 from .schedule import FILE_REGISTERS, SHARED_BYTES_PER_CYCLE
-from .sizes import FIXED, Known, blocks, shown, simplified, times
+from .sizes import blocks, shown, simplified, times
 
 #: types of image, weights and sums
 _TYPES = frozenset(
@@ -56,27 +55,15 @@ class DepthwiseSchedule:
         return f"{self.high}x{self.wide} pixels x {self.channels} channels a thread"
 
 
-def conv(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    tile: DepthwiseSchedule | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-) -> Plan:
-    """The kernel of this tile or the best; raises Unfusable when the function is no depthwise convolution. rounded: as in `gemm.gemm`."""
-    return plan(Depthwise, fused, target, policy, constants, tile, rounded, known)
-
-
 class Depthwise(Product):
     """A fused function as a depthwise convolution with as many channels as it has groups."""
 
     cores = ("conv2d",)
     open_sizes = True
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
-        super().__init__(fused, target, policy, constants, rounded, known)
+    def __init__(self, asked: Request):
+        super().__init__(asked)
+        fused, known = self.fused, self.known
         image, weights, dims = ([simplified(dim) for dim in buffer.shape] for buffer in (*fused.inputs[:2], fused.accumulator))
         if not all(isinstance(size, int) for size in (image[3], *weights)):
             raise Unfusable("channels or taps known only at run time")

@@ -27,14 +27,13 @@ import numpy as np
 
 from ...compiler.element_types import FLOAT8
 from ...compiler.tvm import tirx
-from ..base import Target
-from ..common.fused import Fused, Unfusable
+from ..common.fused import Unfusable
 from ..common.words import packed_words
 from . import stream
-from .kernel import Kernel, Packing, Plan, Signature, ctype
-from .product import Product, plan
+from .kernel import Kernel, Packing, Signature, ctype
+from .product import Product, Request
 from .schedule import BK, GemmShape, TileSchedule, best_tile, predicted_cycles
-from .sizes import FIXED, Known, blocks, divides, same, shown, simplified, times
+from .sizes import blocks, divides, same, shown, simplified, times
 from .words import GROUPS
 
 #: fewer columns of a group leave part of every fragment empty
@@ -62,28 +61,6 @@ class Operand:
         return f"const {self.source} {name}{{{data}{f' + {offset}' if offset else ''}{fields}}};"
 
 
-def gemm(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    tile: TileSchedule | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-) -> Plan:
-    """One kernel of this tile or the best, or one for parts of K and one for their sums; raises Unfusable when the function is not for this template.
-
-    constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter. known: what is known of open sizes; where rows
-    are open, the host chooses among tiles for few and for many.
-    """
-    return plan(Gemm, fused, target, policy, constants, tile, rounded, known)
-
-
-def shape_of(fused: Fused, target: Target, policy: str) -> GemmShape:
-    """The product that a fused function is; raises Unfusable as `gemm` does for other convolutions."""
-    return Gemm(fused, target, policy, frozenset()).shape
-
-
 class Gemm(Product):
     """A fused function as a product of matrices of words, and its kernels by mma.sync; other templates override how operands reach the tensor cores."""
 
@@ -92,15 +69,16 @@ class Gemm(Product):
     #: the template knows equal shares (stream.py)
     equal_shares = True
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
-        super().__init__(fused, target, policy, constants, rounded, known)
+    def __init__(self, asked: Request):
+        super().__init__(asked)
+        fused, known = self.fused, self.known
         self.factors = self._factors()
         types = tuple(str(buffer.ty.dtype) for buffer in (*self.factors, fused.accumulator))
         if types != ("float32",) * 3 and types not in GROUPS:
             raise Unfusable(f"products of {types[0]} and {types[1]} as {types[2]}")
         self.groups = fused.core.get("groups", 1)
-        self.policy, self.group, self.sum = _POLICIES.get(types[0], policy), GROUPS.get(types, 1), ctype(types[2])
-        self.packings = () if self.group == 1 else (self._packing(constants),)
+        self.policy, self.group, self.sum = _POLICIES.get(types[0], asked.policy), GROUPS.get(types, 1), ctype(types[2])
+        self.packings = () if self.group == 1 else (self._packing(asked.constants),)
         self.dims = [simplified(dim) for dim in fused.accumulator.shape]
         if fused.core["op"] == "conv2d":
             self.batch_dims, self.row_dims, self.k, self.a, self.b = [], self.dims[:-1], *self._windows()

@@ -22,11 +22,12 @@ from ...compiler.tvm import tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable
 from . import schedule
-from .gemm import Gemm, plan
-from .kernel import Packing, Plan, Signature
+from .gemm import Gemm
+from .kernel import Packing, Signature
+from .product import Request
 from .schedule import GemmShape
 from .schedule_hopper import HopperSchedule, best_tile, predicted_cycles
-from .sizes import FIXED, Known, simplified, times
+from .sizes import simplified, times
 
 #: GPUs that have wgmma, TMA and setmaxnreg
 TARGETS = frozenset({"sm_90a"})
@@ -34,21 +35,6 @@ TARGETS = frozenset({"sm_90a"})
 _ALIGNED = 4
 #: fewer fill less than half of the 64 of a product by wgmma; open rows count from here on
 ROWS, _MANY = 32, 256
-
-
-def gemm(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    tile: HopperSchedule | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-) -> Plan:
-    """As `gemm.gemm`, of this tile, or of the best, when that is predicted to be faster than the best of gemm.py; raises Unfusable otherwise."""
-    if target.name not in TARGETS:
-        raise Unfusable(f"no wgmma on {target.name}")
-    return plan(HopperGemm, fused, target, policy, constants, tile, rounded, known)
 
 
 def least_cycles(shape: GemmShape, target: Target, policy: str = "", shares: bool = False) -> float:
@@ -59,17 +45,20 @@ def least_cycles(shape: GemmShape, target: Target, policy: str = "", shares: boo
 
 
 class HopperGemm(Gemm):
-    """A product whose operands TMA can address: matrices, or an image whose windows it gathers (im2col mode). Rows may be open."""
+    """A product whose operands TMA can address: matrices, or an image whose windows it gathers (im2col mode). Rows may be open. It takes what it is predicted to do
+    faster than gemm.py."""
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
-        super().__init__(fused, target, policy, constants, rounded, known)
+    targets = TARGETS
+
+    def __init__(self, asked: Request):
+        super().__init__(asked)
         if self.group == 1:
             raise Unfusable("operands in fp32")
         if self.groups > 1:
             raise Unfusable("grouped convolution")
         if not all(isinstance(size, int) for size in (self.k, self.n, *self.a.sizes[1:])):
             raise Unfusable("open sizes other than rows")
-        self.image = _Image.of(fused, self.group) if self.shape.windows else None
+        self.image = _Image.of(self.fused, self.group) if self.shape.windows else None
         depth = self.k if self.image is None else self.image.depth
         if depth % _ALIGNED:
             raise Unfusable(f"rows of {4 * depth} bytes, no multiple of {4 * _ALIGNED}")

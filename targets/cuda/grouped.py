@@ -12,27 +12,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..base import Target
-from ..common.fused import Fused, Unfusable
+from ..common.fused import Unfusable
 from ..common.ops_linear import grouped_operands
 from .gemm import Gemm, Operand, vector
-from .kernel import Plan, Signature
-from .product import plan
+from .kernel import Signature
 from .schedule import GemmShape, TileSchedule
-from .sizes import FIXED, Known, blocks, shown, simplified, times
-
-
-def grouped(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    tile: TileSchedule | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-) -> Plan:
-    """As `gemm.gemm`."""
-    return plan(Grouped, fused, target, policy, constants, tile, rounded, known)
+from .sizes import blocks, shown, simplified, times
 
 
 class Grouped(Gemm):

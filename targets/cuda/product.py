@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ...compiler.tvm import TensorLoad, structural_map, tirx
 from ..base import Target
@@ -15,27 +15,37 @@ from .kernel import Kernel, Packing, Plan, Signature, Unsupported, copies_of, ct
 from .printer import Printer, check_indices
 from .sizes import FIXED, Known, blocks, shown, simplified, times
 
+if TYPE_CHECKING:
+    from .zeros import Zeros
+
 #: numbers of rows for which schedules are chosen where rows are open
 ROWS = (16, 256, 4096)
 #: threads per block of the kernel that adds up parts of K
 THREADS = 256
 
 
-def plan(
-    template: type[Product],
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int],
-    schedule: Any,
-    rounded: str,
-    known: Known = FIXED,
-    **more: Any,
-) -> Plan:
-    """The kernels of a fused function by this template and schedule (None: the best); raises Unfusable when it is not for the template.
+@dataclass(frozen=True)
+class Request:
+    """What templates are asked for: a fused function on a target, float32 operands by this number policy.
 
-    constants: positions of parameters that may be packed. rounded, known: see `Product`. more: what else the template takes.
+    constants: positions of parameters that are known at compile time and may be packed. rounded: a type in which the result is written, too, as one more parameter. known: what is known of
+    open sizes; where rows are open, the host chooses among schedules for few and for many. zeros: the pattern of zeros of the weights, where there is one.
     """
+
+    fused: Fused
+    target: Target
+    policy: str
+    constants: frozenset[int] = frozenset()
+    rounded: str = ""
+    known: Known = FIXED
+    zeros: Zeros | None = None
+
+
+def plan(template: type[Product], asked: Request, schedule: Any = None) -> Plan:
+    """The kernels by this template and schedule (None: the best, of those for which the template is predicted to be faster than others); raises Unfusable when the function is not for it."""
+    fused, target = asked.fused, asked.target
+    if template.targets and target.name not in template.targets:
+        raise Unfusable(f"{target.name} is none of {', '.join(sorted(template.targets))}")
     if fused.core["op"] not in template.cores:
         raise Unfusable(f"{fused.core['op']} is none of {', '.join(template.cores)}")
     params = [param for param in fused.params if hasattr(param, "shape")]
@@ -44,7 +54,7 @@ def plan(
     if any(static(dim) == 0 for param in params for dim in param.shape):
         raise Unfusable("an operand without elements")
     try:
-        made = template(fused, target, policy, constants, rounded, known, **more)
+        made = template(asked)
         return Plan((*params, *made.copies), made.kernels(schedule), made.packings)
     except Unsupported as reason:
         raise Unfusable(str(reason)) from reason
@@ -53,12 +63,13 @@ def plan(
 class Product(ABC):
     """A fused function whose core is a product, as C++ over (m, n, sum): m a row of C, n its column, blockIdx.z its batch.
 
-    rounded: a type in which the result is written, too, as one more parameter. known: what is known of open sizes. Subclasses set `batch_dims` and `row_dims`, the dims of C that
-    these positions stand for, `m` and `n`, the rows and columns of C, `sum`, the C type of a sum, and `packings`.
+    Subclasses set `batch_dims` and `row_dims`, the dims of C that these positions stand for, `m` and `n`, the rows and columns of C, `sum`, the C type of a sum, and `packings`.
     """
 
     #: operators that it multiplies
     cores: tuple[str, ...]
+    #: GPUs that it is for; all where there are none
+    targets: frozenset[str] = frozenset()
     #: it takes sizes that are known only while running
     open_sizes = False
     packings: tuple[Packing, ...] = ()
@@ -68,10 +79,9 @@ class Product(ABC):
     n: Any
     sum: str = "float"
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
-        """policy: number policy of operands in float32."""
-        self.fused, self.target, self.known = fused, target, known
-        self.copies = copies_of(fused.output, rounded)
+    def __init__(self, asked: Request):
+        self.asked, self.fused, self.target, self.known = asked, asked.fused, asked.target, asked.known
+        self.copies = copies_of(asked.fused.output, asked.rounded)
         self.signature = self._signature()
 
     def _signature(self) -> Signature:

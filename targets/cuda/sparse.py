@@ -19,12 +19,12 @@ import numpy as np
 
 from ...compiler.tvm import tirx
 from ..base import Target
-from ..common.fused import Fused, Unfusable
+from ..common.fused import Unfusable
 from . import gemm_hopper, schedule
-from .gemm import Gemm, plan
-from .kernel import HALF, Packing, Plan, Signature
+from .gemm import Gemm
+from .kernel import HALF, Packing, Signature
+from .product import Request
 from .schedule import BK, SHARED_BYTES_PER_CYCLE, GemmShape, TileSchedule, fastest, in_waves, timed
-from .sizes import FIXED, Known
 
 #: columns of a strip; words of a unit of 32 k: weights, and their positions
 COLUMNS, UNIT_WORDS = 32, 2 * 128 + 32
@@ -71,27 +71,14 @@ def best_tile(shape: GemmShape, target: Target) -> SparseSchedule:
     return fastest(shape, space(target), target, lambda tile: predicted_cycles(shape, tile, target))
 
 
-def gemm(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    tile: SparseSchedule | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-) -> Plan:
-    """As `gemm.gemm`, for a weight that is `two_of_four`, of this tile or of the best, when that is predicted to be faster than dense; raises Unfusable otherwise."""
-    return plan(SparseGemm, fused, target, policy, constants, tile, rounded, known)
-
-
 class SparseGemm(Gemm):
     """A matmul of 16-bit numbers by one matrix. Rows may be open."""
 
     equal_shares = False
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
-        super().__init__(fused, target, policy, constants, rounded, known)
-        if fused.core["op"] != "matmul" or self.group != 2 or self.batch != 1:
+    def __init__(self, asked: Request):
+        super().__init__(asked)
+        if self.fused.core["op"] != "matmul" or self.group != 2 or self.batch != 1:
             raise Unfusable("no matrix product of 16-bit numbers")
         if not (isinstance(self.k, int) and isinstance(self.n, int)):
             raise Unfusable("open sizes other than rows")

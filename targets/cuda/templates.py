@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,37 +14,26 @@ from ...passes.products import operator
 from ..base import Target
 from ..common.fused import Unfusable, analyze, static
 from ..common.stages import Unreadable, read_stages, reads_in_place
-from . import (
-    attention,
-    attention_codes,
-    attention_hopper,
-    blocks,
-    depthwise,
-    gemm_hopper,
-    generic,
-    recurrent,
-    scan,
-    scatter,
-    sort,
-    sparse,
-    weight_only_hopper,
-)
-from .gemm import gemm
-from .grouped import grouped
+from . import attention, attention_codes, attention_hopper, generic, recurrent, scan, scatter, sort
+from .blocks import BlockGemm, HopperBlockGemm
+from .depthwise import Depthwise
+from .gemm import Gemm
+from .gemm_hopper import HopperGemm
+from .grouped import Grouped
 from .kernel import SHORT, Plan, Unsupported
+from .product import Product, Request, plan
 from .sizes import FIXED, Known
+from .sparse import SparseGemm
 from .symbols import dims_of
-from .weight_only import weight_only
+from .weight_only import WeightOnly
+from .weight_only_hopper import HopperWeightOnly
 from .zeros import Zeros
 
 #: templates of products in the order in which they are asked: by weights that have zeros in whole tiles, by any; those of core operators that others do not take
-SPARSE: tuple[Callable[..., Plan], ...] = (blocks.gemm_on_hopper, blocks.gemm)
-DENSE: tuple[Callable[..., Plan], ...] = (gemm_hopper.gemm, gemm, depthwise.conv)
+SPARSE: tuple[type[Product], ...] = (HopperBlockGemm, BlockGemm)
+DENSE: tuple[type[Product], ...] = (HopperGemm, Gemm, Depthwise)
+TEMPLATES: dict[str, tuple[type[Product], ...]] = {"weight_only_matmul": (HopperWeightOnly, WeightOnly), "grouped_matmul": (Grouped,)}
 ATTENTION: tuple[Callable[..., Plan], ...] = (attention_hopper.kernel, attention.kernel)
-TEMPLATES: dict[str, tuple[Callable[..., Plan], ...]] = {
-    "weight_only_matmul": (weight_only_hopper.weight_only, weight_only),
-    "grouped_matmul": (grouped,),
-}
 #: Relax operators that are kernels of their own: call -> its plan
 WHOLE: dict[str, Callable[[Any], Plan]] = {name: part.kernel for part in (scan, scatter, sort) for name in part.OPERATORS}
 
@@ -71,11 +59,11 @@ def plan_of(
     reason, templates = "", TEMPLATES.get(fused.core["op"], DENSE)
     pattern = (zeros or {}).get(fused.param_index(fused.inputs[1])) if len(fused.inputs) > 1 else None
     if pattern is not None:
-        of_blocks = (functools.partial(template, pattern=pattern) for template in SPARSE)
-        templates = (*of_blocks, *((sparse.gemm,) if pattern.two_of_four else ()), *templates)
+        templates = (*SPARSE, *((SparseGemm,) if pattern.two_of_four else ()), *templates)
+    asked = Request(fused, target, policy, constants, rounded, known, pattern)
     for template in templates:
         try:
-            return template(fused, target, policy, constants, rounded=rounded, known=known)
+            return plan(template, asked)
         except Unfusable as problem:
             reason = str(problem)
     return generic.schedule(func, reason, rounded, known)

@@ -29,34 +29,17 @@ import numpy as np
 
 from ...compiler.dialect.weight_only import unpacked
 from ...compiler.tvm import tirx
-from ..base import Target
-from ..common.fused import Fused, Unfusable
+from ..common.fused import Unfusable
 from ..common.ops_linear import weight_only_operands
 from ..common.words import planes
 from .gemm import vector
-from .kernel import HALF, Kernel, Packing, Plan, Signature, ctype
-from .product import ROWS, Product, plan
-from .sizes import FIXED, Known, shown, simplified, times
+from .kernel import HALF, Kernel, Packing, Signature, ctype
+from .product import ROWS, Product, Request
+from .sizes import shown, simplified, times
 from .weight_only_schedule import COLUMNS, FEW_ROWS, FewRows, ManyRows, Shape, best
 
 #: number policy of float32 activations -> 16-bit parts that they become, and whether those are of bf16
 PARTS = {"Fp32": (3, True), "Tf32": (2, True), "Bf16": (1, True), "Fp16": (1, False)}
-
-
-def weight_only(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    schedule: FewRows | ManyRows | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-) -> Plan:
-    """One kernel of this schedule or the best, or one for parts of K and one for their sums; raises Unfusable when the function is not for this template.
-
-    constants: positions of parameters that may be packed. rounded: a type in which the result is written, too, as a last parameter.
-    """
-    return plan(WeightOnly, fused, target, policy, constants, schedule, rounded, known)
 
 
 class WeightOnly(Product):
@@ -66,10 +49,11 @@ class WeightOnly(Product):
     open_sizes = True
     kind = "weight only"
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
-        super().__init__(fused, target, policy, constants, rounded, known)
+    def __init__(self, asked: Request):
+        super().__init__(asked)
+        fused, known = self.fused, self.known
         self.x, *weights = weight_only_operands(fused)
-        if any(fused.param_index(buffer) not in constants for buffer in weights):
+        if any(fused.param_index(buffer) not in asked.constants for buffer in weights):
             raise Unfusable("weights that are computed")
         dims, dtype = [simplified(dim) for dim in self.x.shape], str(self.x.ty.dtype)
         bits, k, n = fused.core["bits"], dims[-1], int(weights[0].shape[1])
@@ -80,7 +64,7 @@ class WeightOnly(Product):
             raise Unfusable("rows of 16-bit numbers that are no whole words")
         if integers and (k % 4 or fused.core["group"] % 4):
             raise Unfusable("rows or groups of bytes that are no whole words")
-        parts, bf16 = (1, dtype == "bfloat16") if half or integers else PARTS[policy]
+        parts, bf16 = (1, dtype == "bfloat16") if half or integers else PARTS[asked.policy]
         self.row_dims = dims[:-1]
         # one group may be longer than K
         group = min(fused.core["group"], k + k % 2)

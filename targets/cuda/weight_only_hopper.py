@@ -25,13 +25,13 @@ import numpy as np
 from ...autotune.latency import corrected
 from ...compiler.dialect.weight_only import unpacked
 from ..base import Target
-from ..common.fused import Fused, Unfusable
+from ..common.fused import Unfusable
 from .gemm_hopper import ROWS, TARGETS
-from .kernel import Packing, Plan, Signature
-from .product import Product, plan
+from .kernel import Packing, Signature
+from .product import Product, Request
 from .schedule import SHARED_BYTES_PER_CYCLE
 from .schedule_hopper import ALIGNMENT, BARRIERS, COPY_LATENCY, RATE, RESERVED
-from .sizes import FIXED, Known, blocks, times
+from .sizes import blocks, times
 from .weight_only import WeightOnly, flag, fragments, packings
 from .weight_only_schedule import BLOCK_LATENCY, ISSUE, L2_BYTES_PER_CYCLE, STEP_LATENCY, Shape, memory_cycles, sums_cycles
 
@@ -133,28 +133,14 @@ def best(shape: Shape, target: Target) -> HopperRows:
     return min(space(shape, target), key=lambda schedule: schedule.predicted_cycles(shape, target))
 
 
-def weight_only(
-    fused: Fused,
-    target: Target,
-    policy: str,
-    constants: frozenset[int] = frozenset(),
-    schedule: HopperRows | None = None,
-    rounded: str = "",
-    known: Known = FIXED,
-) -> Plan:
-    """As `weight_only.weight_only`, of this schedule, or of the best when that is predicted to be faster than that of weight_only.py; raises Unfusable otherwise."""
-    if target.name not in TARGETS:
-        raise Unfusable(f"no wgmma on {target.name}")
-    return plan(HopperWeightOnly, fused, target, policy, constants, schedule, rounded, known)
-
-
 class HopperWeightOnly(WeightOnly):
-    """The product by wgmma. Rows may be open where there are never few."""
+    """The product by wgmma, where that is predicted to be faster than weight_only.py. Rows may be open where there are never few."""
 
+    targets = TARGETS
     kind = "weight only hopper"
 
-    def __init__(self, fused: Fused, target: Target, policy: str, constants: frozenset[int], rounded: str = "", known: Known = FIXED):
-        super().__init__(fused, target, policy, constants, rounded, known)
+    def __init__(self, asked: Request):
+        super().__init__(asked)
         shape = self.shape
         if not shape.half:
             raise Unfusable("activations that do not lie in memory in 16 bits")
