@@ -13,10 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from .errors import ToolchainError, UsageError
-from .tvm import relax
+from .tvm import object_modules, relax
 
 #: compiler drivers first (they know where libm is), then bare linkers
 DRIVERS = ("cc", "gcc", "clang")
@@ -44,26 +43,21 @@ def link(executable: relax.VMExecutable) -> bytes:
     command = find_linker()
     libm = ["-lm"] if Path(command[0]).name in DRIVERS else ["-l:libm.so.6"]
     with ExitStack() as stack:
-        workspace = Path(stack.enter_context(_temporary_directory()))
-        files: list[int] = []
-        # the names that export_library gives its objects
-        for name in (*(f"lib{index}.o" for index in range(_objects(executable.mod))), "devc.o"):
+        objects = []
+        for module in object_modules(executable):
             file = stack.enter_context(memory_file())
-            files.append(int(file.name))
-            (workspace / name).symlink_to(file)
-        result = workspace / "lib.so"
-
-        def run(output: str, objects: list[str], **_: object) -> None:
-            done = subprocess.run([*command, "-o", output, *objects, *libm], capture_output=True, text=True, pass_fds=files)
-            if done.returncode == 0:
-                return
-            message = done.stderr.strip()
-            if "No space left" in message or "File too large" in message:
-                raise UsageError(f"cannot link into {tempfile.gettempdir()}: the disk is full; free some space and run again")
-            raise ToolchainError(f"{command[0]} could not link the kernels (exit {done.returncode}):\n{message}")
-
-        executable.export_library(str(result), fcompile=run, workspace_dir=str(workspace))
-        return result.read_bytes()
+            module.write_to_file(str(file), "o")
+            objects.append(file)
+        result = Path(stack.enter_context(_temporary_directory())) / "lib.so"
+        done = subprocess.run(
+            [*command, "-o", str(result), *map(str, objects), *libm], capture_output=True, text=True, pass_fds=[int(file.name) for file in objects]
+        )
+        if done.returncode == 0:
+            return result.read_bytes()
+        message = done.stderr.strip()
+        if "No space left" in message or "File too large" in message:
+            raise UsageError(f"cannot link into {tempfile.gettempdir()}: the disk is full; free some space and run again")
+        raise ToolchainError(f"{command[0]} could not link the kernels (exit {done.returncode}):\n{message}")
 
 
 @contextmanager
@@ -74,11 +68,6 @@ def memory_file() -> Iterator[Path]:
         yield Path(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
-
-
-def _objects(module: Any) -> int:
-    """Modules below this one that are object files once written."""
-    return (module.kind in ("llvm", "static_library")) + sum(map(_objects, module.imports))
 
 
 def _temporary_directory() -> tempfile.TemporaryDirectory[str]:

@@ -5,6 +5,8 @@ Everything else writes `from ..compiler.tvm import relax, tirx, tvm`.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from tvm.relax.expr_functor import mutator
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.compilation_pipeline import PIPELINE_MAP
 from tvm.tirx.script import builder as T
-from tvm_ffi import structural_equal, structural_hash, structural_map, structural_walk
+from tvm_ffi import structural, structural_equal, structural_hash
 
 __all__ = [
     "BufferType",
@@ -30,6 +32,7 @@ __all__ = [
     "is_constant",
     "link_executable",
     "mutator",
+    "object_modules",
     "operator_attrs",
     "register_operator",
     "relax",
@@ -53,6 +56,8 @@ BufferType = tvm.tirx.buffer.BufferType
 #: the expression class behind `tirx.BufferLoad(...)`
 TensorLoad = type(tirx.BufferLoad(tirx.decl_buffer((1,), "float32"), [0]))
 
+_POST_ORDER = int(structural.WalkOrder.POSTORDER)
+
 
 def is_constant(expr: object) -> bool:
     """True for a Relax constant."""
@@ -62,6 +67,36 @@ def is_constant(expr: object) -> bool:
 def link_executable(builder: relax.ExecBuilder, target: tvm.target.Target, library: tvm.runtime.Module) -> relax.VMExecutable:
     """The VM executable of a builder's functions and the library that holds their code; what `relax.build` does last."""
     return relax.VMExecutable(relax._ffi_api.VMLink(builder, target, library, [], {}))
+
+
+@functools.cache
+def _type_index(kind: Any) -> int:
+    return structural._callback_type_to_type_index(kind, api_name="structural_map")
+
+
+def _typed(callbacks: Any) -> list[tuple[int, Any]]:
+    entries = callbacks if isinstance(callbacks, list) else [callbacks]
+    return [(_type_index(kind), call) for kinds, call in entries for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+
+
+def structural_map(root: Any, callbacks: Any) -> Any:
+    """`tvm_ffi.structural_map` in post-order for a (type or types, callback), or a list of them. It is called for every statement of a kernel, and tvm_ffi's own takes most of
+    its time to find the numbers of the types."""
+    return structural._ffi_api.StructuralMap(root, _typed(callbacks), [], _POST_ORDER)
+
+
+def structural_walk(root: Any, callbacks: Any) -> Any:
+    """`tvm_ffi.structural_walk`, as `structural_map` here."""
+    return structural._ffi_api.StructuralWalk(root, _typed(callbacks), [], _POST_ORDER)
+
+
+def object_modules(executable: relax.VMExecutable) -> list[Any]:
+    """The modules that `write_to_file(path, "o")` makes objects of, together all of an executable: its code, and the bytes that say how the code belongs together.
+
+    What `export_library` does, except that it has LLVM optimise those bytes, and does not take unoptimised code for a library of the system.
+    """
+    target = json.dumps({"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "opt-level": 0})
+    return [*executable.mod._collect_dso_modules(), tvm.runtime._ffi_api.ModulePackImportsToLLVM(executable.mod, False, target, "")]
 
 
 def register_operator(name: str, arguments: tuple[str, ...], infer: Callable[[Any, Any], Any], legalize: Callable[[Any, Any], Any]) -> Any:

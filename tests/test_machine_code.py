@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnx_models
 import pytest
 import tcompile
+from onnx import helper
 from tcompile.compiler.options import CompileOptions
 from tcompile.compiler.pipeline import lower
+from tcompile.compiler.tvm import IRBuilder, T, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.cpu import machine_code
+from tcompile.targets.cpu.lower import tvm_target
+from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 
 
 @pytest.fixture
@@ -78,3 +83,41 @@ def test_many_kernels_share_objects(made, monkeypatch):
     assert sum(bool(kernels([names])) for names in made) == 1 and len(kernels(made)) == 2
     monkeypatch.setattr(machine_code, "_MOST_OBJECTS", 256)
     np.testing.assert_array_equal(tcompile.compile(model)(x), found)
+
+
+def test_a_kernel_refuses_tensors_of_other_sizes():
+    n = tirx.Var("n", "int64")
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"global_symbol": "f"})
+        x, out = T.arg("x", T.buffer((n, 3), "float32")), T.arg("out", T.buffer((n + 1,), "float32"))
+        with T.serial(n) as i:
+            T.buffer_store(out, x[i, 0] + x[i, 2], [i])
+    kernel = tvm.compile(builder.get(), target=tvm_target(Target.parse("cpu")), tir_pipeline=TIR_PIPELINE)["f"]
+
+    def run(x_shape: tuple[int, ...], size: int) -> np.ndarray:
+        result = tvm.runtime.tensor(np.zeros(size, "float32"))
+        kernel(tvm.runtime.tensor(np.arange(np.prod(x_shape), dtype="float32").reshape(x_shape)), result)
+        return result.numpy()
+
+    np.testing.assert_array_equal(run((2, 3), 3), [2, 8, 0])
+    for x_shape, size in (((2, 3), 2), ((2, 4), 3), ((3, 3), 3)):
+        with pytest.raises(ValueError, match="f: a tensor has another size"):
+            run(x_shape, size)
+
+
+def test_small_kernels_share_objects(made):
+    x = np.linspace(-1, 1, 15, dtype="float32").reshape(3, 5)
+    model = onnx_models.small(
+        [
+            helper.make_node("CumSum", ["x", "axis"], ["y"]),
+            helper.make_node("Transpose", ["y"], ["z"]),
+            helper.make_node("CumSum", ["z", "axis"], ["w"]),
+        ],
+        {"x": ([3, 5], onnx.TensorProto.FLOAT)},
+        ["w"],
+        {"axis": np.array(1)},
+        17,
+    )
+    found = tcompile.compile(model)(x)
+    np.testing.assert_allclose(found, np.cumsum(np.cumsum(x, 1).T, 1), rtol=1e-5, atol=1e-6)
+    assert any(sum("cumsum" in name or "transpose" in name for name in names) >= 2 for names in made), made

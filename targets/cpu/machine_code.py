@@ -1,4 +1,4 @@
-"""From the functions of a program to machine code: every kernel an object of its own, several made at a time.
+"""From the functions of a program to machine code: every large kernel an object of its own, several made at a time.
 
 Objects are kept, because the programs that a compression compiles to measure what each step costs share most of their kernels with each other and with the result.
 """
@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any
 
 from ...compiler.linker import memory_file
-from ...compiler.tvm import PIPELINE_MAP, structural_equal, structural_hash, tirx, tvm
+from ...compiler.tvm import PIPELINE_MAP, structural_equal, structural_hash, structural_walk, tirx, tvm
 from ..base import Target
 from .lower import code_generation, tvm_target
 from .math_lowering import TIR_PIPELINE
@@ -25,6 +25,10 @@ _HOST_PREFIX = "__vmtir__"
 _DECLARATIONS = "__declarations"
 #: objects of one library: each takes an open file while it is linked, and a process may have 1024
 _MOST_OBJECTS = 256
+#: stores in the text of a kernel up to which it is small: LLVM takes longer for what TVM puts into every object (conversions of float16) than for the kernel
+_SMALL = 12
+#: small kernels in one object
+_TOGETHER = 8
 
 Kernels = Sequence[tuple[Any, Any]]
 
@@ -84,8 +88,7 @@ def machine_code(functions: Any, target: Target) -> Any:
             kernels.append((variable, func))
     if not kernels or not host:
         return _generated(_lowered(functions, target), target)
-    size = -(-len(kernels) // _MOST_OBJECTS)
-    groups = [kernels[first : first + size] for first in range(0, len(kernels), size)]
+    groups = _groups(kernels)
     # LLVM works outside of Python's lock
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
         objects = list(workers.map(lambda group: _object(group, target), groups))
@@ -96,10 +99,26 @@ def machine_code(functions: Any, target: Target) -> Any:
         with memory_file() as path:
             path.write_bytes(made.code)
             library.import_module(tvm.runtime.load_static_library(str(path), [func.attrs["global_symbol"] for func in made.functions]))
-    # TVM asks the LLVM module that comes last whether all of them are a system library, and unoptimised ones say yes
-    nothing = first.with_body(tirx.Return(tirx.const(0, "int32"))).with_attr("global_symbol", "__no_system_library")
-    library.import_module(_generated(_with(tvm.IRModule({}), nothing), target))
     return library
+
+
+def _groups(kernels: Kernels) -> list[Kernels]:
+    """What is compiled together: every large kernel alone, small ones by the handful."""
+    small, large = [], []
+    for kernel in kernels:
+        (small if _stores(kernel[1]) <= _SMALL else large).append(kernel)
+    groups = [*_parts(large, 1), *_parts(small, _TOGETHER)]
+    return groups if len(groups) <= _MOST_OBJECTS else _parts(kernels, -(-len(kernels) // _MOST_OBJECTS))
+
+
+def _parts(kernels: Kernels, size: int) -> list[Kernels]:
+    return [kernels[first : first + size] for first in range(0, len(kernels), size)]
+
+
+def _stores(func: Any) -> int:
+    found: list[Any] = []
+    structural_walk(func.body, (tirx.BufferStore, found.append))
+    return len(found)
 
 
 def _object(kernels: Kernels, target: Target) -> _Object:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, tirx, tvm
+from .entry import short_entry
 from .math import FUNCTIONS, MARK, Names, constant_of, select
 
 _FMA = tvm.ir.Op.get("tirx.fma").get_attr("llvm.FLowerIntrinsic")
@@ -47,6 +48,8 @@ def _lowered(node: Any) -> Any:
 
 def _expand(statement: Any) -> Any:
     """One store or binding with its marked calls expanded and its float extremes settled."""
+    if not _to_expand(statement.value):
+        return statement
     name = Names()
 
     def call(node: Any) -> Any:
@@ -62,6 +65,18 @@ def _expand(statement: Any) -> Any:
     else:
         last = tirx.BufferStore(statement.buffer, value, list(statement.indices))
     return structural_map(tirx.SeqStmt([*name.statements, last]) if name.statements else last, ((tirx.Add, tvm.ir.Call), _lowered))
+
+
+def _to_expand(value: Any) -> bool:
+    """Whether there may be anything in it: most statements of a kernel have nothing, and one walk is cheaper than the three that rewrite."""
+    found: list[bool] = []
+
+    def visit(node: Any) -> None:
+        if not isinstance(node, tvm.ir.Call) or _marked(node):
+            found.append(True)
+
+    structural_walk(value, ((tvm.ir.Call, tirx.Max, tirx.Min), visit))
+    return bool(found)
 
 
 def _settle_guarded(call: Any) -> Any:
@@ -133,7 +148,8 @@ def _store_values(body: Any) -> Any:
         if dtype.startswith(("bool", "handle")) or bind.var in elements:
             return
         found = [dtype] if "x" in dtype or "float" in dtype else []
-        structural_walk(bind.value, (tirx.Var, lambda variable: found.append(dtype) if variable in elements else None))
+        if elements and not found:
+            structural_walk(bind.value, (tirx.Var, lambda variable: found.append(dtype) if variable in elements else None))
         if found:
             name = Names()
             elements[bind.var] = name(bind.value), tirx.SeqStmt(name.statements)
@@ -152,7 +168,8 @@ def _function_pass(rewrite: Callable[[Any], Any], name: str) -> Any:
 def _pipeline() -> tuple[Any, Any, Any]:
     lower, finish_host, finish_device = PIPELINE_MAP["s_tir"]()
     mark, expand = _function_pass(mark_math, "tcompile.MarkMath"), _function_pass(vector_math, "tcompile.VectorMath")
-    return tvm.transform.Sequential([lower, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
+    enter = _function_pass(short_entry, "tcompile.ShortEntry")
+    return tvm.transform.Sequential([lower, enter, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
 
 
 #: name of the lowering pipeline with vector mathematics: `relax.build(..., tir_pipeline=TIR_PIPELINE)`
