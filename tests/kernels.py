@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tcompile.compiler.dialect.attention import attention
-from tcompile.compiler.tvm import relax, tirx
+from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.common.fused import Fused, analyze
 from tcompile.targets.common.legalize import legalize
+
+#: what references are built for: code that runs once on little data is not worth the time in which LLVM would optimise it
+UNOPTIMIZED = tvm.target.Target({"kind": "llvm", "opt-level": 0})
 
 
 def only_kernel(module: Any) -> Fused:

@@ -10,6 +10,7 @@ import tcompile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import UNOPTIMIZED
 from tcompile.compiler.api import import_model
 from tcompile.compiler.dialect.attention import attrs_of
 from tcompile.compiler.program import Program, Provenance, TensorSpec
@@ -56,7 +57,7 @@ def calls(program, name):
 
 
 def execute(program, arrays):
-    executable = relax.build(program.module, tvm.target.Target("llvm"))
+    executable = relax.build(program.module, UNOPTIMIZED)
     return relax.VirtualMachine(executable, tvm.cpu())["main"](*(tvm.runtime.tensor(array) for array in arrays)).numpy()
 
 

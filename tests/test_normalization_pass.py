@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from kernels import UNOPTIMIZED
 from tcompile.compiler.program import Program, Provenance, TensorSpec
 from tcompile.compiler.tvm import relax, tvm
 from tcompile.passes.base import PassContext
@@ -78,7 +79,7 @@ def operators(program: Program) -> list[str]:
 
 
 def execute(program: Program, x: np.ndarray) -> np.ndarray:
-    executable = relax.build(program.module, tvm.target.Target("llvm"))
+    executable = relax.build(program.module, UNOPTIMIZED)
     return relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
 
 
