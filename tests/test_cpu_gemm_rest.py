@@ -15,6 +15,7 @@ from tcompile.compiler.tvm import relax, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Unfusable
 from tcompile.targets.cpu.candidates import offers
+from tcompile.targets.cpu.conv_rest import ConvRest
 from tcompile.targets.cpu.gemm import Gemm
 from tcompile.targets.cpu.gemm_rest import GemmRest
 from tcompile.targets.cpu.lower import templates
@@ -87,6 +88,26 @@ def test_pointwise(case):
     x[:, 0] = 255
     want = reference(case, x.astype(np.float64), weight.astype(np.float64), [], "none").astype(np.int32)
     out, _ = run(template.build(func, workload, template.space(workload, HASWELL)[-1], HASWELL), weight, x, want.shape)
+    np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 13, 70, 12), 19, (3, 3), stride=(2, 2), pad=(1, 0, 1, 2)),
+        Case((1, 12, 13, 4), 20, (3, 5), stride=(1, 3), pad=(2, 2, 2, 2), dilation=(2, 1)),
+    ],
+    ids=str,
+)
+def test_direct_convolution(case):
+    weight = extreme(case.k[0] * case.k[1] * case.x[3], case.co).reshape(*case.k, case.x[3], case.co)
+    func, template = fused_conv(case, requantize=False), ConvRest()
+    workload = template.workload(func, Constants.of({1: [weight]}))
+    x = RANDOM.integers(0, 256, case.x).astype(np.uint8)
+    x[:, 0] = 255
+    want = reference(case, x.astype(np.float64), weight.astype(np.float64), [], "none").astype(np.int32)
+    space = template.space(workload, HASWELL)
+    out, _ = run(template.build(func, workload, space[len(space) // 2], HASWELL), weight, x, want.shape)
     np.testing.assert_array_equal(out, want)
 
 

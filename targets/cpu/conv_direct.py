@@ -86,11 +86,11 @@ class ConvDirect:
         key = f"conv{nr}g{workload.groups}{'' if not dot.grouped else dot.name if row.even else f'{dot.name}{row.runs}'}"
         packing = Packing(position, shape, lambda w: pack_conv(w.reshape(turned), workload.groups, nr, row), key)
         with kernel(fused, {position: shape}, dot) as (builder, buffers):
-            _Emitter(fused, buffers, workload, schedule, row).emit()
+            DirectEmitter(fused, buffers, workload, schedule, row).emit()
         return Kernel(builder.get(), (packing,))
 
 
-class _Emitter:
+class DirectEmitter:
     """Emits one direct convolution; see the module for the loop nest."""
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DirectSchedule, row: RowWords):
@@ -117,7 +117,7 @@ class _Emitter:
             def body(columns: int) -> None:
                 first = T.bind(chunk * rows)
                 with T.serial(first, T.min(first + rows, self.out_h)) as oh:
-                    self._row(n, oh, group, panel, columns)
+                    self.row(n, oh, group, panel, columns)
 
             if not rest or not panels:
                 body(rest or self.nr)
@@ -128,7 +128,11 @@ class _Emitter:
                     with T.Else():
                         body(rest)
 
-    def _row(self, n: Any, oh: Any, group: Any, panel: Any, columns: int) -> None:
+    def first_sums(self, oh: Any, ow: Any) -> Callable[[int, int], Any] | None:
+        """What the sums of a tile from output column ow on begin with, zeros by default."""
+        return None
+
+    def row(self, n: Any, oh: Any, group: Any, panel: Any, columns: int) -> None:
         """All tiles of one output row."""
         taps = row_taps(self.workload, oh, self.h)
         limit = self.schedule.pixels
@@ -160,7 +164,7 @@ class _Emitter:
 class _Tile:
     """One register tile: `pixels` output columns from `ow` x `columns` channels of a panel."""
 
-    def __init__(self, kernel: _Emitter, n: Any, oh: Any, ow: Any, group: Any, panel: Any, pixels: int, columns: int, taps: tuple[Any, Any]):
+    def __init__(self, kernel: DirectEmitter, n: Any, oh: Any, ow: Any, group: Any, panel: Any, pixels: int, columns: int, taps: tuple[Any, Any]):
         self.kernel, self.workload, self.lanes = kernel, kernel.workload, kernel.schedule.lanes
         self.n, self.oh, self.ow, self.group, self.panel, self.taps = n, oh, ow, group, panel, taps
         self.pixels, self.columns, self.nv = pixels, columns, -(-columns // self.lanes)
@@ -206,7 +210,7 @@ class _Tile:
 
     def _start(self) -> Accumulators:
         acc = Accumulators(self.pixels, self.nv, self.lanes, self.kernel.dot)
-        acc.fill()
+        acc.fill(self.kernel.first_sums(self.oh, self.ow))
         return acc
 
     def _input_row(self, kh: Any) -> Any:

@@ -32,6 +32,7 @@ def templates() -> list[KernelTemplate]:
     from .conv_depthwise import ConvDepthwise
     from .conv_direct import ConvDirect
     from .conv_pointwise import ConvPointwise
+    from .conv_rest import ConvRest
     from .conv_winograd import ConvWinograd
     from .gemm import Gemm
     from .gemm_rest import GemmRest
@@ -53,6 +54,7 @@ def templates() -> list[KernelTemplate]:
         ConvPointwise(),
         ConvWinograd(),
         ConvDirect(),
+        ConvRest(),
         Attention(),
         AttentionBlocks(),
         AttentionFew(),
