@@ -154,10 +154,10 @@ def _flops(call: Any, operator: str, known: Mapping[str, int]) -> int:
     shapes = [_shape(operand.ty, known) for operand in call.args if isinstance(operand.ty, relax.TensorType)]
     if operator == "relax.matmul":
         return 2 * result * shapes[0][-1]
-    if operator in ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d"):
-        return 2 * result * math.prod(shapes[1][1:])
-    if operator.startswith("relax.nn.conv") and "transpose" in operator:
-        return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
+    if operator.startswith("relax.nn.conv"):
+        # every element of the result, or of what a transposed one spreads, meets the weights of its own output, or input
+        own = dict(zip(str(call.attrs.kernel_layout), shapes[1], strict=True))["I" if "transpose" in operator else "O"]
+        return 2 * (math.prod(shapes[0]) if "transpose" in operator else result) * (math.prod(shapes[1]) // max(own, 1))
     if operator == attention.NAME:
         dims = attention.dims_of(*shapes[:3], attention.attrs_of(call).layouts)
         return _attention(dims)

@@ -18,6 +18,7 @@ from tcompile.targets.common.fused import Fused, Unfusable, analyze
 from tcompile.targets.cpu.conv_depthwise import ConvDepthwise, DepthwiseSchedule
 from tcompile.targets.cpu.conv_direct import ConvDirect, DirectSchedule
 from tcompile.targets.cpu.conv_pointwise import ConvPointwise
+from tcompile.targets.cpu.conv_winograd import ConvWinograd, WinogradSchedule
 from tcompile.targets.cpu.gemm import GemmSchedule
 from tcompile.targets.cpu.template import KernelTemplate, machine
 
@@ -212,6 +213,22 @@ def inner_loops(assembly: str, least: int) -> list[list[str]]:
 LAYER = Case((1, 28, 28, 64), 96, (3, 3), pad=(1, 1, 1, 1))
 POINTWISE = Case((1, 28, 28, 64), 96, (1, 1))
 DEPTHWISE = Case((1, 28, 28, 64), 64, (3, 3), pad=(1, 1, 1, 1), groups=64)
+
+
+@pytest.mark.parametrize(
+    ("case", "template", "schedule", "prefetched"),
+    [
+        (Case((1, 7, 7, 512), 96, (1, 1)), ConvDirect(), DirectSchedule(4, 3, 8, 0), True),
+        (Case((1, 7, 7, 512), 96, (1, 1)), ConvDirect(), DirectSchedule(4, 3, 8, 1), True),
+        (Case((1, 1, 4, 512), 96, (1, 1)), ConvDirect(), DirectSchedule(4, 3, 8, 0), False),  # one tile alone waits for its own weights
+        (LAYER, ConvDirect(), DirectSchedule(4, 3, 8, 0), False),
+        (Case((1, 14, 14, 64), 96, (3, 3), pad=(1, 1, 1, 1)), ConvWinograd(), WinogradSchedule(4, 4, 4, 3, 8, True), True),
+    ],
+)
+def test_the_next_weights_are_prefetched_where_tiles_share_them(case: Case, template: Any, schedule: Any, prefetched: bool) -> None:
+    fused = fused_conv(case, "relu")
+    _, executable = compiled(fused, template, template.workload(fused, frozenset({1})), schedule, AVX2)
+    assert ("prefetcht1" in executable.mod.inspect_source("asm")) == prefetched
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,11 @@ import onnx_models
 import pytest
 import tcompile
 from onnx import TensorProto, helper
+from tcompile.compiler import roofline
+from tcompile.compiler.api import import_model
 from tcompile.compiler.cli.main import main
+from tcompile.passes.base import PassContext
+from tcompile.passes.layout import ChannelsLast
 from tcompile.targets.base import Target
 
 small = onnx_models.small
@@ -39,6 +43,14 @@ def test_products():
     assert tcompile.inspect(conv)["parameters"] == {"count": 108, "bytes": 432}
     transposed = small([node("ConvTranspose", ["x", "w"], ["y"])], {"x": [1, 6, 5, 5]}, ["y"], weights)
     assert layers(transposed)["convtranspose"]["flops"] == 2 * 6 * 25 * 2 * 9
+    # as often as they are counted, whatever the layout has become
+    target = Target.parse("cpu:haswell")
+    program = import_model(conv)
+    before, after = (
+        sum(layer.flops for layer in roofline.layers(each, target) if "nn.conv2d" in layer.operators)
+        for each in (program, ChannelsLast().run(program, PassContext(target)))
+    )
+    assert before == after == 2 * out * 2 * 9
 
 
 def test_moving_data():

@@ -13,7 +13,7 @@ Tiles at the left and right edge drop the taps that fall on padding when the wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from .conv_common import (
 from .conv_cost import direct_features
 from .dot import dot_for
 from .emit import Accumulators, kernel, register_tiles, store_tile, tasks
+from .prefetch import FEWEST_TILES, Ahead, asking, panels_ahead, steps
 from .short_sums import with_sums
 from .template import Kernel, Packing
 from .widen import activations
@@ -86,15 +87,19 @@ class ConvDirect:
         key = f"conv{nr}g{workload.groups}{'' if not dot.grouped else dot.name if row.even else f'{dot.name}{row.runs}'}"
         packing = Packing(position, shape, lambda w: pack_conv(w.reshape(turned), workload.groups, nr, row), key)
         with kernel(fused, {position: shape}, dot) as (builder, buffers):
-            DirectEmitter(fused, buffers, workload, schedule, row).emit()
+            DirectEmitter(fused, buffers, workload, schedule, row, panels_ahead(shape, buffers[fused.inputs[1]], dot, target)).emit()
         return Kernel(builder.get(), (packing,))
 
 
 class DirectEmitter:
     """Emits one direct convolution; see the module for the loop nest."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DirectSchedule, row: RowWords):
-        self.row_words, self.dot = row, row.dot
+    def __init__(
+        self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: DirectSchedule, row: RowWords, ahead: Ahead | None = None
+    ):
+        """ahead: prefetch of packed weights, if they are worth it."""
+        # with several taps a panel is more than the cache holds beside another, or so little that LLVM spills in the loops of its edges
+        self.row_words, self.dot, self._ahead = row, row.dot, ahead if workload.kh == workload.kw == 1 else None
         self.fused, self.buffers, self.workload, self.schedule = fused, buffers, workload, schedule
         x, w = fused.inputs
         self.n, self.h, self.w = x.shape[:3]
@@ -117,7 +122,7 @@ class DirectEmitter:
             def body(columns: int) -> None:
                 first = T.bind(chunk * rows)
                 with T.serial(first, T.min(first + rows, self.out_h)) as oh:
-                    self.row(n, oh, group, panel, columns)
+                    self.row(n, oh, oh - first, group, panel, columns)
 
             if not rest or not panels:
                 body(rest or self.nr)
@@ -132,15 +137,19 @@ class DirectEmitter:
         """What the sums of a tile from output column ow on begin with, zeros by default."""
         return None
 
-    def row(self, n: Any, oh: Any, group: Any, panel: Any, columns: int) -> None:
-        """All tiles of one output row."""
+    def row(self, n: Any, oh: Any, before: Any, group: Any, panel: Any, columns: int) -> None:
+        """All tiles of one output row, of which the task has had so many before."""
         taps = row_taps(self.workload, oh, self.h)
         limit = self.schedule.pixels
         if static(self.out_w) is not None:
-            for run in row_tiles(self.workload, limit):
+            runs = row_tiles(self.workload, limit)
+            row, earlier = sum(run.count for run in runs), 0
+            for run in runs:
                 with T.serial(T.int64(run.count)) as tile:
                     tile_start = T.int64(run.first) + tile * T.int64(run.pixels)
-                    _Tile(self, n, oh, T.bind(tile_start), group, panel, run.pixels, columns, taps).emit(run)
+                    made = _Tile(self, n, oh, T.bind(tile_start), group, panel, run.pixels, columns, taps)
+                    made.emit(run, self._share(before * T.int64(row) + (tile + T.int64(earlier)), row))
+                earlier += run.count
             return
         with T.If(self.out_w >= T.int64(limit)):
             with T.Then(), T.serial(T.ceildiv(self.out_w, T.int64(limit))) as tile:
@@ -160,6 +169,23 @@ class DirectEmitter:
             with T.Else(), T.serial(self.out_w) as ow:
                 _Tile(self, n, oh, ow, group, panel, 1, columns, taps).emit_guarded()
 
+    def _share(self, tile: Any, row: int) -> tuple[Any, int] | None:
+        """How a tile, by its number within the task, asks for the next panel: the first line, and steps of k between lines. row: tiles of a row."""
+        rows = self.schedule.rows or static(self.out_h)
+        if self._ahead is None or rows is None or rows * row < FEWEST_TILES:
+            return None
+        between = steps(rows * row, self.nr)
+        return tile * T.int64(-(-self.row_words.total // between)), between
+
+    def words(self, count: int, panel: Any, share: tuple[Any, int] | None) -> Iterator[Any]:
+        """Emits the loop over so many words of a panel: yields their number where the body belongs."""
+        if share is None or self._ahead is None:
+            with T.serial(T.int64(count)) as r:
+                yield r
+            return
+        ahead, (line, between) = self._ahead, share
+        yield from asking(T.int64(count), between, lambda few: ahead(panel + T.int64(1), line + few))
+
 
 class _Tile:
     """One register tile: `pixels` output columns from `ow` x `columns` channels of a panel."""
@@ -168,10 +194,11 @@ class _Tile:
         self.kernel, self.workload, self.lanes = kernel, kernel.workload, kernel.schedule.lanes
         self.n, self.oh, self.ow, self.group, self.panel, self.taps = n, oh, ow, group, panel, taps
         self.pixels, self.columns, self.nv = pixels, columns, -(-columns // self.lanes)
+        self.share: tuple[Any, int] | None = None
 
-    def emit(self, run: TileRun | None) -> None:
-        """A tile whose padded taps are known: those of `run`, or none at all."""
-        workload = self.workload
+    def emit(self, run: TileRun | None, share: tuple[Any, int] | None = None) -> None:
+        """A tile whose padded taps are known: those of `run`, or none at all. share: of the requests for the next panel."""
+        workload, self.share = self.workload, share
         acc = self._start()
         everything = tuple(range(self.pixels))
         with T.serial(*self.taps) as kh:
@@ -241,8 +268,8 @@ class _Tile:
             return lambda k: (start + k + T.int64(i * stride),)
 
         if words:
-            with T.serial(T.int64(words)) as r:
-                acc.multiply(pixels, lambda i: dot.read(self.kernel.x, address(i), r * dot.group), weights(r))
+            for r in self.kernel.words(words, panel, self.share):
+                acc.multiply(pixels, lambda i: dot.read(self.kernel.x, address(i), r * dot.group), weights(r))  # noqa: B023
         if rest:
             acc.multiply(pixels, lambda i: dot.read_part(self.kernel.x, address(i), T.int64(words * dot.group), rest), weights(T.int64(words)))
 

@@ -50,7 +50,7 @@ class ConvPointwise:
             flat = activations(x, buffers, dot, (product(x.shape),))
             address = pixel_reader(workload, x, pixels)
             operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), flat, address, buffers[w], True, dot)
-            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packing, buffers[w], dot, target)).emit()
+            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packing.shape, buffers[w], dot, target)).emit()
         return Kernel(builder.get(), (packing,))
 
 

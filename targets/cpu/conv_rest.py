@@ -189,7 +189,7 @@ class _Emitter(DirectEmitter):
                 with T.serial(T.int64(planes.parts)) as part:
                     self._rest(words, n, panel, part, columns)
                 with T.serial(T.int64(planes.rows)) as step:
-                    self.row(n, T.bind(self.first + step), T.int64(0), panel, columns)
+                    self.row(n, T.bind(self.first + step), step, T.int64(0), panel, columns)
 
             if not rest or not panels:
                 outputs(rest or self.nr)

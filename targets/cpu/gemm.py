@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 
 from ...autotune.cost_model import KernelFeatures
-from ...autotune.tir_features import PREFETCH
 from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks
-from .prefetch import FEWEST_TILES, Ahead, panels_ahead, steps
+from .prefetch import FEWEST_TILES, Ahead, asking, panels_ahead, steps
 from .short_sums import with_sums
 from .template import Kernel, Packing
 from .widen import activations, widening
@@ -151,7 +150,7 @@ class Gemm:
             flat = activations(a, buffers, dot, (product([*batch, *rows]), a.shape[-1]))
             weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
             operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], flat, lambda row: lambda k: (row, k), weights, workload.packed, dot)
-            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packings[0], weights, dot, target) if packings else None).emit()
+            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packings[0].shape, weights, dot, target) if packings else None).emit()
         return Kernel(builder.get(), packings)
 
 
@@ -347,16 +346,9 @@ class GemmEmitter:
                 yield start + step
             return
         assert self._ahead is not None
-        line, between = self._prefetch
-        whole = T.floordiv(count, T.int64(between))
-        with T.serial(whole, annotations={PREFETCH: 1}) as few:
-            self._ahead(jo + 1, line + T.floordiv(start, T.int64(between)) + few)
-            with T.unroll(T.int64(between)) as step:
-                yield start + few * between + step
-        known = static(count)
-        if known is None or known % between:
-            with T.serial(count - whole * between) as step:
-                yield start + whole * between + step
+        ahead, (line, between) = self._ahead, self._prefetch
+        for k in asking(count, between, lambda few: ahead(jo + 1, line + T.floordiv(start, T.int64(between)) + few)):
+            yield start + k
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes = self.schedule.lanes

@@ -7,13 +7,14 @@ every page, so that the first register tile of each panel waits for memory. Here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ...autotune.tir_features import PREFETCH
 from ...compiler.tvm import T
 from ..base import Target
+from ..common.fused import static
 from .dot import Dot
-from .template import Packing
 
 #: words of a cache line
 _LINE = 16
@@ -33,13 +34,13 @@ def prefetch(element: Any, level: int = 1) -> None:
     T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id("llvm.prefetch"), *arguments))
 
 
-def panels_ahead(packing: Packing, weights: Any, dot: Dot, target: Target) -> Ahead | None:
-    """Prefetch of float32 weights packed to panels; None where the second-level cache does not hold a panel beside the one in use. Products of short numbers go without: with
+def panels_ahead(shape: Sequence[int], weights: Any, dot: Dot, target: Target) -> Ahead | None:
+    """Prefetch of float32 weights packed to panels of this shape, their number first; None where the second-level cache does not hold a panel beside the one in use. Products of short numbers go without: with
     AVX2 they lost 3 %, and with AVX512 they have not been measured.
 
     A panel behind the last one may be asked for: a prefetch never faults.
     """
-    panels, size = packing.shape[0], math.prod(packing.shape[1:])
+    panels, size = shape[0], math.prod(shape[1:])
     if 2 * size * 4 > target.l2_bytes or dot.grouped:
         return None
     flat, last = T.decl_buffer((panels, size), weights.dtype, data=weights.data), -(-size // _LINE) - 1
@@ -48,6 +49,19 @@ def panels_ahead(packing: Packing, weights: Any, dot: Dot, target: Target) -> Ah
         prefetch(flat[panel, T.min(line, T.int64(last)) * T.int64(_LINE)], level=2)
 
     return ahead
+
+
+def asking(count: Any, between: int, ask: Callable[[Any], None]) -> Iterator[Any]:
+    """Emits a loop over `count` k and yields k where its body belongs; ask(i) before every i-th run of `between` of them."""
+    whole = T.floordiv(count, T.int64(between))
+    with T.serial(whole, annotations={PREFETCH: 1}) as few:
+        ask(few)
+        with T.unroll(T.int64(between)) as step:
+            yield few * between + step
+    known = static(count)
+    if known is None or known % between:
+        with T.serial(count - whole * between) as step:
+            yield whole * between + step
 
 
 def steps(tiles: Any, nr: int) -> int:
