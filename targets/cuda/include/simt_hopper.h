@@ -213,6 +213,7 @@ TC_DEVICE float power_of_two(float x) { return exp2f(x); }
 template <int COUNT> void give_registers() { static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes"); }
 template <int COUNT> void take_registers() { give_registers<COUNT>(); }
 
+TC_DEVICE void products_read(uint32_t (&)[4]) {}
 TC_DEVICE void products_begin() { simt::mine().begun = true; }
 TC_DEVICE void products_commit() { simt::mine().groups.emplace_back(); }
 template <int PENDING> void products_wait() {

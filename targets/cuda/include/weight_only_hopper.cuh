@@ -95,6 +95,8 @@ TC_DEVICE void weight_only_hopper(const W& w, const TensorMap& x, const Out& out
       const int slot = ring.slot;
 #pragma unroll
       for (int piece = 0; piece < PIECES; ++piece) {
+#pragma unroll
+        for (int j = 0; j < weights.COUNT; ++j) products_read(weights.a[piece % 2][j]);
         products_begin();
 #pragma unroll
         for (int j = 0; j < weights.COUNT; ++j)
