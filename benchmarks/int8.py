@@ -3,7 +3,8 @@
 python benchmarks/int8.py prepare DIR [NAME ...]     compile ours and write the peers' models
 python benchmarks/int8.py time DIR [--rounds 10]     time what is there; prints a Markdown table
 
-Weights are what `--quantize int8` makes of normally distributed ones for the target: without VNNI such whose sums fit 16 bits, for the peers, too.
+Weights are what `--quantize int8` makes of normally distributed ones for the target: without VNNI such whose sums fit 16 bits, for the peers, too. With `--eight-bits` the largest of a
+channel is 127 there as well, as in the graphs of other tools; sums of peers may saturate then.
 
 GEMM: u8 x s8, scale and bias to float32 (onnxruntime: MatMulIntegerToFloat). Convolution: u8 x s8, bias, ReLU, requantised to u8 (onnxruntime: QLinearConv).
 """
@@ -160,8 +161,8 @@ def contests(short: bool) -> dict[str, Callable[[], Contest]]:
     return found | {name: lambda numbers=numbers: convolution(short, *numbers) for name, numbers in CONVOLUTIONS.items()}
 
 
-def prepare(folder: Path, names: list[str], target: Target) -> None:
-    for name, make in contests("int8" not in target.formats).items():
+def prepare(folder: Path, names: list[str], target: Target, eight_bits: bool) -> None:
+    for name, make in contests("int8" not in target.formats and not eight_bits).items():
         if names and not any(text in name for text in names):
             continue
         place = folder / name.replace("/", "_")
@@ -210,9 +211,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="parts of names of workloads")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--target", default="cpu")
+    parser.add_argument("--eight-bits", action="store_true", help="weights of 8 bits whether their sums fit 16 bits or not")
     options = parser.parse_args()
     if options.action == "prepare":
-        prepare(options.folder, options.names, Target.parse(options.target))
+        prepare(options.folder, options.names, Target.parse(options.target), options.eight_bits)
     else:
         time_all(options.folder, options.rounds)
 

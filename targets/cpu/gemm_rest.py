@@ -61,11 +61,12 @@ class RestWorkload:
 
 @dataclass(frozen=True)
 class RestSchedule:
-    """mr rows x nv vectors of `lanes` columns in registers; blocks of vectors * lanes rows, 0: the rest one code after the other, for all rows."""
+    """mr rows x nv vectors of `lanes` columns in registers; blocks of `rows` rows, those of the rest in as many vectors, 0: one code after the other."""
 
     mr: int
     nv: int
     lanes: int
+    rows: int
     vectors: int
 
 
@@ -93,16 +94,18 @@ class GemmRest:
             raise Unfusable("four products are added by one instruction")
         if rows >= lanes and (gemm.k < 4 * lanes or gemm.k % 4):
             raise Unfusable("fewer words of K than a vector has lanes, or part of one")
-        # the fewest rows that are summed twice, as the last block ends at the last row, and the fewest blocks
-        vectors = min(range(1, min(_VECTORS, rows // lanes) + 1), key=lambda count: -(-rows // (count * lanes)) * (count + 1.5), default=0)
-        return [RestSchedule(s.mr, s.nv, s.lanes, vectors) for s in Gemm().space(gemm, target) if not s.mc and s.mr <= (vectors * lanes or rows)]
+        blocks = -(-rows // (_VECTORS * lanes))
+        while rows >= lanes and -(-_share(rows, blocks) // lanes) * lanes > rows:
+            blocks += 1  # vectors of a block reach beyond the last row
+        height = _share(rows, blocks)
+        vectors = -(-height // lanes) if rows >= lanes else 0
+        return [RestSchedule(s.mr, s.nv, s.lanes, height, vectors) for s in Gemm().space(gemm, target) if not s.mc and s.mr <= height]
 
     def features(self, workload: RestWorkload, schedule: RestSchedule, target: Target) -> KernelFeatures:
         gemm, vectors, lanes = workload.gemm, schedule.vectors, schedule.lanes
         assert gemm.m is not None and gemm.k is not None and gemm.n is not None
-        height = vectors * lanes or gemm.m
-        blocks, words, panels = -(-gemm.m // height), gemm.k // 4, -(-gemm.n // (schedule.nv * lanes))
-        found = Gemm().features(replace(gemm, m=blocks * height), GemmSchedule(schedule.mr, schedule.nv, lanes, height), target)
+        blocks, words, panels = -(-gemm.m // schedule.rows), gemm.k // 4, -(-gemm.n // (schedule.nv * lanes))
+        found = Gemm().features(replace(gemm, m=blocks * schedule.rows), GemmSchedule(schedule.mr, schedule.nv, lanes, schedule.rows), target)
         # a transposed square takes 2 cycles a vector; the loop over the rest of an output ends where it was not predicted
         entries = workload.rest * words * gemm.n if vectors else workload.codes * gemm.k * gemm.n
         squares = blocks * vectors * (words / lanes + gemm.n / lanes) * 2.0 * lanes
@@ -141,6 +144,10 @@ class GemmRest:
         return Kernel(builder.get(), (Packing(position, (), pack, f"{dense.key} and rest {'words' if schedule.vectors else 'codes'}"),))
 
 
+def _share(rows: int, blocks: int) -> int:
+    return -(-rows // blocks)
+
+
 class _Emitter(GemmEmitter):
     """The dense GEMM's tiles over one block of rows and one panel after the other; see the module."""
 
@@ -150,10 +157,11 @@ class _Emitter(GemmEmitter):
         super().__init__(fused, buffers, GemmSchedule(schedule.mr, schedule.nv, schedule.lanes, 0), operands)
         assert gemm.m is not None and gemm.k is not None and gemm.n is not None
         self.stream, self.lanes, self.vectors, self.height = stream, schedule.lanes, schedule.vectors, schedule.vectors * schedule.lanes or gemm.m
+        self.block_rows = schedule.rows
         self.rows_known, self.words, self.columns_known = gemm.m, gemm.k // 4, gemm.n
-        self.blocks = -(-gemm.m // self.height)
+        self.blocks = -(-gemm.m // schedule.rows)
         self.lead: list[Any] = []
-        #: of the block and panel at hand: its first row, and the sums of the rest
+        #: of the block and panel at hand: the first row of the rest's sums, and these
         self.first: Any = None
         self.sums: Any = None
 
@@ -165,13 +173,14 @@ class _Emitter(GemmEmitter):
             jo, block = T.bind(T.floordiv(task, T.int64(self.blocks))), T.bind(T.floormod(task, T.int64(self.blocks)))
 
             def outputs(columns: int) -> None:
-                self.first = T.bind(self._first_row(block))
+                self.first = T.bind(self._first_row(block, self.height))
                 self.sums = T.alloc_buffer((self.height, self.nr), self.dot.accumulator)
                 if self.vectors:
                     self._rest(words, block, jo, columns)
                 else:
                     self._rest_of_few(jo, columns)
-                self._static_rows(T.int64(0), self.first, self.height, jo, self._panel(T.int64(0), jo), columns, None)
+                own = T.bind(self._first_row(block, self.block_rows))
+                self._static_rows(T.int64(0), own, self.block_rows, jo, self._panel(T.int64(0), jo), columns, None)
 
             if not rest or not whole:
                 outputs(rest or self.nr)
@@ -182,9 +191,9 @@ class _Emitter(GemmEmitter):
                     with T.Else():
                         outputs(rest)
 
-    def _first_row(self, block: Any) -> Any:
-        """The last block ends at the last row: it sums some rows again."""
-        return T.min(block * self.height, T.int64(self.rows_known - self.height))
+    def _first_row(self, block: Any, count: int) -> Any:
+        """Of the `count` rows that a block begins with; they end at the last row, so that some are summed again."""
+        return T.min(block * self.block_rows, T.int64(self.rows_known - count))
 
     def _transposed(self) -> Any:
         """[block, k, :]: the word of 4 codes from 4 k on of every row of a block."""
@@ -194,7 +203,7 @@ class _Emitter(GemmEmitter):
             block = T.bind(T.floordiv(task, T.int64(steps)))
             k = T.bind(T.min(T.floormod(task, T.int64(steps)) * lanes, T.int64(self.words - lanes)))
             with T.serial(T.int64(self.vectors)) as v:
-                row = T.bind(self._first_row(block) + v * lanes)
+                row = T.bind(self._first_row(block, self.height) + v * lanes)
                 rows = []
                 for i in range(lanes):
                     (place,) = self.address(row + i)(k * 4)
