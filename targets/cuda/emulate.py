@@ -6,6 +6,7 @@ Every thread of every block runs as a fiber, tensor-core instructions follow the
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,10 @@ from ...compiler.tvm_runtime import OpenSizes, from_dlpack, load_library
 from ...compiler.weights import aligned, device_offsets
 from .host import MODEL
 from .toolchain import ffi_headers
+
+#: includes all others
+_ALL = "all.h"
+_FLAGS = ("-fPIC", "-std=c++17", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-DTCOMPILE_SIMT")
 
 
 class Emulation:
@@ -72,27 +77,32 @@ class Emulation:
 
 def build(sources: Mapping[str, str]) -> bytes:
     """A shared library with the same entry point, for tensors in main memory. Raises ToolchainError without g++."""
+    headers = _headers(tuple(sorted((name, text) for name, text in sources.items() if name != MODEL)), _included(sources[MODEL]))
+    with tempfile.TemporaryDirectory(prefix="tcompile-") as folder:
+        (Path(folder) / MODEL).write_text(sources[MODEL])
+        _compile(Path(folder), "-shared", "-include", f"{headers.name}/{_ALL}", f"-I{headers.name}", "-x", "c++", MODEL, "-o", "lib.so")
+        return (Path(folder) / "lib.so").read_bytes()
+
+
+@functools.cache
+def _headers(texts: tuple[tuple[str, str], ...], included: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder with the headers, read by g++ once for all models of this process: it takes longer for them than for a model."""
+    folder = tempfile.TemporaryDirectory(prefix="tcompile-")
+    for name, text in (*texts, (_ALL, included)):
+        (Path(folder.name) / name).write_text(text)
+    _compile(Path(folder.name), "-x", "c++-header", _ALL, "-o", f"{_ALL}.gch")
+    return folder
+
+
+def _included(model: str) -> str:
+    return "".join(f"{line}\n" for line in model.splitlines() if line.startswith('#include "'))
+
+
+def _compile(folder: Path, *arguments: str) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise ToolchainError("g++ is not installed: apt-get install g++")
-    with tempfile.TemporaryDirectory(prefix="tcompile-") as folder:
-        for name, text in sources.items():
-            (Path(folder) / name).write_text(text)
-        flags = [
-            "-shared",
-            "-fPIC",
-            "-std=c++17",
-            "-O2",
-            "-march=x86-64-v3",
-            "-ffp-contract=off",
-            "-fno-strict-aliasing",
-            "-w",
-            "-DTCOMPILE_SIMT",
-            "-x",
-            "c++",
-        ]
-        line = [compiler, *flags, *(f"-I{path}" for path in ffi_headers()), MODEL, "-o", "lib.so"]
-        done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise ToolchainError(f"g++ could not build the emulation (exit {done.returncode}):\n{done.stderr.strip()[-4000:]}")
-        return (Path(folder) / "lib.so").read_bytes()
+    line = [compiler, *_FLAGS, *(f"-I{path}" for path in ffi_headers()), *arguments]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise ToolchainError(f"g++ could not build the emulation (exit {done.returncode}):\n{done.stderr.strip()[-4000:]}")
