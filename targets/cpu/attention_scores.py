@@ -53,10 +53,13 @@ class AttentionScores:
         self.groups = self.heads // int(dims.kv_heads)
         self.wide = -(-self.width // self.lanes)
         self.window = Window(fused.core, self.lanes)
-        #: whether tiles get v in words of its own; whole vectors of floats may be read where they are
-        self.copies = schedule.group > 1 or self.width % self.lanes > 0 or self.mix.grouped
         keys = static(self.keys)
         self.ahead = (keys is None or keys >= _FAR) and rows_apart(fused)
+
+    @property
+    def copies(self) -> bool:
+        """Whether tiles get v in words of its own; whole vectors of floats may be read where they are."""
+        return self.schedule.group > 1 or self.width % self.lanes > 0 or self.mix.grouped
 
     # ---- operands
 
