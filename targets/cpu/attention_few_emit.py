@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, static
-from .attention_emit import AttentionEmitter
+from .attention_scores import AttentionOperands
 from .dot import Dot, fma, splat, vector
 from .emit import Accumulators, balanced, tasks
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _UNROLLED = 8
 
 
-class FewEmitter(AttentionEmitter):
+class FewEmitter(AttentionOperands):
     """State of one kernel; operands as in the kernel of many queries. A row is a query of one of the heads that share keys and values: (head, query) in that order."""
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: FewSchedule, dot: Dot, workload: AttentionWorkload):
-        super().__init__(fused, buffers, schedule, dot)  # pyright: ignore[reportArgumentType]
+        super().__init__(fused, buffers, schedule.lanes, dot)
         self.rows, self.few = self.groups * (workload.queries or 1), workload.queries or 1
         self.plan = schedule
         #: floats that a vector read from memory holds are so many vectors

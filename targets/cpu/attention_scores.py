@@ -33,16 +33,18 @@ class Panel:
     starts: Any = None
 
 
-class AttentionScores:
-    """Operands of one kernel; all sizes and positions are int64 expressions, `lane` counts queries within a tile."""
+class AttentionOperands:
+    """What the emitters of all attention kernels read and write; all sizes and positions are int64 expressions."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AttentionSchedule, dot: Dot):
-        self.schedule, self.lanes, self.core, self.dot = schedule, schedule.lanes, fused.core, dot
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], lanes: int, dot: Dot):
+        self.lanes, self.core, self.dot = lanes, fused.core, dot
         self.q, self.k, self.v = (buffers[buffer] for buffer in fused.inputs[:3])
-        further = [buffers[buffer] for buffer in fused.inputs[3:]]
-        #: of codes, which are multiplied as such; their values are not
-        self.scales, self.mix = (further[:2], F32) if dot.accumulator == "int32" else (None, dot)
-        self.mask = next(iter(further[2 if self.scales else 0 :]), None)
+        further: list[Any] = [buffers.get(buffer) for buffer in fused.inputs[3:]]
+        codes = dot.accumulator == "int32"
+        #: of the codes of queries and keys, which are multiplied as such; values are not codes
+        self.scales: Any = further[:2] if codes else None
+        self.mix = F32 if codes else dot
+        self.mask = next(iter(further[2:] if codes else further), None)
         outputs = [buffers[param] for param in fused.params if param in buffers][-fused.core["outputs"] :]
         self.out = outputs[0]
         self.received = outputs[1] if fused.core["received"] else None
@@ -52,16 +54,6 @@ class AttentionScores:
         self.heads, self.depth, self.width = (int(dim) for dim in (dims.heads, dims.depth, dims.width))
         self.groups = self.heads // int(dims.kv_heads)
         self.wide = -(-self.width // self.lanes)
-        self.window = Window(fused.core, self.lanes)
-        keys = static(self.keys)
-        self.ahead = (keys is None or keys >= _FAR) and rows_apart(fused)
-
-    @property
-    def copies(self) -> bool:
-        """Whether tiles get v in words of its own; whole vectors of floats may be read where they are."""
-        return self.schedule.group > 1 or self.width % self.lanes > 0 or self.mix.grouped
-
-    # ---- operands
 
     def _index(self, operand: int, b: Any, h: Any, s: Any, d: Any) -> tuple[Any, ...]:
         """Indices of q (operand 0), k, v or the output (3)."""
@@ -69,6 +61,23 @@ class AttentionScores:
 
     def _kv_head(self, h: Any) -> Any:
         return h if self.groups == 1 else T.bind(T.floordiv(h, T.int64(self.groups)))
+
+    def _exp(self, x: Any) -> Any:
+        return call_exp_nonpositive(x, "float32" if self.lanes == 1 else f"float32x{self.lanes}")
+
+
+class AttentionScores(AttentionOperands):
+    """Tiles of scores; `lane` counts queries within a tile."""
+
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AttentionSchedule, dot: Dot):
+        super().__init__(fused, buffers, schedule.lanes, dot)
+        self.schedule, self.window = schedule, Window(fused.core, self.lanes)
+        #: whether tiles get v in words of its own; whole vectors of floats may be read where they are
+        self.copies = schedule.group > 1 or self.width % self.lanes > 0 or self.mix.grouped
+        keys = static(self.keys)
+        self.ahead = (keys is None or keys >= _FAR) and rows_apart(fused)
+
+    # ---- operands
 
     def _panel(self, tiles: int, queries: int) -> Panel:
         """Room for so many tiles of so many queries."""
@@ -160,9 +169,6 @@ class AttentionScores:
         buffer, dot = ((self.k, self.dot), (self.v, self.mix))[operand - 1]
         for d in range(0, (self.depth, self.width)[operand - 1], 64 // dot.activation_bytes):
             prefetch(buffer[self._index(operand, b, h, s, T.int64(d))])
-
-    def _exp(self, x: Any) -> Any:
-        return call_exp_nonpositive(x, "float32" if self.lanes == 1 else f"float32x{self.lanes}")
 
     # ---- scores
 
