@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tcompile
 import torch
+from kernels import attention_module
 from machines import HASWELL, runnable
-from tcompile.compiler.dialect.attention import attention
 from tcompile.compiler.dialect.attention import reference as exact
 from tcompile.compiler.dialect.attention_int8 import SHORT, reference
 from tcompile.compiler.errors import UsageError
@@ -33,15 +33,10 @@ VNNI = Target.parse("cpu:cascadelake")
 
 def passed(types, target=HASWELL, smooth=False, **attrs):
     """(the module of one attention over operands of these (shape, dtype) after the pass, its context)."""
-    builder = relax.BlockBuilder()
-    params = [relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in zip("qkvm", types, strict=False)]
-    with builder.function("main", params):
-        with builder.dataflow():
-            out = builder.emit_output(builder.normalize(attention(*params, **attrs)))
-        builder.emit_func_output(out)
-    specs = tuple(TensorSpec(param.name, (), "float32") for param in params)
+    module = attention_module(types, **attrs)
+    specs = tuple(TensorSpec(param.name, (), "float32") for param in module["main"].params)
     context = PassContext(target)
-    return Int8Scores(smooth=smooth).run(Program(builder.get(), specs, specs[:1], Provenance("test", "relax")), context).module, context
+    return Int8Scores(smooth=smooth).run(Program(module, specs, specs[:1], Provenance("test", "relax")), context).module, context
 
 
 def scheduled(module, target, schedule=None, pick=0.5):

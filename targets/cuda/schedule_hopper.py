@@ -33,13 +33,10 @@ _ROW, ALIGNMENT, BARRIERS = 4 * BK, 1024, 16
 RESERVED = 1024
 
 
-@dataclass(frozen=True)
-class HopperSchedule(TileSchedule):
-    """bm x bn of C per block of `groups` warp groups that multiply and one that copies; every warp makes 16 rows, or several times 16, of the whole width."""
+class WarpGroups:
+    """Of schedules of `groups` warp groups that multiply and one that copies."""
 
-    @property
-    def groups(self) -> int:
-        return self.wm // 4
+    groups: int
 
     @property
     def resident(self) -> int:
@@ -49,6 +46,15 @@ class HopperSchedule(TileSchedule):
     @property
     def threads(self) -> int:
         return 128 * (1 + self.groups)
+
+
+@dataclass(frozen=True)
+class HopperSchedule(WarpGroups, TileSchedule):
+    """bm x bn of C per block of `groups` warp groups that multiply and one that copies; every warp makes 16 rows, or several times 16, of the whole width."""
+
+    @property
+    def groups(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.wm // 4
 
     @property
     def shared_bytes(self) -> int:

@@ -30,7 +30,7 @@ from .gemm_hopper import ROWS, TARGETS
 from .kernel import Packing, Signature
 from .product import Product, Request
 from .schedule import SHARED_BYTES_PER_CYCLE
-from .schedule_hopper import ALIGNMENT, BARRIERS, COPY_LATENCY, RATE, RESERVED
+from .schedule_hopper import ALIGNMENT, BARRIERS, COPY_LATENCY, RATE, RESERVED, WarpGroups
 from .sizes import blocks, times
 from .weight_only import WeightOnly, flag, fragments, packings
 from .weight_only_schedule import BLOCK_LATENCY, ISSUE, L2_BYTES_PER_CYCLE, STEP_LATENCY, Shape, memory_cycles, sums_cycles
@@ -42,22 +42,13 @@ _SCALED, _ASKED = 60.0, 40.0
 
 
 @dataclass(frozen=True)
-class HopperRows:
+class HopperRows(WarpGroups):
     """`rows` of x x a strip for each of `groups` warp groups that multiply, beside one that copies; `stages` steps on their way; K in `parts` that different blocks sum up."""
 
     rows: int
     groups: int
     stages: int
     parts: int = 1
-
-    @property
-    def resident(self) -> int:
-        """Blocks that are to fit a multiprocessor."""
-        return 2 if self.groups == 1 else 1
-
-    @property
-    def threads(self) -> int:
-        return 128 * (1 + self.groups)
 
     def step_bytes(self, shape: Shape) -> int:
         return 128 * self.rows + self.groups * (512 * shape.bits + (5 if shape.zeros else 4) * _COLUMNS * _touched(shape))

@@ -76,10 +76,24 @@ def bound(test, arguments, monkeypatch):
     return functools.partial(test, *arguments, **more)
 
 
-@pytest.mark.parametrize(("module", "name", "arguments"), CASES, ids=IDS)
-def test_kernels(gpu, monkeypatch, module, name, arguments):
+@pytest.fixture
+def on_gpu(gpu, monkeypatch):
+    """The target of the GPU, on which the kernels' own checks run now."""
     monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
     monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+    return gpu
+
+
+@pytest.fixture
+def on_hopper(on_gpu):
+    """The same where it has wgmma."""
+    if on_gpu != test_cuda_hopper.TARGET:
+        pytest.skip(f"no wgmma on {on_gpu}")
+    return on_gpu
+
+
+@pytest.mark.parametrize(("module", "name", "arguments"), CASES, ids=IDS)
+def test_kernels(on_gpu, monkeypatch, module, name, arguments):
     monkeypatch.setattr(module, "RANDOM", np.random.default_rng(7))
     bound(getattr(module, name), arguments, monkeypatch)()
 
@@ -92,21 +106,13 @@ def test_kernels(gpu, monkeypatch, module, name, arguments):
         (test_cuda_hopper.test_windows_of_convolutions, ()),
     ],
 )
-def test_hopper(gpu, monkeypatch, test, arguments):
-    if gpu != test_cuda_hopper.TARGET:
-        pytest.skip(f"no wgmma on {gpu}")
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_hopper(on_hopper, monkeypatch, test, arguments):
     test(test_cuda_hopper.forced_tiles(monkeypatch), *arguments)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("test", [test_cuda_attention_hopper.test_awkward_sizes, test_cuda_attention_hopper.test_blocks_take_several_pieces_of_work])
-def test_attention_hopper(gpu, monkeypatch, test, precision):
-    if gpu != test_cuda_attention_hopper.TARGET:
-        pytest.skip(f"no wgmma on {gpu}")
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_attention_hopper(on_hopper, monkeypatch, test, precision):
     arguments = (test_cuda_attention_hopper.CASES,) if "cases" in inspect.signature(test).parameters else ()
     test(monkeypatch, *arguments, precision=precision)
 
@@ -142,48 +148,32 @@ def test_long_attention(gpu, tokens, causal):
         test_cuda_dynamic.test_sizes_that_do_not_fit_raise,
     ],
 )
-def test_open_sizes(gpu, monkeypatch, test):
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_open_sizes(on_gpu, monkeypatch, test):
     test()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_weight_only(gpu, monkeypatch, precision):
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_weight_only(on_gpu, monkeypatch, precision):
     test_cuda_weight_only.check(test_cuda_weight_only.CASES, precision, monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_weight_only_hopper(gpu, monkeypatch, precision):
-    if gpu != test_cuda_weight_only_hopper.TARGET:
-        pytest.skip(f"no wgmma on {gpu}")
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_weight_only_hopper(on_hopper, monkeypatch, precision):
     test_cuda_weight_only_hopper.check(test_cuda_weight_only_hopper.CASES, precision, monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sparse(gpu, monkeypatch, precision):
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_sparse(on_gpu, monkeypatch, precision):
     test_cuda_sparse.check(precision, monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "int8"])
-def test_sparse_blocks(gpu, monkeypatch, precision):
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_sparse_blocks(on_gpu, monkeypatch, precision):
     test_cuda_blocks.check(test_cuda_blocks.blocks.BlockGemm, test_cuda_blocks.CASES, precision, monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
-def test_sparse_blocks_on_hopper(gpu, monkeypatch, precision):
-    if gpu != test_cuda_blocks.HOPPER:
-        pytest.skip(f"no wgmma on {gpu}")
-    monkeypatch.setattr(cuda_models, "RUNNERS", [_OnGpu])
-    monkeypatch.setattr(cuda_models, "TARGETS", [gpu])
+def test_sparse_blocks_on_hopper(on_hopper, monkeypatch, precision):
     test_cuda_blocks.check_on_hopper(test_cuda_blocks.ON_HOPPER, precision, monkeypatch)
 
 
