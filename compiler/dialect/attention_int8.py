@@ -10,10 +10,9 @@ import numpy as np
 from ..tvm import operator_attrs, register_operator, relax
 from . import attention as plain
 from .attention import AttentionAttrs, attrs_of
+from .scaled_rows import INT8_MAX, LEAST, UINT8_ZERO
 
 NAME = "tcompile.attention_int8"
-#: the code of keys that stands for 0
-ZERO = 128
 #: the largest magnitude of queries' codes with which sums of two products fit 16 bits, in which CPUs without VNNI multiply
 SHORT = 64
 
@@ -46,7 +45,7 @@ def dequantize(builder: Any, call: Any) -> relax.Call:
     """The attention of the floats."""
     emit, op = builder.emit, relax.op
     q, k, v, *scales = call.args[:5]
-    floats = [emit(op.astype(q, "float32")), emit(op.subtract(emit(op.astype(k, "float32")), relax.const(float(ZERO), "float32")))]
+    floats = [emit(op.astype(q, "float32")), emit(op.subtract(emit(op.astype(k, "float32")), relax.const(float(UINT8_ZERO), "float32")))]
     q, k = (emit(op.multiply(value, emit(op.expand_dims(scale, -1)))) for value, scale in zip(floats, scales, strict=True))
     return builder.normalize(plain.attention(q, k, v, call.args[5] if len(call.args) == 6 else None, **asdict(attrs_of(call))))
 
@@ -69,13 +68,13 @@ def decompose(builder: Any, call: Any) -> relax.Expr:
 
 def codes(rows: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
     """(codes, scales [...]) of rows [..., D] in numpy, as `scaled_rows` makes them: integers up to `largest`, ties to even."""
-    scales = np.maximum(np.abs(rows).max(-1, initial=0.0) * np.float32(1 / largest), np.float32(1e-37)).astype("float32")
+    scales = np.maximum(np.abs(rows).max(-1, initial=0.0) * np.float32(1 / largest), np.float32(LEAST)).astype("float32")
     return np.rint(rows / scales[..., None]), scales
 
 
-def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None, largest: int = 127, **attrs: Any) -> Any:
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None, largest: int = INT8_MAX, **attrs: Any) -> Any:
     """The attention of float rows whose scores are those of their codes, in float64; arguments as those of `attention`."""
-    (q, q_scales), (k, k_scales) = codes(q, largest), codes(k, 127)
+    (q, q_scales), (k, k_scales) = codes(q, largest), codes(k, INT8_MAX)
     return plain.reference(q * q_scales[..., None].astype(np.float64), k * k_scales[..., None].astype(np.float64), v, mask, **attrs)
 
 

@@ -13,7 +13,7 @@ Tiles at the left and right edge drop the taps that fall on padding when the wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from .conv_common import (
 from .conv_cost import direct_features
 from .dot import dot_for
 from .emit import Accumulators, kernel, register_tiles, store_tile, tasks
-from .prefetch import FEWEST_TILES, Ahead, asking, panels_ahead, steps
+from .prefetch import Ahead, Share, asking, panels_ahead, share
 from .short_sums import with_sums
 from .template import Kernel, Packing
 from .widen import activations
@@ -99,7 +99,8 @@ class DirectEmitter:
     ):
         """ahead: prefetch of packed weights, if they are worth it."""
         # with several taps a panel is more than the cache holds beside another, or so little that LLVM spills in the loops of its edges
-        self.row_words, self.dot, self._ahead = row, row.dot, ahead if workload.kh == workload.kw == 1 else None
+        self.row_words, self.dot = row, row.dot
+        self.ahead: Any = ahead if workload.kh == workload.kw == 1 else None
         self.fused, self.buffers, self.workload, self.schedule = fused, buffers, workload, schedule
         x, w = fused.inputs
         self.n, self.h, self.w = x.shape[:3]
@@ -169,22 +170,10 @@ class DirectEmitter:
             with T.Else(), T.serial(self.out_w) as ow:
                 _Tile(self, n, oh, ow, group, panel, 1, columns, taps).emit_guarded()
 
-    def _share(self, tile: Any, row: int) -> tuple[Any, int] | None:
-        """How a tile, by its number within the task, asks for the next panel: the first line, and steps of k between lines. row: tiles of a row."""
+    def _share(self, tile: Any, row: int) -> Share | None:
+        """What a tile, by its number within the task, asks for. row: tiles of a row."""
         rows = self.schedule.rows or static(self.out_h)
-        if self._ahead is None or rows is None or rows * row < FEWEST_TILES:
-            return None
-        between = steps(rows * row, self.nr)
-        return tile * T.int64(-(-self.row_words.total // between)), between
-
-    def words(self, count: int, panel: Any, share: tuple[Any, int] | None) -> Iterator[Any]:
-        """Emits the loop over so many words of a panel: yields their number where the body belongs."""
-        if share is None or self._ahead is None:
-            with T.serial(T.int64(count)) as r:
-                yield r
-            return
-        ahead, (line, between) = self._ahead, share
-        yield from asking(T.int64(count), between, lambda few: ahead(panel + T.int64(1), line + few))
+        return None if self.ahead is None or rows is None else share(tile, rows * row, self.row_words.total, self.nr)
 
 
 class _Tile:
@@ -194,9 +183,9 @@ class _Tile:
         self.kernel, self.workload, self.lanes = kernel, kernel.workload, kernel.schedule.lanes
         self.n, self.oh, self.ow, self.group, self.panel, self.taps = n, oh, ow, group, panel, taps
         self.pixels, self.columns, self.nv = pixels, columns, -(-columns // self.lanes)
-        self.share: tuple[Any, int] | None = None
+        self.share: Share | None = None
 
-    def emit(self, run: TileRun | None, share: tuple[Any, int] | None = None) -> None:
+    def emit(self, run: TileRun | None, share: Share | None = None) -> None:
         """A tile whose padded taps are known: those of `run`, or none at all. share: of the requests for the next panel."""
         workload, self.share = self.workload, share
         acc = self._start()
@@ -268,7 +257,7 @@ class _Tile:
             return lambda k: (start + k + T.int64(i * stride),)
 
         if words:
-            for r in self.kernel.words(words, panel, self.share):
+            for r in asking(T.int64(words), self.share, lambda line: self.kernel.ahead(panel + T.int64(1), line)):
                 acc.multiply(pixels, lambda i: dot.read(self.kernel.x, address(i), r * dot.group), weights(r))  # noqa: B023
         if rest:
             acc.multiply(pixels, lambda i: dot.read_part(self.kernel.x, address(i), T.int64(words * dot.group), rest), weights(T.int64(words)))

@@ -14,7 +14,7 @@ around it, where the direct sum gives infinity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from .conv_common import ConvWorkload, conv_workload, unflatten, vector_lanes
 from .conv_cost import winograd_features
 from .dot import F32, splat, vector
 from .emit import Accumulators, balanced, kernel, register_tiles, store_tile
-from .prefetch import FEWEST_TILES, Ahead, asking, panels_ahead, steps
+from .prefetch import Ahead, Share, asking, panels_ahead, share
 from .template import Kernel, Packing
 from .winograd import POINTS, times_vector, transform_weights, transforms
 
@@ -112,7 +112,7 @@ class _Emitter:
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], workload: ConvWorkload, schedule: WinogradSchedule, ci_lanes: int, ahead: Ahead | None):
         """ahead: prefetch of the weights of a position, if they are worth it."""
-        self._ahead = ahead
+        self._ahead: Any = ahead
         self.fused, self.buffers, self.workload, self.schedule, self.ci_lanes = fused, buffers, workload, schedule, ci_lanes
         x, w = fused.inputs
         self.x = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
@@ -218,8 +218,8 @@ class _Emitter:
                 starts = [start for start, size in tiles if size == rows]
                 before = sum(start < starts[0] for start, _ in tiles)
                 with T.serial(T.int64(len(starts))) as step:
-                    share = self._share(step + T.int64(before), len(tiles))
-                    self._product(xi, T.bind(step * T.int64(rows) + T.int64(starts[0])), rows, panel, transformed, products, share)
+                    own = None if self._ahead is None else share(step + T.int64(before), len(tiles), self.workload.ci, self.nr)
+                    self._product(xi, T.bind(step * T.int64(rows) + T.int64(starts[0])), rows, panel, transformed, products, own)
         with T.serial(T.int64(self.schedule.strip)) as row, T.serial(T.int64(self.tile_columns)) as column:
             tile = T.bind(row * T.int64(self.tile_columns) + column)
             y, x = T.bind((first_row + row) * T.int64(self.m)), T.bind(column * T.int64(self.m))
@@ -233,30 +233,14 @@ class _Emitter:
             else:
                 self._output_tile(n, y, x, tile, panel, rest or self.nr, products)
 
-    def _share(self, tile: Any, tiles: int) -> tuple[Any, int] | None:
-        """How one of so many register tiles asks for the weights of the next position: the first line, and steps of k between lines."""
-        if self._ahead is None or tiles < FEWEST_TILES:
-            return None
-        between = steps(tiles, self.nr)
-        return tile * T.int64(-(-self.workload.ci // between)), between
-
-    def _ks(self, panel: Any, xi: Any, share: tuple[Any, int] | None) -> Iterator[Any]:
-        """Emits the loop over input channels: yields their number where the body belongs."""
-        if share is None or self._ahead is None:
-            with T.serial(T.int64(self.workload.ci)) as k:
-                yield k
-            return
-        ahead, (line, between) = self._ahead, share
-        following = T.bind(panel * T.int64(self.size**2) + xi + T.int64(1))
-        yield from asking(T.int64(self.workload.ci), between, lambda few: ahead(following, line + few))
-
-    def _product(self, xi: Any, first: Any, rows: int, panel: Any, transformed: Any, products: Any, share: tuple[Any, int] | None) -> None:
+    def _product(self, xi: Any, first: Any, rows: int, panel: Any, transformed: Any, products: Any, own: Share | None) -> None:
         """One register tile: `rows` tiles x nv vectors of one position."""
         nv, lanes, ci = self.schedule.nv, self.schedule.lanes, T.int64(self.workload.ci)
         acc = Accumulators(rows, nv, lanes)
         acc.fill()
         start = T.bind((xi * T.int64(self.tiles) + first) * ci)
-        for k in self._ks(panel, xi, share):
+        following = panel * T.int64(self.size**2) + xi + T.int64(1)
+        for k in asking(ci, own, lambda line: self._ahead(following, line)):
             weights = [T.bind(self.weights[panel, xi, k, vector(T.int64(v * lanes), lanes)]) for v in range(nv)]
             acc.multiply(range(rows), lambda i: transformed[start + T.int64(i) * ci + k], weights)  # noqa: B023
         for i in range(rows):

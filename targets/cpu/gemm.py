@@ -27,7 +27,7 @@ from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks
-from .prefetch import FEWEST_TILES, Ahead, asking, panels_ahead, steps
+from .prefetch import Ahead, Share, asking, panels_ahead, share
 from .short_sums import with_sums
 from .template import Kernel, Packing
 from .widen import activations, widening
@@ -209,7 +209,8 @@ class GemmEmitter:
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands, ahead: Ahead | None = None):
         """ahead: prefetch of packed weights, if they are worth it."""
-        self._ahead, self._prefetch = ahead, None
+        self._ahead: Any = ahead
+        self._prefetch: Share | None = None
         self.fused, self.schedule, self.packed = fused, schedule, operands.packed
         self.k, self.n, self.a, self.b, self.dot = operands.k, operands.n, operands.a, operands.b, operands.dot
         self.address = operands.address
@@ -331,23 +332,18 @@ class GemmEmitter:
                 self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
                 self._prefetch = None
 
-    def _sharing(self, tile: Any, tiles: int | None) -> tuple[Any, int] | None:
-        """How a register tile, one of so many that pass a panel, asks for the next panel: the first line, and steps of k between lines."""
+    def _sharing(self, tile: Any, tiles: int | None) -> Share | None:
+        """What one of so many register tiles that pass a panel asks for."""
         known = static(self.k)
-        if self._ahead is None or known is None or (tiles is not None and tiles < FEWEST_TILES):
-            return None
-        between = steps(tiles, self.nr)
-        return tile * T.int64(-(-self.dot.words(known) // between)), between
+        return None if self._ahead is None or known is None else share(tile, tiles, self.dot.words(known), self.nr)
 
     def _ks(self, jo: Any, start: Any, count: Any) -> Iterator[Any]:
         """Emits the loop over `count` k from `start`: yields k where its body belongs."""
-        if self._prefetch is None:
-            with T.serial(count) as step:
-                yield start + step
-            return
-        assert self._ahead is not None
-        ahead, (line, between) = self._ahead, self._prefetch
-        for k in asking(count, between, lambda few: ahead(jo + 1, line + T.floordiv(start, T.int64(between)) + few)):
+        own, ahead = self._prefetch, self._ahead
+        if own is not None:
+            line, between = own
+            own = line + T.floordiv(start, T.int64(between)), between
+        for k in asking(count, own, lambda line: ahead(jo + 1, line)):
             yield start + k
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.dialect.attention import NAME, AttentionDims, attrs_of, decompose, dims_of
+from ...compiler.dialect.attention import NAME, AttentionAttrs, AttentionDims, attrs_of, decompose, dims_of
 from ...compiler.tvm import Constant, mutator, relax, relax_functions, te, tirx, tvm
 from ..common.fused import WHOLE
 from .attention_views import View, element, find_view, operand
@@ -120,10 +120,7 @@ def attention_kernel(builder: Any, call: Any, views: Sequence[View]) -> Any:
     if prepared is None:
         return None
     kind, mask = prepared
-    places = {"batch": (0, 0), "heads": (0, 1), "kv_heads": (1, 1), "queries": (0, 2), "keys": (1, 2), "depth": (0, 3), "width": (2, 3)}
-    about = {"op": "attention", "mask": kind, "outputs": 1 + attrs.received + attrs.logsum, **asdict(attrs), "layouts": attrs.layouts}
-    about["sizes"] = {name: [of, *size] if isinstance(size := views[of].size(axis), list) else size for name, (of, axis) in places.items()}
-    about["rows"] = [*(view.rows for view in views), operand(q, attrs.layouts[3]).rows]
+    about = described(attrs, q, views, kind)
 
     def define(*operands: Any) -> Any:
         return attention(operands[:3], operands[3] if len(operands) == 4 else None, about)
@@ -131,6 +128,15 @@ def attention_kernel(builder: Any, call: Any, views: Sequence[View]) -> Any:
     operands = [view.tensor for view in views] + ([] if mask is None else [mask])
     attributes = {WHOLE: json.dumps(about, sort_keys=True), "op_pattern": _OPAQUE}
     return builder.call_te(define, *operands, primfunc_name_hint="attention", primfunc_attrs=attributes)
+
+
+def described(attrs: AttentionAttrs, q: Any, views: Sequence[View], mask: str) -> dict[str, Any]:
+    """What a kernel has to know whose operands lie in these views, and its result as q does. mask: what it does to the scores, as `masked` says."""
+    places = {"batch": (0, 0), "heads": (0, 1), "kv_heads": (1, 1), "queries": (0, 2), "keys": (1, 2), "depth": (0, 3), "width": (2, 3)}
+    about = {"op": "attention", "mask": mask, "outputs": 1 + attrs.received + attrs.logsum, **asdict(attrs), "layouts": attrs.layouts}
+    about["sizes"] = {name: [of, *size] if isinstance(size := views[of].size(axis), list) else size for name, (of, axis) in places.items()}
+    about["rows"] = [*(view.rows for view in views), operand(q, attrs.layouts[3]).rows]
+    return about
 
 
 def masked(builder: Any, mask: Any, dims: AttentionDims, fill: float) -> tuple[str, Any] | None:

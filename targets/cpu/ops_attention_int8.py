@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from ...compiler.dialect.attention import attrs_of, dims_of
-from ...compiler.dialect.attention_int8 import NAME, SHORT, ZERO, dequantize, largest_of
+from ...compiler.dialect.attention_int8 import NAME, SHORT, dequantize, largest_of
+from ...compiler.dialect.scaled_rows import UINT8_ZERO
 from ...compiler.tvm import te, tirx
 from ..common.fused import WHOLE
 from .attention_views import operand
 from .dot import PAIRS
-from .ops_attention import attention, legalize_attention, masked
+from .ops_attention import attention, described, legalize_attention, masked
 
 
 def legalize_int8(builder: Any, call: Any) -> Any:
@@ -25,18 +25,14 @@ def legalize_int8(builder: Any, call: Any) -> Any:
     if prepared is None:
         return legalize_attention(builder, dequantize(builder, call))
     kind, mask = prepared
-    about: dict[str, Any] = {"op": "attention", "mask": kind, "outputs": 1 + attrs.received + attrs.logsum, **asdict(attrs), "layouts": attrs.layouts}
+    about = described(attrs, q, [operand(x, layout) for x, layout in zip((q, k, v), attrs.layouts, strict=False)], kind)
     about["scores"] = PAIRS.kind if largest <= SHORT else "u8s8"
-    views = [operand(x, layout) for x, layout in zip((q, k, v), attrs.layouts, strict=False)]
-    places = {"batch": (0, 0), "heads": (0, 1), "kv_heads": (1, 1), "queries": (0, 2), "keys": (1, 2), "depth": (0, 3), "width": (2, 3)}
-    about["sizes"] = {name: [of, *size] if isinstance(size := views[of].size(axis), list) else size for name, (of, axis) in places.items()}
-    about["rows"] = [*(view.rows for view in views), operand(q, attrs.layouts[3]).rows]
 
     def floats(codes: Any, scales: Any, zero: int, name: str) -> Any:
         return te.compute(codes.shape, lambda *at: (codes[at].astype("int32") - zero).astype("float32") * scales[at[:-1]], name=name)
 
     def define(q: Any, k: Any, v: Any, q_scales: Any, k_scales: Any, *mask: Any) -> Any:
-        return attention([floats(q, q_scales, 0, "q_floats"), floats(k, k_scales, ZERO, "k_floats"), v], mask[0] if mask else None, about)
+        return attention([floats(q, q_scales, 0, "q_floats"), floats(k, k_scales, UINT8_ZERO, "k_floats"), v], mask[0] if mask else None, about)
 
     attributes = {WHOLE: json.dumps(about, sort_keys=True), "op_pattern": 8}
     return builder.call_te(define, q, k, v, *scales, *([] if mask is None else [mask]), primfunc_name_hint="attention", primfunc_attrs=attributes)

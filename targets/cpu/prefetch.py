@@ -25,6 +25,8 @@ FEWEST_TILES = 2
 STEPS = 8
 #: (panel, line): asks for one cache line of a panel
 Ahead = Callable[[Any, Any], None]
+#: the first line that a register tile asks for, and steps of k between lines
+Share = tuple[Any, int]
 
 
 def prefetch(element: Any, level: int = 1) -> None:
@@ -51,11 +53,24 @@ def panels_ahead(shape: Sequence[int], weights: Any, dot: Dot, target: Target) -
     return ahead
 
 
-def asking(count: Any, between: int, ask: Callable[[Any], None]) -> Iterator[Any]:
-    """Emits a loop over `count` k and yields k where its body belongs; ask(i) before every i-th run of `between` of them."""
+def share(tile: Any, tiles: int | None, words: int, nr: int) -> Share | None:
+    """How a register tile, one of so many (None: not known) that pass a panel of `words` rows of nr, asks for the next panel; None where it does not."""
+    if tiles is not None and tiles < FEWEST_TILES:
+        return None
+    between = steps(tiles, nr)
+    return tile * T.int64(-(-words // between)), between
+
+
+def asking(count: Any, share: Share | None, ask: Callable[[Any], None]) -> Iterator[Any]:
+    """Emits a loop over `count` k and yields k where its body belongs; ask(line) for those of a share, from its first on."""
+    if share is None:
+        with T.serial(count) as step:
+            yield step
+        return
+    line, between = share
     whole = T.floordiv(count, T.int64(between))
     with T.serial(whole, annotations={PREFETCH: 1}) as few:
-        ask(few)
+        ask(line + few)
         with T.unroll(T.int64(between)) as step:
             yield few * between + step
     known = static(count)
