@@ -36,7 +36,7 @@ from .conv_common import (
 )
 from .conv_cost import direct_features
 from .dot import dot_for
-from .emit import Accumulators, kernel, register_tiles, store_tile, tasks
+from .emit import Accumulators, kernel, register_tiles, store_tile, tasks, with_columns
 from .prefetch import Ahead, Share, asking, panels_ahead, share
 from .short_sums import with_sums
 from .template import Kernel, Packing
@@ -115,8 +115,7 @@ class DirectEmitter:
         workload, schedule = self.workload, self.schedule
         rows = T.int64(schedule.rows) if schedule.rows else self.out_h
         chunks = T.ceildiv(self.out_h, rows) if schedule.rows else T.int64(1)
-        panels, rest = divmod(workload.co_group, self.nr)
-        extents = [self.n, chunks, T.int64(workload.groups), T.int64(panels + (rest > 0))]
+        extents = [self.n, chunks, T.int64(workload.groups), T.int64(-(-workload.co_group // self.nr))]
         with tasks(product(extents), _work(workload)) as task:
             n, chunk, group, panel = unflatten(task, extents)
 
@@ -125,14 +124,7 @@ class DirectEmitter:
                 with T.serial(first, T.min(first + rows, self.out_h)) as oh:
                     self.row(n, oh, oh - first, group, panel, columns)
 
-            if not rest or not panels:
-                body(rest or self.nr)
-            else:
-                with T.If(panel < T.int64(panels)):
-                    with T.Then():
-                        body(self.nr)
-                    with T.Else():
-                        body(rest)
+            with_columns(panel, workload.co_group, self.nr, body)
 
     def first_sums(self, oh: Any, ow: Any) -> Callable[[int, int], Any] | None:
         """What the sums of a tile from output column ow on begin with, zeros by default."""

@@ -11,6 +11,7 @@ for (n, panel, block of output rows) in parallel:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from .conv_common import ConvWorkload, RowWords, pack_conv, unflatten
 from .conv_cost import direct_features
 from .conv_direct import ConvDirect, DirectEmitter, DirectSchedule
 from .dot import PAIRS, WIDE, dot_for, splat, vector
-from .emit import Accumulators, tasks
+from .emit import Accumulators, tasks, with_columns
 from .short_sums import fitting
 from .sparse_columns import transpose
 from .sparse_emit import StreamBuffers, sparse_kernel
@@ -175,12 +176,9 @@ class _Emitter(DirectEmitter):
         conv, planes = self.workload, self.planes
         images, out_h, out_w = conv.sizes()
         words = self._words(images)
-        panels, rest = divmod(conv.co, self.nr)
-        extents = [T.int64(size) for size in (images, panels + (rest > 0), -(-out_h // planes.rows))]
-        with tasks(
-            T.int64(images * (panels + (rest > 0)) * -(-out_h // planes.rows)), images * out_h * out_w * conv.co * conv.ci * conv.kh * conv.kw
-        ) as task:
-            n, panel, block = unflatten(task, extents)
+        extents = (images, -(-conv.co // self.nr), -(-out_h // planes.rows))
+        with tasks(T.int64(math.prod(extents)), images * out_h * out_w * conv.co * conv.ci * conv.kh * conv.kw) as task:
+            n, panel, block = unflatten(task, [T.int64(size) for size in extents])
 
             def outputs(columns: int) -> None:
                 # the last block ends at the last row: it sums some rows again
@@ -191,14 +189,7 @@ class _Emitter(DirectEmitter):
                 with T.serial(T.int64(planes.rows)) as step:
                     self.row(n, T.bind(self.first + step), step, T.int64(0), panel, columns)
 
-            if not rest or not panels:
-                outputs(rest or self.nr)
-            else:
-                with T.If(panel < T.int64(panels)):
-                    with T.Then():
-                        outputs(self.nr)
-                    with T.Else():
-                        outputs(rest)
+            with_columns(panel, conv.co, self.nr, outputs)
 
     def _words(self, images: int) -> Any:
         """The input's words of 4 channels, see the module; flat, as taps begin anywhere."""

@@ -27,7 +27,7 @@ from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload, conv_workload, unflatten, vector_lanes
 from .conv_cost import winograd_features
 from .dot import F32, splat, vector
-from .emit import Accumulators, balanced, kernel, register_tiles, store_tile
+from .emit import Accumulators, balanced, kernel, register_tiles, store_tile, with_columns
 from .prefetch import Ahead, Share, asking, panels_ahead, share
 from .template import Kernel, Packing
 from .winograd import POINTS, times_vector, transform_weights, transforms
@@ -223,15 +223,7 @@ class _Emitter:
         with T.serial(T.int64(self.schedule.strip)) as row, T.serial(T.int64(self.tile_columns)) as column:
             tile = T.bind(row * T.int64(self.tile_columns) + column)
             y, x = T.bind((first_row + row) * T.int64(self.m)), T.bind(column * T.int64(self.m))
-            full, rest = divmod(self.workload.co, self.nr)
-            if rest and full:
-                with T.If(panel < T.int64(full)):
-                    with T.Then():
-                        self._output_tile(n, y, x, tile, panel, self.nr, products)
-                    with T.Else():
-                        self._output_tile(n, y, x, tile, panel, rest, products)
-            else:
-                self._output_tile(n, y, x, tile, panel, rest or self.nr, products)
+            with_columns(panel, self.workload.co, self.nr, lambda columns: self._output_tile(n, y, x, tile, panel, columns, products))
 
     def _product(self, xi: Any, first: Any, rows: int, panel: Any, transformed: Any, products: Any, own: Share | None) -> None:
         """One register tile: `rows` tiles x nv vectors of one position."""

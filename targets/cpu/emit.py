@@ -127,6 +127,19 @@ def flat_rows(fused: Fused, buffers: dict[Any, Any]) -> tuple[list[Any], dict[An
     return flat, buffers | {buffer: T.decl_buffer(shape, buffer.ty.dtype, data=buffers[buffer].data) for buffer in in_place}
 
 
+def with_columns(panel: Any, columns: int, nr: int, body: Callable[[int], None]) -> None:
+    """`body(columns)` of one of the panels of nr that `columns` are cut into, once for whole ones and once for a shorter last one, where there are both."""
+    whole, rest = divmod(columns, nr)
+    if not rest or not whole:
+        body(rest or nr)
+        return
+    with T.If(panel < T.int64(whole)):
+        with T.Then():
+            body(nr)
+        with T.Else():
+            body(rest)
+
+
 class Rows:
     """Flattened leading dims of the output: row number -> one index per dim, computed once per row and only when a dim is really needed."""
 

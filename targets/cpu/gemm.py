@@ -26,7 +26,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
-from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks
+from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks, with_columns
 from .prefetch import Ahead, Share, asking, panels_ahead, share
 from .short_sums import with_sums
 from .template import Kernel, Packing
@@ -240,16 +240,8 @@ class GemmEmitter:
                         self._rows(batch, chunk, jo, panel, self.nr, None)
                     with T.Else():
                         self._rows(batch, chunk, jo, panel, self.nr, self.n)
-            elif n % self.nr == 0:
-                self._rows(batch, chunk, jo, panel, self.nr, None)
-            elif n < self.nr:
-                self._rows(batch, chunk, jo, panel, n, None)
             else:
-                with T.If(jo < T.int64(n // self.nr)):
-                    with T.Then():
-                        self._rows(batch, chunk, jo, panel, self.nr, None)
-                    with T.Else():
-                        self._rows(batch, chunk, jo, panel, n % self.nr, None)
+                with_columns(jo, n, self.nr, lambda columns: self._rows(batch, chunk, jo, panel, columns, None))
 
     def _panel(self, batch: Any, jo: Any) -> Any:
         """A function (k, v) -> vector of B in registers; a run-time B is first copied into a contiguous, zero-filled panel."""

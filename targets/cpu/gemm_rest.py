@@ -32,7 +32,7 @@ from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload
 from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
 from .dot import PAIRS, WIDE, dot_for, splat, vector
-from .emit import Accumulators, tasks
+from .emit import Accumulators, tasks, with_columns
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
 from .short_sums import fitting
 from .sparse_columns import transpose
@@ -168,7 +168,6 @@ class _Emitter(GemmEmitter):
     def emit(self) -> None:
         words = self._transposed() if self.vectors else None
         panels = -(-self.columns_known // self.nr)
-        whole, rest = divmod(self.columns_known, self.nr)
         with tasks(T.int64(panels * self.blocks), self.rows_known * self.words * 4 * self.columns_known) as task:
             jo, block = T.bind(T.floordiv(task, T.int64(self.blocks))), T.bind(T.floormod(task, T.int64(self.blocks)))
 
@@ -182,14 +181,7 @@ class _Emitter(GemmEmitter):
                 own = T.bind(self._first_row(block, self.block_rows))
                 self._static_rows(T.int64(0), own, self.block_rows, jo, self._panel(T.int64(0), jo), columns, None)
 
-            if not rest or not whole:
-                outputs(rest or self.nr)
-            else:
-                with T.If(jo < T.int64(whole)):
-                    with T.Then():
-                        outputs(self.nr)
-                    with T.Else():
-                        outputs(rest)
+            with_columns(jo, self.columns_known, self.nr, outputs)
 
     def _first_row(self, block: Any, count: int) -> Any:
         """Of the `count` rows that a block begins with; they end at the last row, so that some are summed again."""
