@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from ...compiler.tvm import IRBuilder, T
 from ..base import Target
@@ -162,6 +162,21 @@ class Rows:
         return result
 
 
+class Sums(Protocol):
+    """A tile of sums as `store_tile` reads it: mr x nv vectors of `lanes`, element `lane(row, vector, lane)`."""
+
+    @property
+    def mr(self) -> int: ...
+
+    @property
+    def nv(self) -> int: ...
+
+    @property
+    def lanes(self) -> int: ...
+
+    def lane(self, i: Any, v: int, lane: Any) -> Any: ...
+
+
 class Accumulators:
     """mr x nv vector registers; one small buffer per column vector keeps them in registers (one big buffer does not).
 
@@ -210,7 +225,7 @@ class Accumulators:
 def store_tile(
     fused: Fused,
     buffers: dict[Any, Any],
-    acc: Accumulators,
+    acc: Sums,
     lead: Callable[[Any], Sequence[Any]],
     column: Callable[[int], Any],
     columns: int,
@@ -226,15 +241,17 @@ def store_tile(
     A long epilogue (an erf, a sigmoid) runs as a loop over the rows, on copies of the accumulators: unrolled for all of them it is thousands of
     instructions, which LLVM takes seconds to compile.
     """
-    if acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
+    if isinstance(acc, Accumulators) and acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
         for i in range(acc.mr):
             with _if(inside, T.int64(i)):
                 _store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
         return
-    spilled = Accumulators(acc.mr, acc.nv, acc.lanes, acc.dot)
-    spilled.fill(acc.load)
+    stored = acc
+    if isinstance(acc, Accumulators):
+        stored = Accumulators(acc.mr, acc.nv, acc.lanes, acc.dot)
+        stored.fill(acc.load)
     with T.serial(T.int64(acc.mr)) as row, _if(inside, row):
-        _store_row(fused, buffers, spilled, row, lead(row), column, columns, limit)
+        _store_row(fused, buffers, stored, row, lead(row), column, columns, limit)
 
 
 @contextmanager
@@ -247,7 +264,7 @@ def _if(condition: Callable[[Any], Any] | None, row: Any) -> Iterator[None]:
 
 
 def _store_row(
-    fused: Fused, buffers: dict[Any, Any], acc: Accumulators, i: Any, lead: Sequence[Any], column: Callable[[int], Any], columns: int, limit: Any
+    fused: Fused, buffers: dict[Any, Any], acc: Sums, i: Any, lead: Sequence[Any], column: Callable[[int], Any], columns: int, limit: Any
 ) -> None:
     def load(buffer: Any, indices: Sequence[Any]) -> Any:
         return buffers[buffer][tuple(indices)]

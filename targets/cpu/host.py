@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,10 @@ _FOLLOWERS = {
 }
 
 
+#: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) on x86-64
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
 @cache
 def cpuinfo() -> dict[str, str]:
     """First processor's entries of /proc/cpuinfo."""
@@ -63,15 +68,24 @@ def cpuinfo() -> dict[str, str]:
 
 
 @cache
+def _flags() -> frozenset[str]:
+    """What processor and system offer this process. Tiles are asked for here: Linux keeps room for them only in processes that want them, and a kernel that uses them unasked ends the process."""
+    flags = frozenset(cpuinfo().get("flags", "").split())
+    if "amx_tile" in flags and ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) != 0:
+        flags -= {flag for flag in flags if flag.startswith("amx_")}
+    return flags
+
+
+@cache
 def host_features() -> frozenset[str]:
-    """ISA features of this host in LLVM's spelling, limited to those of `FLAGS`."""
-    flags = set(cpuinfo().get("flags", "").split())
+    """ISA features of this host in LLVM's spelling, limited to those of `FLAGS`. A process in which code with AMX runs has to have called this before."""
+    flags = _flags()
     return frozenset(feature for flag, feature in FLAGS.items() if flag in flags)
 
 
 def missing_features() -> list[str]:
     """Features to switch off (`-feature`) when LLVM compiles for the host's model name."""
-    flags = set(cpuinfo().get("flags", "").split())
+    flags = _flags()
     return sorted(feature for flag, feature in (FLAGS | _FOLLOWERS).items() if flag not in flags)
 
 

@@ -29,12 +29,14 @@ def templates() -> list[KernelTemplate]:
     from .attention_blocks import AttentionBlocks
     from .attention_codes import AttentionCodes
     from .attention_few import AttentionFew
+    from .conv_amx import ConvAmx
     from .conv_depthwise import ConvDepthwise
     from .conv_direct import ConvDirect
     from .conv_pointwise import ConvPointwise
     from .conv_rest import ConvRest
     from .conv_winograd import ConvWinograd
     from .gemm import Gemm
+    from .gemm_amx import GemmAmx
     from .gemm_rest import GemmRest
     from .grouped import GroupedGemm
     from .sparse_blocks import GemmBlocks
@@ -44,6 +46,7 @@ def templates() -> list[KernelTemplate]:
 
     return [
         Gemm(),
+        GemmAmx(),
         GemmRest(),
         WeightOnly(),
         WeightOnlyInt8(),
@@ -54,6 +57,7 @@ def templates() -> list[KernelTemplate]:
         ConvPointwise(),
         ConvWinograd(),
         ConvDirect(),
+        ConvAmx(),
         ConvRest(),
         Attention(),
         AttentionBlocks(),

@@ -1,0 +1,119 @@
+"""Intel AMX: products of tiles of 16 rows x 64 bytes, by instructions on eight tile registers that know nothing of vectors.
+
+    c[16][16] += a[16][16 words] @ b[16 words][16]       # a word: 4 codes (tdpbusd, int32) or 2 bfloat16 (tdpbf16ps, float32)
+
+A tile of A is 16 rows of a row-major matrix as it lies in memory; a tile of B is 16 words of a panel that is packed as for `vpdpbusd` (see dot.py). Sums of bytes are exact, those of bfloat16 round
+to float32 after every pair of products. LLVM's intrinsics on numbered tiles are used: it allocates none, so a kernel keeps to one configuration at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...compiler.tvm import T
+from ..base import Target
+from .dot import Dot
+from .emit import i64
+
+#: rows of a tile, and lanes of 32 bits in one of its rows
+ROWS = 16
+#: bytes of a row of a tile
+ROW_BYTES = 64
+_TILES = 8
+#: cycles until a sum can be added to again, and those between two products of 16 rows
+LATENCY, PRODUCT = 52.0, 16.0
+#: kind of a product -> (instruction, feature of the target)
+_PRODUCTS = {"bf16": ("tdpbf16ps", "amx-bf16"), "u8s8": ("tdpbusd", "amx-int8")}
+
+
+def available(kind: str, target: Target) -> bool:
+    """Whether a machine multiplies this kind (see `dot.dot_kind`) by tiles."""
+    _, feature = _PRODUCTS.get(kind.partition("/")[0], ("", "none"))
+    return {"amx-tile", feature} <= target.features
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A block of `rows` x `columns` tiles of sums in registers: sums first, then one tile of A for each row, the others take turns for B."""
+
+    rows: int
+    columns: int
+
+    @property
+    def fits(self) -> bool:
+        return self.rows * self.columns + self.rows < _TILES
+
+    def c(self, i: int, j: int) -> int:
+        return i * self.columns + j
+
+    def a(self, i: int) -> int:
+        return self.rows * self.columns + i
+
+    def b(self, j: int) -> int:
+        first = self.rows * self.columns + self.rows
+        return first + j % (_TILES - first)
+
+    def configure(self, memory: Any, last: Any = ROWS) -> None:
+        """Make the tiles of this block ready and zero all; memory: an int32 buffer of 16 elements; last: rows in the last row of tiles, the others have 16."""
+        heights: list[Any] = [ROWS] * _TILES
+        for j in range(self.columns):
+            heights[self.c(self.rows - 1, j)] = last
+        heights[self.a(self.rows - 1)] = last
+        words: list[Any] = [1, 0, 0, 0, *[ROW_BYTES << 16 | ROW_BYTES] * (_TILES // 2), 0, 0, 0, 0, 0, 0, 0, 0]
+        for number, height in enumerate(heights):
+            word = 12 + number // 4
+            if isinstance(height, int):
+                words[word] = words[word] + T.int32(height << 8 * (number % 4)) if not isinstance(words[word], int) else words[word] | height << 8 * (number % 4)
+            else:
+                words[word] = words[word] + (T.cast(height, "int32") << T.int32(8 * (number % 4)))
+        for place, word in enumerate(words):
+            T.buffer_store(memory, T.int32(word) if isinstance(word, int) else word, [place])
+        _instruction("ldtilecfg", T.address_of(memory[0]))
+
+
+def zero(tile: int) -> None:
+    _instruction("tilezero", T.uint8(tile))
+
+
+def load(tile: int, element: Any, stride: Any) -> None:
+    """A tile from memory, its rows `stride` bytes apart, the first from this element of a buffer on."""
+    _instruction("tileloadd64", T.uint8(tile), T.address_of(element), i64(stride))
+
+
+def store(tile: int, element: Any, stride: Any) -> None:
+    """The counterpart of `load`."""
+    _instruction("tilestored64", T.uint8(tile), T.address_of(element), i64(stride))
+
+
+def multiply(dot: Dot, c: int, a: int, b: int) -> None:
+    """c += a @ b."""
+    name, _ = _PRODUCTS["bf16" if dot.accumulator == "float32" else "u8s8"]
+    _instruction(name, T.uint8(c), T.uint8(a), T.uint8(b))
+
+
+def release() -> None:
+    """Give the tiles back: the system saves them at every switch of threads until then."""
+    _instruction("tilerelease")
+
+
+def _instruction(name: str, *arguments: Any) -> None:
+    T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"), *arguments))
+
+
+def steps(k: int, dot: Dot) -> int:
+    """Tiles that K elements fill, the last one in part."""
+    return -(-k * dot.activation_bytes // ROW_BYTES)
+
+
+def step_elements(dot: Dot) -> int:
+    """Elements of K in a tile."""
+    return ROW_BYTES // dot.activation_bytes
+
+
+def shapes(rows: int | None, columns: int) -> Sequence[Tiles]:
+    """Blocks worth trying for an output of so many rows (None: unknown) and columns."""
+    most_rows, most_columns = 3 if rows is None else -(-rows // ROWS), -(-columns // ROWS)
+    options = [Tiles(r, c) for r, c in ((2, 2), (1, 4), (3, 1), (1, 3), (2, 1), (1, 2), (1, 1))]
+    return [tiles for tiles in options if tiles.rows <= most_rows and tiles.columns <= most_columns and tiles.fits]
