@@ -65,7 +65,11 @@ class Tiles:
         for number, height in enumerate(heights):
             word = 12 + number // 4
             if isinstance(height, int):
-                words[word] = words[word] + T.int32(height << 8 * (number % 4)) if not isinstance(words[word], int) else words[word] | height << 8 * (number % 4)
+                words[word] = (
+                    words[word] + T.int32(height << 8 * (number % 4))
+                    if not isinstance(words[word], int)
+                    else words[word] | height << 8 * (number % 4)
+                )
             else:
                 words[word] = words[word] + (T.cast(height, "int32") << T.int32(8 * (number % 4)))
         for place, word in enumerate(words):

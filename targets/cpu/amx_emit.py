@@ -1,13 +1,13 @@
 """Products by AMX tiles, for every template that uses them: rows of A from memory as they are, or gathered, against panels of packed weights.
 
-    for (chunk of mc rows, group of panels) in parallel:
-        [gathered[mc][K] = rows of A]                    # where they do not lie in memory as tiles want them
-        for jo in panels of the group:                   # NR = 16 * columns output channels
-            for io in mc / (16 * rows):                  # one block: rows x columns tiles of sums
-                for k in K by 64 bytes:                  # and lines of the next panel are prefetched
-                    c[i][j] += a[i] @ b[j]
-                C = epilogue(c, by way of a block of memory)
-            the same for the rows that are left, in tiles of fewer rows
+for (chunk of mc rows, group of panels) in parallel:
+    [gathered[mc][K] = rows of A]                    # where they do not lie in memory as tiles want them
+    for jo in panels of the group:                   # NR = 16 * columns output channels
+        for io in mc / (16 * rows):                  # one block: rows x columns tiles of sums
+            for k in K by 64 bytes:                  # and lines of the next panel are prefetched
+                c[i][j] += a[i] @ b[j]
+            C = epilogue(c, by way of a block of memory)
+        the same for the rows that are left, in tiles of fewer rows
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class StoredSums:
 class AmxEmitter:
     """Emits one product; see the module for the loop nest. rows: leading dims of the output; weights: packed panels of words [panels, words of whole tiles, NR]."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: AmxSchedule, rows: list[Any], k: int, n: int, source: Rowwise, weights: Any, dot: Dot):
+    def __init__(
+        self, fused: Fused, buffers: dict[Any, Any], schedule: AmxSchedule, rows: list[Any], k: int, n: int, source: Rowwise, weights: Any, dot: Dot
+    ):
         self.fused, self.schedule, self.k, self.n, self.source, self.weights, self.dot = fused, schedule, k, n, source, weights, dot
         self.m = product(rows)
         flat, self.buffers = flat_rows(fused, buffers)
@@ -98,7 +100,7 @@ class AmxEmitter:
                 self.tiles.configure(self.memory)
             with T.serial(own) as panel:
                 jo = T.bind(group * T.int64(each) + panel)
-                with_columns(jo, self.n, self.nr, lambda columns: self._panel(jo, columns, first, size, rest))  # noqa: B023
+                with_columns(jo, self.n, self.nr, lambda columns: self._panel(jo, columns, first, size, rest))
             amx.release()
 
     def _rows(self, first: Any, size: Any) -> tuple[Callable[[Any, Any], Any], int]:
@@ -177,7 +179,12 @@ class AmxEmitter:
         own = -(-lines // blocks)
         for line in range(own):
             place = number * T.int64(own) + T.int64(line)
-            prefetch(self.weights[jo + 1, step * ROWS + T.floordiv(place, T.int64(self.tiles.columns)), T.floormod(place, T.int64(self.tiles.columns)) * ROWS], level=2)
+            prefetch(
+                self.weights[
+                    jo + 1, step * ROWS + T.floordiv(place, T.int64(self.tiles.columns)), T.floormod(place, T.int64(self.tiles.columns)) * ROWS
+                ],
+                level=2,
+            )
 
 
 def run_copies(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ _COPIED_AHEAD = 8
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class TileBuffers:
     """Buffers of a task: q^T, the output, the running maximum and sum of each of its tiles of queries, a tile's number first; and of the tile and block at hand the scores, the
     probabilities as words, the factor of what was summed before. values: v of the block as words side by side, None where it is read in place.
     """
@@ -141,10 +141,10 @@ class AttentionEmitter(AttentionScores):
 
     # ---- one tile of queries
 
-    def _buffers(self, group: int) -> _Tiles:
+    def _buffers(self, group: int) -> TileBuffers:
         block, queries, padded, dot = self.schedule.block, self.sizes[0] * self.lanes, self.wide * self.lanes, self.mix
         scores = T.alloc_buffer((block, queries), "float32")
-        return _Tiles(
+        return TileBuffers(
             panel=self._panel(group, queries),
             out=T.alloc_buffer((group, queries, padded), "float32"),
             top=T.alloc_buffer((group, queries), "float32"),
@@ -155,7 +155,7 @@ class AttentionEmitter(AttentionScores):
             values=T.alloc_buffer((dot.words(block), padded), dot.word) if self.copies else None,
         )
 
-    def _begin(self, tiles: _Tiles, local: Any, b: Any, h: Any, first: Any, nv: int) -> None:
+    def _begin(self, tiles: TileBuffers, local: Any, b: Any, h: Any, first: Any, nv: int) -> None:
         lanes = self.lanes
         self._fill(tiles.panel, local, b, h, first, nv)
         zero, low = splat(T.float32(0), lanes), splat(T.float32(-math.inf), lanes)
@@ -163,11 +163,15 @@ class AttentionEmitter(AttentionScores):
             place = vector(T.int64(v * lanes), lanes)
             T.buffer_store(tiles.top, low, [local, place])
             T.buffer_store(tiles.total, zero, [local, place])
-        with T.serial(T.int64(nv * lanes)) as i:
-            for e in range(self.wide):
-                T.buffer_store(tiles.out, zero, [local, i, vector(T.int64(e * lanes), lanes)])
+        self._clear(tiles, local, nv)
 
-    def _step(self, tiles: _Tiles, local: Any, b: Any, h: Any, first: Any, nv: int, start: Any, count: Any) -> None:
+    def _clear(self, tiles: TileBuffers, local: Any, nv: int) -> None:
+        """The output of a tile, zeros."""
+        with T.serial(T.int64(nv * self.lanes)) as i:
+            for e in range(self.wide):
+                T.buffer_store(tiles.out, splat(T.float32(0), self.lanes), [local, i, vector(T.int64(e * self.lanes), self.lanes)])
+
+    def _step(self, tiles: TileBuffers, local: Any, b: Any, h: Any, first: Any, nv: int, start: Any, count: Any) -> None:
         """Take `count` keys from `start` on into a tile."""
         lanes, scores, top, total, shrink = self.lanes, tiles.scores, tiles.top, tiles.total, tiles.shrink
         places = [vector(T.int64(v * lanes), lanes) for v in range(nv)]
@@ -226,28 +230,31 @@ class AttentionEmitter(AttentionScores):
         kv, lanes = self._kv_head(h), self.lanes
         whole, rest = divmod(self.width, lanes)
 
-        def words(word: Any, rows: int, e: Any, size: int) -> Any:
-            parts = [self.v[self._index(2, b, kv, start + word * T.int64(self.mix.group) + T.int64(i), vector(e, size))] for i in range(rows)]
-            if not self.mix.grouped:
-                return parts[0]
-            kinds = ("uint16", "int32") if size == 1 else (f"uint16x{size}", f"int32x{size}")
-            low, *high = (T.Cast(kinds[1], T.reinterpret(kinds[0], part)) for part in parts)
-            return low | (high[0] << splat(T.int32(16), size)) if high else low
-
         for word, rows in self._words(count):
             if self.ahead:
                 for i in range(rows):
                     self._ask(2, b, kv, start + word * T.int64(self.mix.group) + T.int64(i + _COPIED_AHEAD))
             for e in range(whole):
                 place = T.int64(e * lanes)
-                T.buffer_store(values, words(word, rows, place, lanes), [word, vector(place, lanes)])
+                T.buffer_store(values, self._value_words(b, kv, start, word, rows, place, lanes), [word, vector(place, lanes)])
             if rest:
                 with T.serial(T.int64(rest)) as e:
-                    T.buffer_store(values, words(word, rows, e + T.int64(whole * lanes), 1), [word, e + T.int64(whole * lanes)])
+                    T.buffer_store(
+                        values, self._value_words(b, kv, start, word, rows, e + T.int64(whole * lanes), 1), [word, e + T.int64(whole * lanes)]
+                    )
                 with T.serial(T.int64(lanes - rest)) as e:
                     T.buffer_store(values, tirx.const(0, self.mix.word), [word, e + T.int64(self.width)])
 
-    def _accumulate(self, tiles: _Tiles, local: Any, value: Callable[[Any, Any], Any], count: Any, queries: int) -> None:
+    def _value_words(self, b: Any, kv: Any, start: Any, word: Any, rows: int, e: Any, size: int) -> Any:
+        """`size` columns from e on of a word of the values from key `start` on; rows: keys that the word has."""
+        parts = [self.v[self._index(2, b, kv, start + word * T.int64(self.mix.group) + T.int64(i), vector(e, size))] for i in range(rows)]
+        if not self.mix.grouped:
+            return parts[0]
+        kinds = ("uint16", "int32") if size == 1 else (f"uint16x{size}", f"int32x{size}")
+        low, *high = (T.Cast(kinds[1], T.reinterpret(kinds[0], part)) for part in parts)
+        return low | (high[0] << splat(T.int32(16), size)) if high else low
+
+    def _accumulate(self, tiles: TileBuffers, local: Any, value: Callable[[Any, Any], Any], count: Any, queries: int) -> None:
         """out[i, e] = out[i, e] * shrink[i] + sum over keys of p[key, i] * v[key, e]."""
         lanes, out, shrink, weights, rows = self.lanes, tiles.out, tiles.shrink, tiles.weights, balanced(queries, self.schedule.rows)
         # groups of equally many vectors share one loop: one of three or four iterations LLVM would unroll, and keep the accumulators in memory
@@ -268,9 +275,9 @@ class AttentionEmitter(AttentionScores):
                         for e in range(columns):
                             T.buffer_store(out, acc.load(i, e), [local, row + T.int64(i), places[e]])
 
-    def _finish(self, tiles: _Tiles, local: Any, b: Any, h: Any, first: Any, nv: int, statistics: Any) -> None:
+    def _finish(self, tiles: TileBuffers, local: Any, b: Any, h: Any, first: Any, nv: int, statistics: Any) -> None:
         """Divide by the sums and store; keep what the second pass needs of every query: its maximum, and 1 / its sum, 0 for those past the end."""
-        lanes, queries, out, top, total = self.lanes, nv * self.lanes, tiles.out, tiles.top, tiles.total
+        lanes, queries, top, total = self.lanes, nv * self.lanes, tiles.top, tiles.total
         zero, one, low = (splat(T.float32(value), lanes) for value in (0.0, 1.0, -math.inf))
         if self.logsum is not None:
             for v in range(nv):
@@ -292,18 +299,23 @@ class AttentionEmitter(AttentionScores):
                 T.buffer_store(statistics[0], top[local, lane], [head, first + lane])
                 T.buffer_store(statistics[1], T.if_then_else(first + lane < self.queries, total[local, lane], T.float32(0)), [head, first + lane])
         whole, rest = divmod(self.width, lanes)
+        result = self._result(tiles, local, nv)
         with T.serial(T.bind(T.min(T.int64(queries), self.queries - first))) as i:
             row = T.bind(first + i)
             for e in range(whole):
                 place = vector(T.int64(e * lanes), lanes)
-                T.buffer_store(self.out, out[local, i, place] * splat(total[local, i], lanes), list(self._index(3, b, h, row, place)))
+                T.buffer_store(self.out, result(i, place) * splat(total[local, i], lanes), list(self._index(3, b, h, row, place)))
             if rest:
                 with T.serial(T.int64(rest)) as e:
                     T.buffer_store(
                         self.out,
-                        out[local, i, e + T.int64(whole * lanes)] * total[local, i],
+                        result(i, e + T.int64(whole * lanes)) * total[local, i],
                         list(self._index(3, b, h, row, e + T.int64(whole * lanes))),
                     )
+
+    def _result(self, tiles: TileBuffers, local: Any, nv: int) -> Callable[[Any, Any], Any]:
+        """(query of a tile, columns) -> the output before it is divided."""
+        return lambda i, place: tiles.out[local, i, place]
 
     # ---- the second pass
 

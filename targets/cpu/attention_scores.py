@@ -183,23 +183,19 @@ class AttentionScores(AttentionOperands):
         kv = self._kv_head(h)
 
         def tile(offset: Any, size: int) -> None:
-            acc, dot = Accumulators(size, nv, self.lanes, self.dot), self.dot
             places = [vector(T.int64(v * self.lanes), self.lanes) for v in range(nv)]
-            acc.fill(None if panel.starts is None else lambda i, v: panel.starts[local, places[v]])
             key = T.bind(start + offset)
             if self.ahead:
                 for i in range(size):
                     self._ask(1, b, kv, key + T.int64(i + 2 * size))
                     if not self.copies:
                         self._ask(2, b, kv, key + T.int64(i))
-            with T.serial(T.int64(dot.words(self.depth))) as word:
-                columns = [T.bind(panel.words[local, word, place]) for place in places]
-                acc.multiply(range(size), lambda i: dot.read(self.k, lambda d: self._index(1, b, kv, key + i, d), word * dot.group), columns)
+            products = self._products(b, kv, key, panel, local, size, nv)
 
             def finish(hide: bool) -> None:
-                for i in range(size):
+                for i in self._each(size):
                     for v in range(nv):
-                        score = self._score(acc.load(i, v), panel, local, lambda: self._index(1, b, kv, key + i, T.int64(0)), places[v])  # noqa: B023
+                        score = self._score(products(i, v), panel, local, lambda: self._index(1, b, kv, key + i, T.int64(0)), places[v])  # noqa: B023
                         if hide and not self.window.skips:  # a mask is added to what is filled in
                             score = self.window.hidden(score, key + i, first, v)
                         score = self._masked(score, b, h, key + i, first, v)
@@ -231,6 +227,20 @@ class AttentionScores(AttentionOperands):
             tile(T.bind(count - T.int64(mr)), mr)
         with T.If(count < T.int64(mr)), T.Then(), T.serial(rest) as j:
             tile(j, 1)
+
+    def _products(self, b: Any, kv: Any, key: Any, panel: Panel, local: Any, size: int, nv: int) -> Callable[[Any, int], Any]:
+        """Emits the sums of `size` keys by the queries of a tile; (key within them, vector) -> sums."""
+        acc, dot = Accumulators(size, nv, self.lanes, self.dot), self.dot
+        places = [vector(T.int64(v * self.lanes), self.lanes) for v in range(nv)]
+        acc.fill(None if panel.starts is None else lambda i, v: panel.starts[local, places[v]])
+        with T.serial(T.int64(dot.words(self.depth))) as word:
+            columns = [T.bind(panel.words[local, word, place]) for place in places]
+            acc.multiply(range(size), lambda i: dot.read(self.k, lambda d: self._index(1, b, kv, key + i, d), word * dot.group), columns)
+        return acc.load
+
+    def _each(self, size: int) -> Iterator[Any]:
+        """Emits what is done with each of `size` keys: yields its number where that belongs."""
+        yield from range(size)
 
     @contextmanager
     def _blocks(self, begin: Any, limit: Any, usual: int | None = None) -> Iterator[tuple[Any, Any]]:

@@ -64,6 +64,13 @@ def rows_apart(fused: Fused) -> bool:
     return any(_stride(fused.core["rows"][place], fused.inputs[place].shape) != static(fused.inputs[place].shape[-1]) for place in (1, 2))
 
 
+def bytes_between_rows(fused: Fused, operand: int) -> int | None:
+    """From a row of k (operand 1) or v (2) to the next; None if it is known at run time only."""
+    buffer = fused.inputs[operand]
+    elements = _stride(fused.core["rows"][operand], buffer.shape)
+    return None if elements is None else elements * tvm.DataType(str(buffer.ty.dtype)).itemsize
+
+
 def _stride(rows: Sequence[Sequence[int]], shape: Sequence[Any]) -> int | None:
     """Elements from row s to row s + 1; None if sizes known at run time only decide it."""
     total, inner = 0, 1

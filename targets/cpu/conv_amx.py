@@ -92,7 +92,7 @@ class _Gatherer:
             def tap_by_tap() -> None:
                 with T.serial(taps) as tap:
                     step = T.bind(tap * T.int64(workload.dilation[1]))
-                    at, into = T.bind(start + step * T.int64(channels)), T.bind(place + tap * T.int64(channels))  # noqa: B023
+                    at, into = T.bind(start + step * T.int64(channels)), T.bind(place + tap * T.int64(channels))
                     inside = tirx.And(column + step >= T.int64(0), column + step < self.shape[2])
                     if left or right:
                         self._either(inside, target, slot, into, at, channels)
@@ -105,11 +105,11 @@ class _Gatherer:
                 elif left or right:
                     with T.If(tirx.And(column >= T.int64(0), column + taps <= self.shape[2])):
                         with T.Then():
-                            self._copy(target, slot, place, start, workload.kw * channels)  # noqa: B023
+                            self._copy(target, slot, place, start, workload.kw * channels)
                         with T.Else():
                             tap_by_tap()
                 else:
-                    self._copy(target, slot, place, start, workload.kw * channels)  # noqa: B023
+                    self._copy(target, slot, place, start, workload.kw * channels)
 
             if top or bottom:
                 with T.If(tirx.And(line >= T.int64(0), line < self.shape[1])):

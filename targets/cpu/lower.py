@@ -26,6 +26,7 @@ PACKED = "_packed"
 def templates() -> list[KernelTemplate]:
     """All kernel templates; the one with the lowest predicted latency gets the workload. A new one is one line here."""
     from .attention import Attention
+    from .attention_amx import AttentionAmx
     from .attention_blocks import AttentionBlocks
     from .attention_codes import AttentionCodes
     from .attention_few import AttentionFew
@@ -60,6 +61,7 @@ def templates() -> list[KernelTemplate]:
         ConvAmx(),
         ConvRest(),
         Attention(),
+        AttentionAmx(),
         AttentionBlocks(),
         AttentionFew(),
         AttentionCodes(),
