@@ -29,18 +29,18 @@ def legalized(types, **attrs):
     return legalize(attention_module(types, **attrs), OWN)
 
 
-def kernel_of(module, target, schedule=None, pick=1.0):
+def kernel_of(module, target, schedule=None, pick=1.0, template=None):
     """(variable, PrimFunc) of the attention in a module, scheduled by the template."""
     ((variable, func),) = [(variable, func) for variable, func in module.functions_items() if variable.name_hint == "attention"]
-    fused, template = analyze(own_dims(func)), Attention()
+    fused, template = analyze(own_dims(func)), template or Attention()
     workload = template.workload(fused, frozenset())
     space = list(template.space(workload, target))
     return variable, template.build(fused, workload, schedule or space[int(pick * (len(space) - 1))], target).func
 
 
-def run(arrays, target, schedule=None, pick=1.0, types=None, **attrs):
+def run(arrays, target, schedule=None, pick=1.0, types=None, template=None, **attrs):
     module = legalized(types or [(array.shape, str(array.dtype)) for array in arrays], **attrs)
-    module.update_func(*kernel_of(module, target, schedule, pick))
+    module.update_func(*kernel_of(module, target, schedule, pick, template))
     for variable, func in list(module.functions_items()):
         if isinstance(func, tirx.PrimFunc) and variable.name_hint != "attention":
             module.update_func(variable, generic(func, target).func)
@@ -214,11 +214,15 @@ def test_inner_loops_are_fma_without_spills(machine, schedule, register):
 @pytest.mark.parametrize(("mask", "attrs"), [("none", {}), ("padding", {"layout": "BSHD"}), ("bool", {"scale": 0.3}), ("none", {"causal": True})])
 @pytest.mark.parametrize("target", runnable())
 def test_bfloat16(sizes, mask, attrs, target):
+    check_bfloat16(sizes, mask, attrs, target, 0.6)
+
+
+def check_bfloat16(sizes, mask, attrs, target, pick, template=None):
     """Scores are those of the rounded operands, probabilities lose eight bits."""
     layouts = (attrs.get("layout", "BHSD"),) * 4
     arrays = operands(*sizes, mask=mask, layouts=layouts)
     arrays = [array.astype(ml_dtypes.bfloat16) if place < 3 else array for place, array in enumerate(arrays)]
-    (found,) = run(arrays, target, pick=0.6, **attrs)
+    (found,) = run(arrays, target, pick=pick, template=template, **attrs)
     assert found.dtype == np.float32
     q, k, v, *rest = (array if array.dtype == bool else array.astype(np.float64) for array in arrays)
     error = np.abs(found - reference(q, k, v, *rest, **attrs))

@@ -62,8 +62,8 @@ def compiled(kernel: Any, target: Target) -> Any:
     return tvm.compile(kernel.func.with_attr("global_symbol", "kernel"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
 
 
-def check(fused: Fused, candidate: GemmSchedule, target: Target, m: int) -> None:
-    template = Gemm()
+def check(fused: Fused, candidate: Any, target: Target, m: int, template: Any = None) -> None:
+    template = template or Gemm()
     kernel = template.build(fused, template.workload(fused, frozenset([1])), candidate, target)
     (k, n), short = (int(dim) for dim in fused.inputs[1].shape), str(fused.output.ty.dtype) == "bfloat16"
     x, w, b = values(m, k), values(k, n, seed=1), values(n, seed=2).astype(np.float32)
@@ -103,6 +103,10 @@ def test_any_size(m, k, n, pick):
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 @pytest.mark.parametrize("target", runnable())
 def test_convolutions(index, target):
+    check_convolution(index, target)
+
+
+def check_convolution(index: int, target: Target, template: Any = None) -> None:
     case = CASES[index]
     symbols = {dim: tirx.Var(dim, "int64") for dim in case.x if isinstance(dim, str)}
     builder = relax.BlockBuilder()
@@ -113,7 +117,7 @@ def test_convolutions(index, target):
             y = builder.emit_output(relax.op.nn.conv2d(*params, case.stride, case.pad, case.dilation, case.groups, "NHWC", "HWIO", "NHWC", "float32"))
         builder.emit_func_output(y, params=params)
     fused = only_kernel(builder.get())
-    template, workload = template_for(fused)
+    template, workload = template_for(fused) if template is None else (template, template.workload(fused, frozenset([1])))
     x, w = values(*(case.sizes.get(dim, dim) for dim in case.x), seed=index), values(*types[1], seed=index + 1)
     want = reference(case, x.astype(np.float64), w.astype(np.float64), [], "none")
     scale = reference(case, np.abs(x).astype(np.float64), np.abs(w).astype(np.float64), [], "none")

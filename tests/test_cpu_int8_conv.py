@@ -76,10 +76,14 @@ def compiled(kernel: Any, target: Target) -> Any:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 @pytest.mark.parametrize("target", runnable())
 def test_bit_exact(index: int, target: Target) -> None:
+    check(index, target)
+
+
+def check(index: int, target: Target, template: Any = None) -> None:
     case, requantize = CASES[index], index % 3 != 0
     rng = np.random.default_rng(index)
     fused = fused_conv(case, requantize)
-    template, workload = template_for(fused)
+    template, workload = template_for(fused) if template is None else (template, template.workload(fused, frozenset([1])))
     x = rng.integers(0, 256, tuple(case.sizes.get(dim, dim) for dim in case.x)).astype(np.uint8)
     w = rng.integers(-128, 128, (*case.k, case.x[3] // case.groups, case.co)).astype(np.int8)
     want = reference(case, x.astype(np.float64), w.astype(np.float64), [], "none").astype(np.int32)

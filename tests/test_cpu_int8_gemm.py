@@ -88,8 +88,8 @@ def compiled(kernel, target):
     return tvm.compile(kernel.func.with_attr("global_symbol", "f"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
 
 
-def check(func, epilogue, schedule, target, m=0):
-    template = Gemm()
+def check(func, epilogue, schedule, target, m=0, template=None):
+    template = template or Gemm()
     workload = template.workload(func, frozenset([1]))
     kernel = template.build(func, workload, schedule or template.space(workload, target)[0], target)
     arrays = operands(func, m)

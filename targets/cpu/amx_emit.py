@@ -22,7 +22,7 @@ from ..base import Target
 from ..common.fused import Fused, product, static
 from . import amx
 from .amx import ROW_BYTES, ROWS, Tiles
-from .dot import Dot, vector
+from .dot import Dot, splat, vector
 from .emit import Rows, flat_rows, i64, store_tile, tasks, with_columns
 from .prefetch import prefetch
 
@@ -111,7 +111,7 @@ class AmxEmitter:
         assert self.source.gather is not None
         width = self.steps * amx.step_elements(self.dot)
         known = self.schedule.mc or static(self.m)
-        gathered = T.alloc_buffer((i64(known if known is not None else self.m), width), self.dot.activation)
+        gathered = T.alloc_buffer((i64(known if known is not None else self.m), width), stored_type(self.dot))
         with T.serial(size) as slot:
             self.source.gather(gathered, slot, first + slot)
         return lambda row, k: gathered[row, k], width * self.dot.activation_bytes
@@ -203,8 +203,13 @@ def copy_run(target: Any, slot: Any, place: Any, source: Callable[[Any, int], An
     loops, rest = divmod(count, whole)
 
     def copied(first: Any, length: int) -> None:
-        value = source(first, length) if source is not None else zeros(length, dot)
-        T.buffer_store(target, value, [slot, vector(place + first, length)])
+        kind = stored_type(dot) if length == 1 else f"{stored_type(dot)}x{length}"
+        value = splat(tirx.const(0, stored_type(dot)), length) if source is None else source(first, length)
+        T.buffer_store(
+            target,
+            value if source is None or stored_type(dot) == dot.activation else T.reinterpret(kind, value),
+            [slot, vector(place + first, length)],
+        )
 
     if loops > 1:
         with T.serial(T.int64(loops)) as part:
@@ -215,9 +220,9 @@ def copy_run(target: Any, slot: Any, place: Any, source: Callable[[Any, int], An
         copied(T.int64(loops * whole + first), length)
 
 
-def zeros(lanes: int, dot: Dot) -> Any:
-    value = tirx.const(0, dot.activation)
-    return T.broadcast(value, lanes) if lanes > 1 else value
+def stored_type(dot: Dot) -> str:
+    """Type of gathered elements: TVM would keep a buffer of bfloat16 in float32."""
+    return "uint16" if dot.activation == "bfloat16" else dot.activation
 
 
 def space(rows: int | None, n: int, width: int, gathered: bool, target: Target) -> list[AmxSchedule]:

@@ -1,0 +1,163 @@
+"""Kernels by AMX tiles: exact in int8, within the rounding of bfloat16, over awkward sizes and every block of tiles; the instructions; and that programs choose them."""
+
+from __future__ import annotations
+
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tcompile
+import test_cpu_attention as attention
+import test_cpu_bf16 as bf16
+import test_cpu_int8_conv as int8_conv
+import test_cpu_int8_gemm as int8_gemm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcompile.compiler.tvm import tirx
+from tcompile.targets.base import Target
+from tcompile.targets.common.fused import Unfusable
+from tcompile.targets.cpu import amx
+from tcompile.targets.cpu.amx import Tiles
+from tcompile.targets.cpu.amx_emit import AmxSchedule
+from tcompile.targets.cpu.attention_amx import AttentionAmx
+from tcompile.targets.cpu.conv_amx import ConvAmx
+from tcompile.targets.cpu.gemm_amx import GemmAmx
+from tcompile.targets.cpu.host import host_features
+
+RAPIDS = Target.parse("cpu:sapphirerapids")
+runs = pytest.mark.skipif(
+    not host_features() >= RAPIDS.features, reason="this host has no AMX, or the system gives none: code for it can be compiled, not run"
+)
+SIZES = [
+    ((), 13, 17, 31),
+    ((), 1, 3, 1),
+    ((2, 3), 7, 64, 100),
+    ((), 129, 33, 50),
+    ((), 1, 1, 1),
+    ((), 5, 130, 257),
+    ((), 197, 128, 70),
+    ((), 64, 64, 64),
+]
+
+
+def space(func):
+    return list(GemmAmx().space(GemmAmx().workload(func, frozenset([1])), RAPIDS))
+
+
+@runs
+@pytest.mark.parametrize(("lead", "m", "k", "n"), SIZES)
+def test_int8_products_are_exact(lead, m, k, n):
+    func = int8_gemm.fused(lead, m, k, n)
+    found = {schedule.tiles: schedule for schedule in space(func)}
+    for schedule in found.values():
+        int8_gemm.check(func, "none", schedule, RAPIDS, template=GemmAmx())
+
+
+@runs
+@pytest.mark.parametrize("epilogue", ["dequantize", "residual", "requantize", "residual8"])
+@pytest.mark.parametrize(("m", "k", "n"), [(7, 30, 50), ("rows", 18, 33), ("rows", 64, 80)])
+@pytest.mark.parametrize("rows", [11, 32, 77])
+def test_epilogues(epilogue, m, k, n, rows):
+    func = int8_gemm.fused((2,) if m == 7 else (), m, k, n, epilogue)
+    found = space(func)
+    for pick in (0, len(found) // 2, -1):
+        int8_gemm.check(func, epilogue, found[pick], RAPIDS, rows, GemmAmx())
+
+
+@runs
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 140), st.integers(1, 90), st.integers(0, 10**6))
+def test_any_size(m, k, n, pick):
+    func = int8_gemm.fused((), m, k, n)
+    found = space(func)
+    int8_gemm.check(func, "none", found[pick % len(found)], RAPIDS, template=GemmAmx())
+
+
+@runs
+@pytest.mark.parametrize(("m", "k", "n"), [(13, 17, 31), (1, 3, 1), (129, 34, 50), (1, 1, 1), (5, 1300, 257), ("rows", 19, 45), ("rows", 64, 45)])
+@pytest.mark.parametrize("pick", [0, 0.5, 1])
+def test_bfloat16_products(m, k, n, pick):
+    func = bf16.product(m, k, n, short=m == "rows")
+    found = space(func)
+    bf16.check(func, found[int(pick * (len(found) - 1))], RAPIDS, 53 if m == "rows" else m, GemmAmx())
+
+
+@runs
+@pytest.mark.parametrize("index", range(len(int8_conv.CASES)), ids=[str(case) for case in int8_conv.CASES])
+def test_int8_convolutions_are_exact(index):
+    case = int8_conv.CASES[index]
+    if case.groups > 1:
+        with pytest.raises(Unfusable, match="groups"):
+            ConvAmx().workload(int8_conv.fused_conv(case), frozenset([1]))
+        return
+    int8_conv.check(index, RAPIDS, GemmAmx() if case.k == (1, 1) else ConvAmx())
+
+
+@runs
+@pytest.mark.parametrize("index", [index for index, case in enumerate(bf16.CASES) if case.groups == 1], ids=str)
+def test_bfloat16_convolutions(index):
+    bf16.check_convolution(index, RAPIDS, GemmAmx() if bf16.CASES[index].k == (1, 1) else ConvAmx())
+
+
+@runs
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 2, 1, 64, 64, 64, 64), (2, 4, 2, 37, 131, 32, 48), (1, 2, 1, 5, 3, 32, 16), (1, 3, 1, 79, 300, 96, 80), (1, 2, 1, 33, 17, 64, 128)],
+    ids=str,
+)
+@pytest.mark.parametrize(("mask", "attrs"), [("none", {}), ("padding", {"layout": "BSHD"}), ("bool", {"scale": 0.3}), ("none", {"causal": True})])
+@pytest.mark.parametrize("pick", [0, 0.6, 1])
+def test_attention(sizes, mask, attrs, pick):
+    attention.check_bfloat16(sizes, mask, attrs, RAPIDS, pick, AttentionAmx())
+
+
+@runs
+@pytest.mark.parametrize("keys", [1, 15, 16, 33, 150])
+@pytest.mark.parametrize("attrs", [{}, {"received": True}, {"causal": True, "logsum": True}], ids=str)
+def test_attention_of_open_sizes(keys, attrs):
+    """Numbers of queries and keys that are known only at run time, and what the second outputs are."""
+    arrays = [array.astype(ml_dtypes.bfloat16) for array in attention.operands(1, 2, 1, keys + 3, keys, 64, 48)]
+    queries, number = tirx.Var("queries", "int64"), tirx.Var("keys", "int64")
+    types = [((1, 2, size, array.shape[3]), "bfloat16") for size, array in zip((queries, number, number), arrays, strict=True)]
+    found = attention.run(arrays, RAPIDS, pick=0.5, types=types, template=AttentionAmx(), **attrs)
+    want = attention.reference(*(array.astype(np.float64) for array in arrays), **attrs)
+    for ours, theirs in zip(found, want if isinstance(want, tuple) else (want,), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=0.02 if ours.ndim == 4 else 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "instruction"), [("int8", "tdpbusd"), ("bf16", "tdpbf16ps")])
+def test_code_multiplies_tiles(kind, instruction):
+    """One block of 2 x 2: four products a step, four loads, requests for the next panel; tiles are configured and cleared outside of the loop."""
+    func = int8_gemm.fused((), 128, 256, 384, "requantize") if kind == "int8" else bf16.product(128, 256, 384, short=True)
+    kernel = GemmAmx().build(func, GemmAmx().workload(func, frozenset([1])), AmxSchedule(Tiles(2, 2), 0, 4), RAPIDS)
+    module = int8_gemm.compiled(kernel, RAPIDS) if kind == "int8" else bf16.compiled(kernel, RAPIDS)
+    blocks = re.split(r"\n\.LBB", module.mod.inspect_source("asm"))
+    hot = re.split(r"\n\tj", max(blocks, key=lambda block: block.count(instruction)))[0]
+    assert hot.count(instruction) == 4 and hot.count("tileloadd") == 4 and "prefetch" in hot
+    assert "ldtilecfg" not in hot and "tilezero" not in hot and "tilerelease" in "".join(blocks)
+
+
+def test_tiles_number_their_registers_apart():
+    for tiles in amx.shapes(None, 1000):
+        sums = {tiles.c(i, j) for i in range(tiles.rows) for j in range(tiles.columns)}
+        rows, columns = {tiles.a(i) for i in range(tiles.rows)}, {tiles.b(j) for j in range(tiles.columns)}
+        assert tiles.fits and len(sums) == tiles.rows * tiles.columns and len(rows) == tiles.rows
+        assert not (sums & rows or sums & columns or rows & columns) and max(sums | rows | columns) < 8
+
+
+def test_machines_without_tiles_refuse():
+    func = int8_gemm.fused((), 13, 17, 31)
+    with pytest.raises(Unfusable, match="no tiles"):
+        GemmAmx().space(GemmAmx().workload(func, frozenset([1])), Target.parse("cpu:icelake-server"))
+
+
+@pytest.mark.parametrize("compression", [{"precision": "bf16"}, {"quantize": "int8"}], ids=str)
+def test_programs_choose_tiles(compression):
+    """Products of many rows take tiles, also in code for another machine; and the artifact says what it needs."""
+    layers, x, image = bf16.Layers().eval(), torch.randn(2, 64, 37), torch.randn(2, 5, 13, 11)
+    calibration = [(x, image)] if "quantize" in compression else None
+    compiled = tcompile.compile(layers, example_inputs=(x, image), target="cpu:sapphirerapids", calibration=calibration, **compression)
+    chosen = [row["template"] for row in compiled.report()["kernels"]]
+    assert chosen.count("gemm_amx") == 2 and "conv_amx" in chosen
