@@ -20,7 +20,7 @@ from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Unfusable
 from tcompile.targets.cpu import amx
 from tcompile.targets.cpu.amx import Tiles
-from tcompile.targets.cpu.amx_emit import AmxSchedule
+from tcompile.targets.cpu.amx_schedules import AmxSchedule
 from tcompile.targets.cpu.attention_amx import AttentionAmx
 from tcompile.targets.cpu.conv_amx import ConvAmx
 from tcompile.targets.cpu.gemm_amx import GemmAmx

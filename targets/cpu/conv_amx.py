@@ -14,8 +14,10 @@ from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
-from . import amx, amx_emit
-from .amx_emit import AmxEmitter, AmxSchedule, Rowwise, copy_run
+from . import amx, amx_schedules
+from .amx_emit import AmxEmitter, Rowwise
+from .amx_gather import copy_run
+from .amx_schedules import AmxSchedule
 from .conv_common import ConvWorkload, conv_workload
 from .dot import Dot, vector
 from .emit import Rows, kernel
@@ -39,14 +41,14 @@ class ConvAmx:
             raise Unfusable("no tiles on this machine")
         rows = _pixels(workload)
         width = amx.steps(_depth(workload), tile_dot(workload.kind)) * amx.ROW_BYTES
-        return amx_emit.space(rows, workload.co, width, True, target)
+        return amx_schedules.space(rows, workload.co, width, True, target)
 
     def features(self, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:
         n, height, width = workload.sizes()
         dot, k = tile_dot(workload.kind), _depth(workload)
         run = workload.kw * workload.ci * dot.activation_bytes / amx.ROW_BYTES
         gathering = 8.0 + workload.kh * (6.0 + 2.0 * run)
-        return amx_emit.features(n * height * width, k, workload.co, schedule, dot, gathering, target)
+        return amx_schedules.features(n * height * width, k, workload.co, schedule, dot, gathering, target)
 
     def build(self, fused: Fused, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> Kernel:
         x, w = fused.inputs

@@ -163,10 +163,7 @@ class Rows:
 
 
 class Sums(Protocol):
-    """A tile of sums as `store_tile` reads it: mr x nv vectors of `lanes`, element `lane(row, vector, lane)`."""
-
-    @property
-    def mr(self) -> int: ...
+    """A tile of sums as `store_row` reads it: nv vectors of `lanes` in a row, element `lane(row, vector, lane)`."""
 
     @property
     def nv(self) -> int: ...
@@ -225,7 +222,7 @@ class Accumulators:
 def store_tile(
     fused: Fused,
     buffers: dict[Any, Any],
-    acc: Sums,
+    acc: Accumulators,
     lead: Callable[[Any], Sequence[Any]],
     column: Callable[[int], Any],
     columns: int,
@@ -241,17 +238,15 @@ def store_tile(
     A long epilogue (an erf, a sigmoid) runs as a loop over the rows, on copies of the accumulators: unrolled for all of them it is thousands of
     instructions, which LLVM takes seconds to compile.
     """
-    if isinstance(acc, Accumulators) and acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
+    if acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
         for i in range(acc.mr):
             with _if(inside, T.int64(i)):
-                _store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
+                store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
         return
-    stored = acc
-    if isinstance(acc, Accumulators):
-        stored = Accumulators(acc.mr, acc.nv, acc.lanes, acc.dot)
-        stored.fill(acc.load)
+    spilled = Accumulators(acc.mr, acc.nv, acc.lanes, acc.dot)
+    spilled.fill(acc.load)
     with T.serial(T.int64(acc.mr)) as row, _if(inside, row):
-        _store_row(fused, buffers, stored, row, lead(row), column, columns, limit)
+        store_row(fused, buffers, spilled, row, lead(row), column, columns, limit)
 
 
 @contextmanager
@@ -263,9 +258,11 @@ def _if(condition: Callable[[Any], Any] | None, row: Any) -> Iterator[None]:
         yield
 
 
-def _store_row(
-    fused: Fused, buffers: dict[Any, Any], acc: Sums, i: Any, lead: Sequence[Any], column: Callable[[int], Any], columns: int, limit: Any
+def store_row(
+    fused: Fused, buffers: dict[Any, Any], acc: Sums, i: Any, lead: Sequence[Any], column: Callable[[int], Any], columns: int, limit: Any = None
 ) -> None:
+    """Run the epilogue on row i of a tile and store it; see `store_tile`."""
+
     def load(buffer: Any, indices: Sequence[Any]) -> Any:
         return buffers[buffer][tuple(indices)]
 

@@ -6,7 +6,7 @@ Rows are read in place where they are whole tiles of K, one after the other; oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
-from . import amx, amx_emit
-from .amx_emit import AmxEmitter, AmxSchedule, Rowwise, copy_run
+from . import amx, amx_schedules
+from .amx_emit import AmxEmitter, Rowwise
+from .amx_gather import copy_run
+from .amx_schedules import AmxSchedule
 from .conv_common import ConvWorkload
 from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
 from .dot import BF16, VNNI, Dot, vector
@@ -49,7 +51,8 @@ class GemmAmx:
         gemm = Gemm().workload(fused, constants) if convolution is None else gemm_of(convolution)
         if gemm.kind == "f32" or not gemm.packed:
             raise Unfusable("float32, or weights that are not constant")
-        return AmxWorkload(gemm, convolution)
+        kind = gemm.kind.partition("/")[0]  # whether sums fit 16 bits does not matter here
+        return AmxWorkload(replace(gemm, kind=kind), None if convolution is None else replace(convolution, kind=kind))
 
     def space(self, workload: AmxWorkload, target: Target) -> Sequence[AmxSchedule]:
         gemm = workload.gemm
@@ -57,13 +60,13 @@ class GemmAmx:
             raise Unfusable("no tiles on this machine")
         assert gemm.n is not None and gemm.k is not None
         dot = tile_dot(gemm.kind)
-        return amx_emit.space(gemm.m, gemm.n, amx.steps(gemm.k, dot) * amx.ROW_BYTES, not _in_place(workload, dot), target)
+        return amx_schedules.space(gemm.m, gemm.n, amx.steps(gemm.k, dot) * amx.ROW_BYTES, not _in_place(workload, dot), target)
 
     def features(self, workload: AmxWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:
         gemm, dot = workload.gemm, tile_dot(workload.gemm.kind)
         assert gemm.n is not None and gemm.k is not None
         gathering = 0.0 if _in_place(workload, dot) else 6.0 + 2.0 * amx.steps(gemm.k, dot)
-        return amx_emit.features((gemm.m or _TYPICAL) * (gemm.batch or 1), gemm.k, gemm.n, schedule, dot, gathering, target)
+        return amx_schedules.features((gemm.m or _TYPICAL) * (gemm.batch or 1), gemm.k, gemm.n, schedule, dot, gathering, target)
 
     def build(self, fused: Fused, workload: AmxWorkload, schedule: AmxSchedule, target: Target) -> Kernel:
         gemm, (x, w) = workload.gemm, fused.inputs

@@ -1,0 +1,48 @@
+"""Copies of rows into whole tiles of K, for products whose rows do not lie in memory as AMX tiles want them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ...compiler.tvm import T, tirx
+from .amx import ROW_BYTES
+from .dot import Dot, splat, vector
+
+
+def run_copies(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
+    """(first, length) of vectors that copy `count` elements of so many bytes: as many of 64 bytes as there are, then halves."""
+    first, length = 0, ROW_BYTES // bytes_each
+    while first < count:
+        while length > count - first:
+            length //= 2
+        yield first, length
+        first += length
+
+
+def copy_run(target: Any, slot: Any, place: Any, source: Callable[[Any, int], Any] | None, count: int, dot: Dot) -> None:
+    """Emits target[slot, place : place + count] = source(first, lanes), vector by vector, or zeros."""
+    whole = ROW_BYTES // dot.activation_bytes
+    loops, rest = divmod(count, whole)
+
+    def copied(first: Any, length: int) -> None:
+        kind = stored_type(dot) if length == 1 else f"{stored_type(dot)}x{length}"
+        value = splat(tirx.const(0, stored_type(dot)), length) if source is None else source(first, length)
+        T.buffer_store(
+            target,
+            value if source is None or stored_type(dot) == dot.activation else T.reinterpret(kind, value),
+            [slot, vector(place + first, length)],
+        )
+
+    if loops > 1:
+        with T.serial(T.int64(loops)) as part:
+            copied(part * T.int64(whole), whole)
+    elif loops:
+        copied(T.int64(0), whole)
+    for first, length in run_copies(rest, dot.activation_bytes):
+        copied(T.int64(loops * whole + first), length)
+
+
+def stored_type(dot: Dot) -> str:
+    """Type of gathered elements: TVM would keep a buffer of bfloat16 in float32."""
+    return "uint16" if dot.activation == "bfloat16" else dot.activation

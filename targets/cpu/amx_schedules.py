@@ -1,0 +1,84 @@
+"""Schedules of products by AMX tiles and what they cost; see amx_emit.py for the loop nest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...autotune.cost_model import KernelFeatures
+from ..base import Target
+from . import amx
+from .amx import ROW_BYTES, ROWS, Tiles
+from .dot import Dot
+
+#: bytes of gathered rows per task, as a share of the second-level cache
+_SHARE_OF_L2 = 0.5
+
+
+@dataclass(frozen=True)
+class AmxSchedule:
+    """tiles: of a block; mc rows per task (0: all of them) against so many `panels` of weights (0: all of them)."""
+
+    tiles: Tiles
+    mc: int
+    panels: int
+
+    def __str__(self) -> str:
+        return f"AmxSchedule({self.tiles.rows}x{self.tiles.columns}, mc={self.mc}, panels={self.panels})"
+
+
+def space(rows: int | None, n: int, width: int, gathered: bool, target: Target) -> list[AmxSchedule]:
+    """Schedules for an output of so many rows and n columns; width: bytes of a row in whole tiles."""
+    found = []
+    for tiles in amx.shapes(rows, n):
+        height, panels = ROWS * tiles.rows, -(-n // (ROWS * tiles.columns))
+        chunks = [mc // height * height for mc in (64, 128, 256, 512, 1024) if rows is None or mc < rows]
+        if rows is not None or not gathered:
+            chunks = [0, *chunks]
+        for mc in chunks:
+            held = (mc or rows or 0) * width
+            if gathered and held > target.l2_bytes * _SHARE_OF_L2 and mc != chunks[0] and mc != 64 // height * height:
+                continue
+            found += [AmxSchedule(tiles, mc, each) for each in sorted({0, *(p for p in (1, 2, 4, 8, 16) if p < panels)})]
+    return found
+
+
+def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathered: float, target: Target) -> KernelFeatures:
+    """Cost of a product. gathered: cycles that gathering one row takes, 0 where rows are read in place."""
+    tiles, steps = schedule.tiles, amx.steps(k, dot)
+    height, nr = ROWS * tiles.rows, ROWS * tiles.columns
+    mc, panels = min(schedule.mc or rows, rows), -(-n // nr)
+    chunks, each = -(-rows // mc), min(schedule.panels or panels, panels)
+    groups = -(-panels // each)
+    whole, rest = divmod(rows, height)
+    busy = latency = load = stores = 0.0
+    for count, size in ((whole, height), (1, rest)):
+        if count and size:
+            used = -(-size // ROWS)
+            # with fewer rows a product takes as many cycles as there are rows
+            product_cycles = size * tiles.columns
+            busy += count * panels * steps * product_cycles
+            latency += count * panels * steps * max(LATENCY_OF_STEP, product_cycles)
+            load += count * panels * steps * (size + ROWS * tiles.columns) / 2.0
+            stores += count * panels * (2.5 * size * tiles.columns + (100.0 if rest else 20.0) + 4.0 * used)
+    gathering = gathered * rows * groups
+    row_bytes, panel_bytes = float(steps * ROW_BYTES), float(steps * ROWS * 4 * nr)
+    blocks = -(-mc // height)
+    in_l1 = panel_bytes + height * row_bytes < 0.8 * target.l1_bytes
+    l2 = chunks * panels * (panel_bytes * (1 if in_l1 else blocks) + mc * row_bytes)
+    chunk_in_l2 = mc * row_bytes + 2 * panel_bytes < 0.75 * target.l2_bytes
+    l3 = chunks * panels * panel_bytes + (0 if chunk_in_l2 else chunks * panels * mc * row_bytes)
+    more = stores + gathering + 150.0 * chunks * groups
+    return KernelFeatures(
+        flops=2.0 * rows * k * n,
+        fma_cycles=busy + more,
+        load_cycles=load,
+        latency_cycles=latency + more,
+        l2_bytes=l2 / 2.0,  # tiles come twice as fast as vectors, by whole lines
+        l3_bytes=l3,
+        dram_bytes=panels * panel_bytes,
+        tasks=chunks * groups,
+    )
+
+
+#: cycles of a step, at least: each of its sums is added to once
+LATENCY_OF_STEP = amx.LATENCY
