@@ -132,7 +132,7 @@ class AmxEmitter:
 
             def between(step: Any) -> None:
                 with T.If(turn > T.int64(0)), T.Then():
-                    self._finish(before, step * T.int64(few), few)
+                    self._finish(before, step * T.int64(few), few, few * self.steps > self.height)
 
             self._products(self.tiles, T.bind(block * self.height), now, block, between)
         if rest == 0:
@@ -174,8 +174,8 @@ class AmxEmitter:
     def _half(self, block: _Block) -> Any:
         return block.half * T.int64(self.height * self.nr)
 
-    def _finish(self, block: _Block, first: Any, count: Any) -> None:
-        """The epilogue of `count` rows of a block from `first` on, of those that it has."""
+    def _finish(self, block: _Block, first: Any, count: Any, guarded: bool = False) -> None:
+        """The epilogue of `count` rows of a block from `first` on. guarded: there may be fewer."""
         row_of = T.bind(self.first + block.number * T.int64(self.height))
 
         def rows(columns: int) -> None:
@@ -190,7 +190,7 @@ class AmxEmitter:
                 def store() -> None:
                     store_row(self.fused, self.buffers, sums, row, lead(row), lambda v: block.panel * self.nr + v * ROWS, columns)
 
-                if isinstance(count, int) and count < self.height and self.height % count:
+                if guarded:
                     with T.If(row < self.height), T.Then():
                         store()
                 else:

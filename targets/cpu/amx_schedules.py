@@ -12,6 +12,9 @@ from .dot import Dot
 
 #: bytes of gathered rows per task, as a share of the second-level cache
 _SHARE_OF_L2 = 0.5
+#: what products take longer where more than two follow each other without waiting: a core whose power is bounded then slows all of them down. Measured on whole networks, where blocks of
+#: 2 x 2 were 0 to 8 % slower than 1 x 2 at the core's full rate (BERT-base, ResNet-50) and 14 to 30 % where it was bounded
+_CROWDED = 1.6
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,9 @@ def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathere
         if count and size:
             used = -(-size // ROWS)
             # with fewer rows a product takes as many cycles as there are rows
-            product_cycles = size * tiles.columns
+            product_cycles = size * tiles.columns * (_CROWDED if tiles.rows * tiles.columns > 2 else 1.0)
             busy += count * panels * steps * product_cycles
-            latency += count * panels * steps * max(LATENCY_OF_STEP, product_cycles)
+            latency += count * panels * steps * max(amx.LATENCY, product_cycles)
             load += count * panels * steps * (size + ROWS * tiles.columns) / 2.0
             stores += count * panels * (2.5 * size * tiles.columns + (100.0 if rest else 20.0) + 4.0 * used)
     gathering = gathered * rows * groups
@@ -78,7 +81,3 @@ def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathere
         dram_bytes=panels * panel_bytes,
         tasks=chunks * groups,
     )
-
-
-#: cycles of a step, at least: each of its sums is added to once
-LATENCY_OF_STEP = amx.LATENCY
