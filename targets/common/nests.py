@@ -93,7 +93,7 @@ def _simplifier(axes: Sequence[Axis]) -> Callable[[Any], Any]:
 
 
 def _simplify(value: Any, simplify: Callable[[Any], Any]) -> Any:
-    """Simplify indices and drop the branches that cannot be taken; arithmetic on values stays as written."""
+    """Simplify indices, and numbers that are made of them, and drop the branches that cannot be taken; arithmetic on values stays as written."""
 
     def branch(call: Any) -> Any:
         if getattr(call.op, "name", "") != "prim.if_then_else":
@@ -102,9 +102,13 @@ def _simplify(value: Any, simplify: Callable[[Any], Any]) -> Any:
         known = static(condition)
         return call if known is None else call.args[1 if known else 2]
 
+    def number(cast: Any) -> Any:
+        return tirx.Cast(cast.ty.dtype, simplify(cast.value)) if str(cast.value.ty.dtype) == "int64" and not loads(cast.value) else cast
+
     return structural_map(
         value,
         [
+            (tirx.Cast, number),
             (TensorLoad, lambda load: tirx.BufferLoad(load.source, [simplify(index) for index in load.indices])),
             (tvm.ir.Call, branch),
         ],

@@ -1,7 +1,8 @@
 """Rewrites that make the loops of a nest simple.
 
 Axes of extent 1 go; an axis read through div and mod is split so that they vanish (reshape and transpose chains); a domain where an if-then-else changes sides (concat, pad)
-is cut there; neighbours that every access walks contiguously become one axis.
+is cut there, and where that depends on the window of a reduction (pooling), so that all windows inside of the image are one piece without conditions; neighbours that every access walks
+contiguously become one axis.
 """
 
 from __future__ import annotations
@@ -61,9 +62,7 @@ def _division(nest: Nest) -> tuple[Axis, int] | None:
 
 
 def cut(nest: Nest) -> list[Nest]:
-    """Cut map nests where the condition of an if-then-else on one axis changes sides."""
-    if not nest.is_map:
-        return [nest]
+    """Cut a nest where the condition of an if-then-else on one axis of its rows changes sides, for some or for all points of its reductions."""
     done, pending = [], [nest]
     while pending:
         piece = pending.pop(0)
@@ -81,22 +80,24 @@ def cut(nest: Nest) -> list[Nest]:
 
 
 def _cuts(nest: Nest) -> tuple[Axis, list[int]] | None:
-    """The first axis that conditions compare with constants, and where."""
+    """The first axis of rows that conditions compare with constants, and where."""
+    inner = [axis for axis in nest.axes if axis.inner]
     for axis in nest.axes:
         extent = static(axis.extent)
-        if extent is None:
+        if extent is None or axis.inner or any(static(other.extent) is None for other in inner):
             continue
         points: set[int] = set()
 
         def compare(node: Any) -> None:
-            scale_offset = tvm.sym.detect_linear_equation(node.a - node.b, [axis.var])  # noqa: B023
-            if len(scale_offset) != 2:
+            linear = tvm.sym.detect_linear_equation(node.a - node.b, [axis.var, *(other.var for other in inner)])  # noqa: B023
+            values = [static(value) for value in linear]
+            if not values or None in values or not values[0]:
                 return
-            scale, offset = static(scale_offset[0]), static(scale_offset[1])
-            if scale not in (1, -1) or offset is None:
-                return
-            zero = -offset * scale
-            points.update(point for point in (zero, zero + 1) if 0 < point < extent)  # noqa: B023
+            scale, *strides, offset = values
+            reach = [stride * (static(other.extent) - 1) for stride, other in zip(strides, inner, strict=True)]  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+            for end in {sum(min(each, 0) for each in reach), sum(max(each, 0) for each in reach)}:
+                zero = -(offset + end) // scale  # where the difference passes 0
+                points.update(point for point in (zero, zero + 1) if 0 < point < extent)  # noqa: B023
 
         def visit(call: Any) -> None:
             if getattr(call.op, "name", "") == "prim.if_then_else":
@@ -112,14 +113,16 @@ def _cuts(nest: Nest) -> tuple[Axis, list[int]] | None:
 
 
 def _decides(nest: Nest, axis: Axis, point: int) -> bool:
-    """Some condition has different values at point - 1 and point, so that a cut there helps."""
-    changed = False
+    """Some condition has different values at point - 1 and point, or one on one side only whatever a reduction is at, so that a cut there helps."""
+    changed, analyzer = False, tvm.sym.Analyzer()
+    for inner in nest.axes:
+        if inner.inner:
+            analyzer.bind(inner.var, tvm.ir.Range.from_min_extent(tirx.const(0, "int64"), inner.extent))
 
     def compare(node: Any) -> None:
         nonlocal changed
-        sides = [tvm.sym.Analyzer().simplify(substitute(node, {axis.var: tirx.const(at, "int64")})) for at in (point - 1, point)]
-        values = [static(side) for side in sides]
-        changed = changed or (None not in values and values[0] != values[1])
+        values = [static(analyzer.simplify(substitute(node, {axis.var: tirx.const(at, "int64")}))) for at in (point - 1, point)]
+        changed = changed or values[0] != values[1]
 
     def visit(call: Any) -> None:
         if getattr(call.op, "name", "") == "prim.if_then_else":
