@@ -220,11 +220,25 @@ def log1p(name: Names, x: Any) -> Any:
     return select(T.fabs(x) < _f32(2.0**-24), x, _log_edges(u, value))
 
 
+def _quotient(name: Names, dividend: Any, divisor: Any) -> Any:
+    """dividend / divisor for divisors of common size, 1 ulp. A division of sixteen floats keeps a port busy for 16 cycles on Intel's cores: there an estimate of 14 bits and two steps of
+    Newton's iteration, the second on the quotient itself, take its place."""
+    if _lanes(divisor) != 16:
+        return dividend / divisor
+    dividend, divisor = name(dividend), name(divisor)
+    minus = name(_f32(0.0) - divisor)
+    arguments = divisor, tirx.Broadcast(_f32(0.0), 16), T.int16(-1)
+    estimate = name(T.call_llvm_pure_intrin("float32x16", T.llvm_lookup_intrinsic_id("llvm.x86.avx512.rcp14.ps.512"), *arguments))
+    inverse = name(estimate * (minus * estimate + _f32(1.0)) + estimate)
+    quotient = name(dividend * inverse)
+    return inverse * (minus * quotient + dividend) + quotient
+
+
 def _odd_rational(name: Names, x: Any, bound: float, p: Sequence[float], q: Sequence[float]) -> Any:
     """x P(x^2) / Q(x^2), held within [-1, 1], x beyond the bound where the function rounds to 1."""
     clamped = name(_at_most(_at_least(x, _f32(-bound)), _f32(bound)))
     square = name(clamped * clamped)
-    value = name(clamped * _horner(square, p) / _horner(square, q))
+    value = name(_quotient(name, clamped * _horner(square, p), _horner(square, q)))
     return _at_most(_at_least(value, _f32(-1.0)), _f32(1.0))
 
 
