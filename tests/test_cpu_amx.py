@@ -15,7 +15,7 @@ import test_cpu_int8_gemm as int8_gemm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcompile.compiler.tvm import tirx
+from tcompile.compiler.tvm import tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Unfusable
 from tcompile.targets.cpu import amx
@@ -23,8 +23,10 @@ from tcompile.targets.cpu.amx import Tiles
 from tcompile.targets.cpu.amx_schedules import AmxSchedule
 from tcompile.targets.cpu.attention_amx import AttentionAmx
 from tcompile.targets.cpu.conv_amx import ConvAmx
+from tcompile.targets.cpu.conv_amx_rows import ConvAmxRows
 from tcompile.targets.cpu.gemm_amx import GemmAmx
 from tcompile.targets.cpu.host import host_features
+from test_cpu_conv import Case, reference
 
 RAPIDS = Target.parse("cpu:sapphirerapids")
 runs = pytest.mark.skipif(
@@ -93,6 +95,32 @@ def test_int8_convolutions_are_exact(index):
             ConvAmx().workload(int8_conv.fused_conv(case), frozenset([1]))
         return
     int8_conv.check(index, RAPIDS, GemmAmx() if case.k == (1, 1) else ConvAmx())
+
+
+ROWS = [
+    Case((1, 9, 11, 64), 19, (3, 3), pad=(1, 1, 1, 1)),
+    Case((2, 8, 13, 64), 40, (3, 3), pad=(1, 2, 0, 1)),
+    Case((1, 7, 7, 128), 32, (3, 3), pad=(1, 1, 1, 1)),
+    Case((2, 10, 20, 32), 24, (1, 4), pad=(0, 1, 0, 2)),
+    Case((3, 12, 9, 64), 16, (5, 5)),
+    Case((1, 6, 5, 64), 70, (2, 1), pad=(1, 0, 0, 0)),
+]
+
+
+@runs
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_windows_in_place(case):
+    """Stride 1, with padding on some or all sides and without: every sixth schedule."""
+    rng = np.random.default_rng(0)
+    fused, template = int8_conv.fused_conv(case, requantize=False), ConvAmxRows()
+    x, w = rng.integers(0, 256, case.x).astype(np.uint8), rng.integers(-128, 128, (*case.k, case.x[3], case.co)).astype(np.int8)
+    want = reference(case, x.astype(np.float64), w.astype(np.float64), [], "none").astype(np.int32)
+    workload = template.workload(fused, frozenset([1]))
+    for schedule in list(template.space(workload, RAPIDS))[::6]:
+        kernel = template.build(fused, workload, schedule, RAPIDS)
+        out = tvm.runtime.tensor(np.zeros(want.shape, np.int32))
+        int8_conv.compiled(kernel, RAPIDS)["kernel"](tvm.runtime.tensor(x), tvm.runtime.tensor(kernel.packings[0].pack(w)), out)
+        np.testing.assert_array_equal(out.numpy(), want, err_msg=str(schedule))
 
 
 @runs
@@ -173,7 +201,7 @@ def test_programs_choose_tiles(compression, tmp_path):
     calibration = [feeds] if "quantize" in compression else None
     compiled = tcompile.compile(layers, example_inputs=feeds, target="cpu:sapphirerapids", calibration=calibration, **compression)
     chosen = [row["template"] for row in compiled.report()["kernels"]]
-    assert chosen.count("gemm_amx") == 3 and chosen.count("conv_amx") == 1
+    assert chosen.count("gemm_amx") == 3 and sum(name.startswith("conv_amx") for name in chosen) == 1
     compiled.save(tmp_path / "layers.tcm")
     if not host_features() >= RAPIDS.features:
         with pytest.raises(tcompile.ToolchainError, match="amx"):

@@ -1,7 +1,7 @@
 """Products by AMX tiles, for every template that uses them: rows of A from memory as they are, or gathered, against panels of packed weights.
 
 for (chunk of mc rows, group of panels) in parallel:
-    [gathered[mc][K] = rows of A]                    # where they do not lie in memory as tiles want them
+    [copy of rows of A]                              # where they do not lie in memory as tiles want them
     for jo in panels of the group:                   # NR = 16 * columns output channels
         for io in mc / (16 * rows):                  # one block: rows x columns tiles of sums
             for k in K by 64 bytes:                  # and lines of the next panel are prefetched
@@ -15,29 +15,44 @@ Tiles take 16 cycles for a product and leave the vector pipes alone: the epilogu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, product, static
 from . import amx
 from .amx import ROWS, Tiles
-from .amx_gather import stored_type
 from .amx_schedules import AmxSchedule
 from .dot import Dot
-from .emit import Rows, flat_rows, i64, store_row, tasks, with_columns
+from .emit import Rows, flat_rows, i64, store_row, tasks, when, with_columns
 from .prefetch import prefetch
 
 
-@dataclass(frozen=True)
-class Rowwise:
-    """The rows that are multiplied. Either `element(row, k)`, an element of a buffer from which on the rows of a tile lie `stride` bytes apart, or `gather(target, slot, row)`, which emits
-    a copy of one row into row `slot` of a buffer [slots, K elements of whole tiles]."""
+class Source(Protocol):
+    """The rows that are multiplied."""
 
-    stride: int = 0
-    element: Callable[[Any, Any], Any] | None = None
-    gather: Callable[[Any, Any, Any], None] | None = None
+    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any], Any], int]:
+        """Makes `size` rows from `first` on ready, at most `most` of them: (row of these, k) -> element of a buffer, and the bytes from one row to the next."""
+        ...
+
+    def inside(self, lead: Sequence[Any]) -> Any:
+        """Whether a row, by its indices in the leading dims, is one of the output's; None: all are."""
+        ...
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Rows that lie in a buffer `stride` bytes apart."""
+
+    element: Callable[[Any, Any], Any]
+    stride: int
+
+    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any], Any], int]:
+        return lambda row, k: self.element(first + row, k), self.stride
+
+    def inside(self, lead: Sequence[Any]) -> Any:
+        return None
 
 
 @dataclass(frozen=True)
@@ -64,15 +79,19 @@ class _Block:
 
 
 class AmxEmitter:
-    """Emits one product; see the module for the loop nest. rows: leading dims of the output; weights: packed panels of words [panels, words of whole tiles, NR]."""
+    """Emits one product; see the module for the loop nest. rows: leading dims of the output, or longer ones if the source has rows outside of it; weights: packed panels of words
+    [panels, words of whole tiles, NR]."""
 
     def __init__(
-        self, fused: Fused, buffers: dict[Any, Any], schedule: AmxSchedule, rows: list[Any], k: int, n: int, source: Rowwise, weights: Any, dot: Dot
+        self, fused: Fused, buffers: dict[Any, Any], schedule: AmxSchedule, rows: list[Any], k: int, n: int, source: Source, weights: Any, dot: Dot
     ):
         self.fused, self.schedule, self.k, self.n, self.source, self.weights, self.dot = fused, schedule, k, n, source, weights, dot
         self.m = product(rows)
-        flat, self.buffers = flat_rows(fused, buffers)
-        self.rows = Rows(flat if self.buffers is not buffers else rows)
+        self.buffers, dims = buffers, rows
+        if source.inside([T.int64(0)] * len(rows)) is None:
+            flat, self.buffers = flat_rows(fused, buffers)
+            dims = flat if self.buffers is not buffers else rows
+        self.rows = Rows(dims)
         self.tiles, self.height, self.nr = schedule.tiles, ROWS * schedule.tiles.rows, ROWS * schedule.tiles.columns
         self.steps = amx.steps(k, dot)
 
@@ -89,9 +108,10 @@ class AmxEmitter:
             self.sums = T.alloc_buffer((room,), self.dot.accumulator)
             # TVM cuts off what no statement touches, and does not know what tiles write
             T.buffer_store(self.sums, self.dot.zero(), [room - 1])
-            self.element, self.stride = self._rows(size)
+            self.element, self.stride = self.source.prepare(self.first, size, i64(mc if mc else m if m is not None else self.m))
             own = T.bind(T.min(T.int64(each), T.int64(panels) - group * each)) if panels % each else T.int64(each)
-            rest = None if m is None else (m % mc if mc and m > mc else m) % self.height
+            # chunks are whole blocks but for the last one, or all of one size
+            rest = None if m is None else ((m % mc or mc) if mc else m) % self.height
             self.blocks = T.bind(T.floordiv(size, T.int64(self.height)))
             if rest == 0:
                 self.tiles.configure(self.memory)
@@ -102,19 +122,6 @@ class AmxEmitter:
                 last = _Block(T.bind(group * T.int64(each) + own - 1), self.blocks - 1, T.bind(T.floormod(own * self.blocks - 1, T.int64(2))))
                 self._finish(last, T.int64(0), self.height)
             amx.release()
-
-    def _rows(self, size: Any) -> tuple[Callable[[Any, Any], Any], int]:
-        """(row, k) -> element of a buffer, and bytes between rows; rows count from the first one of the chunk."""
-        if self.source.element is not None:
-            element, first = self.source.element, self.first
-            return lambda row, k: element(first + row, k), self.source.stride
-        assert self.source.gather is not None
-        width = self.steps * amx.step_elements(self.dot)
-        known = self.schedule.mc or static(self.m)
-        gathered = T.alloc_buffer((i64(known if known is not None else self.m), width), stored_type(self.dot))
-        with T.serial(size) as slot:
-            self.source.gather(gathered, slot, self.first + slot)
-        return lambda row, k: gathered[row, k], width * self.dot.activation_bytes
 
     def _panel(self, panel: Any, jo: Any, size: Any, rest: int | None) -> None:
         """All blocks of a chunk against one panel. rest: rows of the last chunk that do not fill a block, None where they are not known."""
@@ -180,21 +187,12 @@ class AmxEmitter:
 
         def rows(columns: int) -> None:
             sums = StoredSums(self.sums, self._half(block), self.nr, -(-columns // ROWS))
-
-            def lead(i: Any) -> list[Any]:
-                return self.rows.indices(row_of + i)
-
             with T.serial(i64(count)) as each:
                 row = T.bind(first + each)
-
-                def store() -> None:
-                    store_row(self.fused, self.buffers, sums, row, lead(row), lambda v: block.panel * self.nr + v * ROWS, columns)
-
-                if guarded:
-                    with T.If(row < self.height), T.Then():
-                        store()
-                else:
-                    store()
+                with when(row < self.height if guarded else None):
+                    lead = self.rows.indices(row_of + row)
+                    with when(self.source.inside(lead)):
+                        store_row(self.fused, self.buffers, sums, row, lead, lambda v: block.panel * self.nr + v * ROWS, columns)
 
         with_columns(block.panel, self.n, self.nr, rows)
 

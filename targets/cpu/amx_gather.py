@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.tvm import T, tirx
 from .amx import ROW_BYTES
 from .dot import Dot, splat, vector
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows that are copied: gather(target, slot, row) emits a copy of one, `width` elements with what fills its last tile, to row `slot` of a buffer."""
+
+    gather: Callable[[Any, Any, Any], None]
+    width: int
+    dot: Dot
+
+    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any], Any], int]:
+        gathered = T.alloc_buffer((most, self.width), stored_type(self.dot))
+        with T.serial(size) as slot:
+            self.gather(gathered, slot, first + slot)
+        return lambda row, k: gathered[row, k], self.width * self.dot.activation_bytes
+
+    def inside(self, lead: Sequence[Any]) -> Any:
+        return None
 
 
 def run_copies(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:

@@ -45,8 +45,8 @@ def space(rows: int | None, n: int, width: int, gathered: bool, target: Target) 
     return found
 
 
-def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathered: float, target: Target) -> KernelFeatures:
-    """Cost of a product. gathered: cycles that gathering one row takes, 0 where rows are read in place."""
+def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathered: float, target: Target, own_bytes: float = 0.0) -> KernelFeatures:
+    """Cost of a product. gathered: cycles that copying one row takes, 0 where rows are read in place. own_bytes: of a row that no other row has, those of all K by default."""
     tiles, steps = schedule.tiles, amx.steps(k, dot)
     height, nr = ROWS * tiles.rows, ROWS * tiles.columns
     mc, panels = min(schedule.mc or rows, rows), -(-n // nr)
@@ -64,7 +64,7 @@ def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathere
             load += count * panels * steps * (size + ROWS * tiles.columns) / 2.0
             stores += count * panels * (2.5 * size * tiles.columns + (100.0 if rest else 20.0) + 4.0 * used)
     gathering = gathered * rows * groups
-    row_bytes, panel_bytes = float(steps * ROW_BYTES), float(steps * ROWS * 4 * nr)
+    row_bytes, panel_bytes = own_bytes or float(steps * ROW_BYTES), float(steps * ROWS * 4 * nr)
     blocks = -(-mc // height)
     in_l1 = panel_bytes + height * row_bytes < 0.8 * target.l1_bytes
     l2 = chunks * panels * (panel_bytes * (1 if in_l1 else blocks) + mc * row_bytes)

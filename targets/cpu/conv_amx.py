@@ -15,8 +15,8 @@ from ...compiler.tvm import T, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from . import amx, amx_schedules
-from .amx_emit import AmxEmitter, Rowwise
-from .amx_gather import copy_run
+from .amx_emit import AmxEmitter
+from .amx_gather import Gathered, copy_run
 from .amx_schedules import AmxSchedule
 from .conv_common import ConvWorkload, conv_workload
 from .dot import Dot, vector
@@ -40,30 +40,31 @@ class ConvAmx:
         if not amx.available(workload.kind, target):
             raise Unfusable("no tiles on this machine")
         rows = _pixels(workload)
-        width = amx.steps(_depth(workload), tile_dot(workload.kind)) * amx.ROW_BYTES
+        width = amx.steps(depth(workload), tile_dot(workload.kind)) * amx.ROW_BYTES
         return amx_schedules.space(rows, workload.co, width, True, target)
 
     def features(self, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:
         n, height, width = workload.sizes()
-        dot, k = tile_dot(workload.kind), _depth(workload)
+        dot, k = tile_dot(workload.kind), depth(workload)
         run = workload.kw * workload.ci * dot.activation_bytes / amx.ROW_BYTES
         gathering = 8.0 + workload.kh * (6.0 + 2.0 * run)
         return amx_schedules.features(n * height * width, k, workload.co, schedule, dot, gathering, target)
 
     def build(self, fused: Fused, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> Kernel:
         x, w = fused.inputs
-        dot, k, position = tile_dot(workload.kind), _depth(workload), fused.param_index(w)
+        dot, k, position = tile_dot(workload.kind), depth(workload), fused.param_index(w)
         assert position is not None
         packing = pack_tiles(position, k, workload.co, schedule, dot)
         with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
             pixels = list(fused.output.shape[:3])
             flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
-            source = Rowwise(gather=_Gatherer(workload, x.shape, pixels, flat, dot).gather)
+            width = amx.steps(k, dot) * amx.step_elements(dot)
+            source = Gathered(_Gatherer(workload, x.shape, pixels, flat, dot).gather, width, dot)
             AmxEmitter(fused, buffers, schedule, pixels, k, workload.co, source, buffers[w], dot).emit()
         return Kernel(builder.get(), (packing,))
 
 
-def _depth(workload: ConvWorkload) -> int:
+def depth(workload: ConvWorkload) -> int:
     """Elements that one output is a sum over."""
     return workload.kh * workload.kw * workload.ci
 
@@ -81,7 +82,7 @@ class _Gatherer:
 
     def gather(self, target: Any, slot: Any, row: Any) -> None:
         """Emits one row; zeros fill its last tile."""
-        workload, k = self.workload, _depth(self.workload)
+        workload, k = self.workload, depth(self.workload)
         n, oh, ow = self.rows.indices(T.bind(row))
         top, left, bottom, right = workload.padding
         taps, channels = T.int64(workload.kw), workload.ci

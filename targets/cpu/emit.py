@@ -240,21 +240,22 @@ def store_tile(
     """
     if acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
         for i in range(acc.mr):
-            with _if(inside, T.int64(i)):
+            with when(None if inside is None else inside(T.int64(i))):
                 store_row(fused, buffers, acc, T.int64(i), lead(T.int64(i)), column, columns, limit)
         return
     spilled = Accumulators(acc.mr, acc.nv, acc.lanes, acc.dot)
     spilled.fill(acc.load)
-    with T.serial(T.int64(acc.mr)) as row, _if(inside, row):
+    with T.serial(T.int64(acc.mr)) as row, when(None if inside is None else inside(row)):
         store_row(fused, buffers, spilled, row, lead(row), column, columns, limit)
 
 
 @contextmanager
-def _if(condition: Callable[[Any], Any] | None, row: Any) -> Iterator[None]:
+def when(condition: Any) -> Iterator[None]:
+    """What is emitted inside happens where the condition holds, always if it is None."""
     if condition is None:
         yield
         return
-    with T.If(condition(row)), T.Then():
+    with T.If(condition), T.Then():
         yield
 
 

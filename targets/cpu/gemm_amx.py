@@ -16,8 +16,8 @@ from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from . import amx, amx_schedules
-from .amx_emit import AmxEmitter, Rowwise
-from .amx_gather import copy_run
+from .amx_emit import AmxEmitter, InPlace
+from .amx_gather import Gathered, copy_run
 from .amx_schedules import AmxSchedule
 from .conv_common import ConvWorkload
 from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
@@ -82,9 +82,9 @@ class GemmAmx:
                 flat = T.decl_buffer((product(x.shape[:-1]), x.shape[-1]), dot.activation, data=buffers[x].data)
                 address = _row
             if _in_place(workload, dot):
-                source = Rowwise(gemm.k * dot.activation_bytes, lambda row, k: flat[address(row)(k)])
+                source = InPlace(lambda row, k: flat[address(row)(k)], gemm.k * dot.activation_bytes)
             else:
-                source = Rowwise(gather=_gatherer(flat, address, gemm.k, dot))
+                source = _gathered(flat, address, gemm.k, dot)
             AmxEmitter(fused, buffers, schedule, rows, gemm.k, gemm.n, source, buffers[w], dot).emit()
         return Kernel(builder.get(), (packing,))
 
@@ -118,7 +118,7 @@ def _row(row: Any) -> Any:
     return lambda k: (row, k)
 
 
-def _gatherer(flat: Any, address: Any, k: int, dot: Dot) -> Any:
+def _gathered(flat: Any, address: Any, k: int, dot: Dot) -> Gathered:
     width = amx.steps(k, dot) * amx.step_elements(dot)
 
     def gather(target: Any, slot: Any, row: Any) -> None:
@@ -132,4 +132,4 @@ def _gatherer(flat: Any, address: Any, k: int, dot: Dot) -> Any:
         if width > k:
             copy_run(target, slot, T.int64(k), None, width - k, dot)
 
-    return gather
+    return Gathered(gather, width, dot)

@@ -31,6 +31,7 @@ def templates() -> list[KernelTemplate]:
     from .attention_codes import AttentionCodes
     from .attention_few import AttentionFew
     from .conv_amx import ConvAmx
+    from .conv_amx_rows import ConvAmxRows
     from .conv_depthwise import ConvDepthwise
     from .conv_direct import ConvDirect
     from .conv_pointwise import ConvPointwise
@@ -59,6 +60,7 @@ def templates() -> list[KernelTemplate]:
         ConvWinograd(),
         ConvDirect(),
         ConvAmx(),
+        ConvAmxRows(),
         ConvRest(),
         Attention(),
         AttentionAmx(),

@@ -1,0 +1,148 @@
+"""k x k convolution of stride 1 by AMX tiles that read windows where they are: the pixels of a padded image, numbered through, are rows of a product.
+
+    padded[rows + kh - 1][W'][ci] = input rows of the task, zeros around them   # the input itself where nothing is padded; W' = W + padding
+    out[oh * W' + ow] = sum over kh of padded[(oh + kh) * W' + ow : ... + kw, :] @ weights[kh]
+
+Consecutive rows of the product lie ci elements apart, over the ends of image rows, too: the last kw - 1 columns of every W' are computed for nothing and not stored. A gather
+(conv_amx.py) would copy every input kh * kw times; here it is copied once. Runs of kw * ci elements have to be whole tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...autotune.cost_model import KernelFeatures
+from ...compiler.tvm import T, tirx
+from ..base import Target
+from ..common.fused import Fused, Unfusable, product
+from . import amx, amx_schedules
+from .amx_emit import AmxEmitter
+from .amx_gather import copy_run, stored_type
+from .amx_schedules import AmxSchedule
+from .conv_amx import ConvAmx, depth
+from .conv_common import ConvWorkload
+from .dot import Dot, vector
+from .emit import kernel, when
+from .gemm_amx import pack_tiles, tile_dot
+from .template import Kernel
+
+
+class ConvAmxRows(ConvAmx):
+    """See the module; a schedule's `mc` is a multiple of W'."""
+
+    name = "conv_amx_rows"
+
+    def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
+        workload = super().workload(fused, constants)
+        if None in (workload.n, workload.h, workload.w):
+            raise Unfusable("an image of a size known only at run time")
+        if workload.strides != (1, 1) or workload.dilation != (1, 1) or workload.kh == workload.kw == 1:
+            raise Unfusable("strides, dilation, or no window")
+        if workload.kw * workload.ci % amx.step_elements(tile_dot(workload.kind)):
+            raise Unfusable("a row of the window is not whole tiles")
+        return workload
+
+    def space(self, workload: ConvWorkload, target: Target) -> Sequence[AmxSchedule]:
+        if not amx.available(workload.kind, target):
+            raise Unfusable("no tiles on this machine")
+        height, width, rows = _size(workload.out_h), _wide(workload), _rows(workload)
+        found = []
+        for tiles in amx.shapes(rows, workload.co):
+            panels = -(-workload.co // (amx.ROWS * tiles.columns))
+            for lines in (lines for lines in range(1, height + 1) if height % lines == 0 and (lines == height or lines * width >= 48)):
+                found += [AmxSchedule(tiles, lines * width, each) for each in sorted({0, *(p for p in (2, 4, 8) if p < panels)})]
+        return found
+
+    def features(self, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:
+        dot, lines = tile_dot(workload.kind), schedule.mc // _wide(workload)
+        pixel = workload.ci * dot.activation_bytes
+        copied = (0.5 + 2.0 * pixel / amx.ROW_BYTES) * (lines + workload.kh - 1) / lines if any(workload.padding) else 0.0
+        return amx_schedules.features(_rows(workload), depth(workload), workload.co, schedule, dot, copied, target, float(pixel))
+
+    def build(self, fused: Fused, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> Kernel:
+        x, w = fused.inputs
+        dot, k, position = tile_dot(workload.kind), depth(workload), fused.param_index(w)
+        assert position is not None
+        packing = pack_tiles(position, k, workload.co, schedule, dot)
+        with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
+            flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
+            rows = [*fused.output.shape[:2], T.int64(_wide(workload))]
+            AmxEmitter(fused, buffers, schedule, rows, k, workload.co, _Windows(workload, flat, dot), buffers[w], dot).emit()
+        return Kernel(builder.get(), (packing,))
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Rows of a padded image; see `amx_emit.Source`."""
+
+    workload: ConvWorkload
+    x: Any
+    dot: Dot
+
+    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any], Any], int]:
+        workload, wide, channels = self.workload, _wide(self.workload), self.workload.ci
+        height, pitch = _size(workload.out_h), channels * self.dot.activation_bytes
+        run = workload.kw * channels
+        line = T.bind(T.floordiv(first, T.int64(wide)))
+        image, begin = T.bind(T.floordiv(line, T.int64(height))), T.bind(T.floormod(line, T.int64(height)))
+
+        def element(buffer: Any, start: Any) -> Callable[[Any, Any], Any]:
+            """The first of a window's elements from k on, which is a multiple of a tile's row."""
+            return lambda row, k: buffer[start + (row + T.floordiv(k, T.int64(run)) * wide) * channels + T.floormod(k, T.int64(run))]
+
+        if not any(workload.padding):
+            start = T.bind((image * T.int64(_size(workload.h)) + begin) * T.int64(wide * channels))
+            return element(self.x, start), pitch
+        lines = int(most) // wide + workload.kh - 1
+        # rows behind the last line's end are multiplied, too
+        pixels = lines * wide + workload.kw - 1
+        padded = T.alloc_buffer((1, pixels * channels), stored_type(self.dot))
+        with T.serial(T.int64(lines)) as here:
+            self._line(padded, here * T.int64(wide * channels), image, T.bind(begin + here - T.int64(workload.padding[0])))
+        copy_run(padded, T.int64(0), T.int64(lines * wide * channels), None, (workload.kw - 1) * channels, self.dot)
+        return lambda row, k: element(_Flat(padded), T.int64(0))(row, k), pitch
+
+    def _line(self, padded: Any, place: Any, image: Any, line: Any) -> None:
+        """One line of the padded image."""
+        workload, channels = self.workload, self.workload.ci
+        height, width = _size(workload.h), _size(workload.w)
+        inside = tirx.And(line >= T.int64(0), line < T.int64(height)) if workload.padding[0] or workload.padding[2] else None
+        start = T.bind((image * T.int64(height) + line) * T.int64(width * channels))
+        left, right = workload.padding[1] * channels, workload.padding[3] * channels
+        with when(inside):
+            copy_run(padded, T.int64(0), place, None, left, self.dot)
+            copy_run(padded, T.int64(0), place + T.int64(left), lambda first, lanes: self.x[vector(start + first, lanes)], width * channels, self.dot)
+            copy_run(padded, T.int64(0), place + T.int64(left + width * channels), None, right, self.dot)
+        if inside is not None:
+            with when(tirx.Not(inside)):
+                copy_run(padded, T.int64(0), place, None, _wide(workload) * channels, self.dot)
+
+    def inside(self, lead: Sequence[Any]) -> Any:
+        return lead[2] < T.int64(_size(self.workload.out_w))
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A buffer of one row, addressed within it."""
+
+    buffer: Any
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.buffer[T.int64(0), place]
+
+
+def _size(size: int | None) -> int:
+    assert size is not None
+    return size
+
+
+def _wide(workload: ConvWorkload) -> int:
+    """Pixels of a line with what is padded left and right."""
+    return _size(workload.w) + workload.padding[1] + workload.padding[3]
+
+
+def _rows(workload: ConvWorkload) -> int:
+    """Rows of the product, those that are not stored included."""
+    return _size(workload.n) * _size(workload.out_h) * _wide(workload)
