@@ -13,8 +13,8 @@ from .dot import Dot
 #: bytes of gathered rows per task, as a share of the second-level cache
 _SHARE_OF_L2 = 0.5
 #: what products take longer where more than two follow each other without waiting: a core whose power is bounded then slows all of them down. Measured on whole networks, where blocks of
-#: 2 x 2 were 0 to 8 % slower than 1 x 2 at the core's full rate (BERT-base, ResNet-50) and 14 to 30 % where it was bounded
-_CROWDED = 1.6
+#: 2 x 2 took 0.93 to 1.01 of the time of 1 x 2 at the core's full rate (BERT-base, ResNet-50), and 1.11 to 1.26 of it where power was bounded
+_CROWDED = 2.2
 
 
 @dataclass(frozen=True)
