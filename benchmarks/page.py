@@ -24,8 +24,9 @@ def environment(packages: Sequence[str], **more: Any) -> dict[str, Any]:
 
 
 def vectors() -> str:
-    """AVX512 or AVX2: figures of both stand side by side, in tables and files of their own."""
-    return "AVX512" if Target.parse("cpu").vector_bits == 512 else "AVX2"
+    """AMX, AVX512 without it, or AVX2: their figures stand side by side, in tables and files of their own."""
+    target = Target.parse("cpu")
+    return "AMX" if "amx-tile" in target.features else "AVX512" if target.vector_bits == 512 else "AVX2"
 
 
 def update(page: Path, name: str, script: str, facts: dict[str, Any], lines: Sequence[str], notes: str = "medians of interleaved rounds.") -> None:

@@ -81,20 +81,22 @@ def cut(nest: Nest) -> list[Nest]:
 
 def _cuts(nest: Nest) -> tuple[Axis, list[int]] | None:
     """The first axis of rows that conditions compare with constants, and where."""
-    inner = [axis for axis in nest.axes if axis.inner]
+    inner = {axis.var: extent for axis in nest.axes if axis.inner and (extent := static(axis.extent)) is not None}
+    if len(inner) < sum(axis.inner for axis in nest.axes):
+        return None
     for axis in nest.axes:
         extent = static(axis.extent)
-        if extent is None or axis.inner or any(static(other.extent) is None for other in inner):
+        if extent is None or axis.inner:
             continue
         points: set[int] = set()
 
         def compare(node: Any) -> None:
-            linear = tvm.sym.detect_linear_equation(node.a - node.b, [axis.var, *(other.var for other in inner)])  # noqa: B023
-            values = [static(value) for value in linear]
-            if not values or None in values or not values[0]:
+            linear = tvm.sym.detect_linear_equation(node.a - node.b, [axis.var, *inner])  # noqa: B023
+            values = [value for value in map(static, linear) if value is not None]
+            if len(values) < len(inner) + 2 or not values[0]:
                 return
             scale, *strides, offset = values
-            reach = [stride * (static(other.extent) - 1) for stride, other in zip(strides, inner, strict=True)]  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+            reach = [stride * (size - 1) for stride, size in zip(strides, inner.values(), strict=True)]
             for end in {sum(min(each, 0) for each in reach), sum(max(each, 0) for each in reach)}:
                 zero = -(offset + end) // scale  # where the difference passes 0
                 points.update(point for point in (zero, zero + 1) if 0 < point < extent)  # noqa: B023

@@ -1,4 +1,4 @@
-"""What this machine can do: multiply-adds in registers, and reads of memory, per second. Rooflines stand on these where times are measured."""
+"""What this machine can do: multiply-adds in registers (or tiles), and reads of memory, per second. Rooflines stand on these where times are measured."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from ...compiler.tvm import IRBuilder, T, tvm
+from . import amx
+from .amx import Tiles
 from .dot import QUADS, dot_for, splat, vector
 from .emit import ATTRS, Accumulators
+from .gemm_amx import tile_dot
 from .host import host
 from .lower import tvm_target
 from .math_lowering import TIR_PIPELINE
@@ -29,6 +32,8 @@ _KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": QUADS.kind}
 def operations_per_second(dtype: str = "float32") -> float:
     """Multiplications and additions per second of one core by numbers of this type: the best of several trials of a few milliseconds."""
     target = host()
+    if amx.available(_KINDS[dtype], target):
+        return _tile_operations(_KINDS[dtype])
     dot, lanes = dot_for(_KINDS[dtype], target), target.lanes()
     rows, distinct = (_FEW_ROWS, 2) if dot.separate else (_ROWS, 1)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -47,6 +52,34 @@ def operations_per_second(dtype: str = "float32") -> float:
                 T.buffer_store(out, acc.load(i, 0), [T.int64(i), everything])
     run = _compiled(builder.get(), np.zeros((distinct, lanes * dot.parts), dot.word), np.zeros((rows, lanes), dot.accumulator))
     return 2.0 * _STEPS * rows * lanes * dot.group / _best(run)
+
+
+def _tile_operations(kind: str) -> float:
+    """The same by AMX tiles: four products of two tiles of random numbers by two others."""
+    dot, tiles, size = tile_dot(kind), Tiles(2, 2), amx.ROWS * amx.ROW_BYTES
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({**ATTRS, "global_symbol": "peak"})
+        numbers, out = T.arg("numbers", T.buffer((4 * size,), "uint8")), T.arg("out", T.buffer((4 * size // 4,), "int32"))
+        tiles.configure(T.alloc_buffer((16,), "int32"))
+        for number, tile in enumerate((tiles.a(0), tiles.a(1), tiles.b(0), tiles.b(1))):
+            amx.load(tile, numbers[number * size], amx.ROW_BYTES)
+        places = [(i, j) for i in range(2) for j in range(2)]
+        for place in places:
+            amx.zero(tiles.c(*place))
+        with T.serial(T.int64(_STEPS // 10)):
+            for i, j in places:
+                amx.multiply(dot, tiles.c(i, j), tiles.a(i), tiles.b(j))
+        for number, place in enumerate(places):
+            amx.store(tiles.c(*place), out[number * size // 4], amx.ROW_BYTES)
+        amx.release()
+    # numbers between 1 and 2 in bfloat16
+    words = (
+        np.random.default_rng(0).integers(0x3F80, 0x4000, 2 * size, np.uint16)
+        if kind == "bf16"
+        else np.random.default_rng(0).integers(0, 1 << 16, 2 * size, np.uint16)
+    )
+    run = _compiled(builder.get(), words.view(np.uint8), np.zeros(size, np.int32))
+    return 2.0 * (_STEPS // 10) * len(places) * amx.ROWS * amx.ROWS * amx.step_elements(dot) / _best(run)
 
 
 def _varied(words: Any, step: Any, lanes: int) -> Any:
