@@ -60,11 +60,11 @@ def test_int8_products_are_exact(lead, m, k, n):
 @runs
 @pytest.mark.parametrize("epilogue", ["dequantize", "residual", "requantize", "residual8"])
 @pytest.mark.parametrize(("m", "k", "n"), [(7, 30, 50), ("rows", 18, 33), ("rows", 64, 80)])
-@pytest.mark.parametrize("rows", [11, 32, 77])
+@pytest.mark.parametrize("rows", [11, 77])
 def test_epilogues(epilogue, m, k, n, rows):
     func = int8_gemm.fused((2,) if m == 7 else (), m, k, n, epilogue)
     found = space(func)
-    for pick in (0, len(found) // 2, -1):
+    for pick in (len(found) // 2, -1):
         int8_gemm.check(func, epilogue, found[pick], RAPIDS, rows, GemmAmx())
 
 
@@ -136,7 +136,7 @@ def test_bfloat16_convolutions(index):
     ids=str,
 )
 @pytest.mark.parametrize(("mask", "attrs"), [("none", {}), ("padding", {"layout": "BSHD"}), ("bool", {"scale": 0.3}), ("none", {"causal": True})])
-@pytest.mark.parametrize("pick", [0, 0.6, 1])
+@pytest.mark.parametrize("pick", [0.6, 1])
 def test_attention(sizes, mask, attrs, pick):
     attention.check_bfloat16(sizes, mask, attrs, RAPIDS, pick, AttentionAmx())
 
