@@ -39,8 +39,8 @@ def run_copies(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
         first += length
 
 
-def copy_run(target: Any, slot: Any, place: Any, source: Callable[[Any, int], Any] | None, count: int, dot: Dot) -> None:
-    """Emits target[slot, place : place + count] = source(first, lanes), vector by vector, or zeros."""
+def copy_run(target: Any, lead: tuple[Any, ...], place: Any, source: Callable[[Any, int], Any] | None, count: int, dot: Dot) -> None:
+    """Emits target[*lead, place : place + count] = source(first, lanes), vector by vector, or zeros."""
     whole = ROW_BYTES // dot.activation_bytes
     loops, rest = divmod(count, whole)
 
@@ -50,7 +50,7 @@ def copy_run(target: Any, slot: Any, place: Any, source: Callable[[Any, int], An
         T.buffer_store(
             target,
             value if source is None or stored_type(dot) == dot.activation else T.reinterpret(kind, value),
-            [slot, vector(place + first, length)],
+            [*lead, vector(place + first, length)],
         )
 
     if loops > 1:

@@ -119,19 +119,19 @@ class _Gatherer:
                     with T.Then():
                         whole_line()
                     with T.Else():
-                        copy_run(target, slot, place, None, workload.kw * channels, self.dot)
+                        copy_run(target, (slot,), place, None, workload.kw * channels, self.dot)
             else:
                 whole_line()
         behind = amx.steps(k, self.dot) * amx.step_elements(self.dot) - k
         if behind:
-            copy_run(target, slot, T.int64(k), None, behind, self.dot)
+            copy_run(target, (slot,), T.int64(k), None, behind, self.dot)
 
     def _either(self, inside: Any, target: Any, slot: Any, place: Any, start: Any, count: int) -> None:
         with T.If(inside):
             with T.Then():
                 self._copy(target, slot, place, start, count)
             with T.Else():
-                copy_run(target, slot, place, None, count, self.dot)
+                copy_run(target, (slot,), place, None, count, self.dot)
 
     def _copy(self, target: Any, slot: Any, place: Any, start: Any, count: int) -> None:
-        copy_run(target, slot, place, lambda first, lanes: self.x[vector(start + first, lanes)], count, self.dot)
+        copy_run(target, (slot,), place, lambda first, lanes: self.x[vector(start + first, lanes)], count, self.dot)

@@ -98,11 +98,11 @@ class _Windows:
         lines = int(most) // wide + workload.kh - 1
         # rows behind the last line's end are multiplied, too
         pixels = lines * wide + workload.kw - 1
-        padded = T.alloc_buffer((1, pixels * channels), stored_type(self.dot))
+        padded = T.alloc_buffer((pixels * channels,), stored_type(self.dot))
         with T.serial(T.int64(lines)) as here:
             self._line(padded, here * T.int64(wide * channels), image, T.bind(begin + here - T.int64(workload.padding[0])))
-        copy_run(padded, T.int64(0), T.int64(lines * wide * channels), None, (workload.kw - 1) * channels, self.dot)
-        return lambda row, k: element(_Flat(padded), T.int64(0))(row, k), pitch
+        copy_run(padded, (), T.int64(lines * wide * channels), None, (workload.kw - 1) * channels, self.dot)
+        return element(padded, T.int64(0)), pitch
 
     def _line(self, padded: Any, place: Any, image: Any, line: Any) -> None:
         """One line of the padded image."""
@@ -112,25 +112,15 @@ class _Windows:
         start = T.bind((image * T.int64(height) + line) * T.int64(width * channels))
         left, right = workload.padding[1] * channels, workload.padding[3] * channels
         with when(inside):
-            copy_run(padded, T.int64(0), place, None, left, self.dot)
-            copy_run(padded, T.int64(0), place + T.int64(left), lambda first, lanes: self.x[vector(start + first, lanes)], width * channels, self.dot)
-            copy_run(padded, T.int64(0), place + T.int64(left + width * channels), None, right, self.dot)
+            copy_run(padded, (), place, None, left, self.dot)
+            copy_run(padded, (), place + T.int64(left), lambda first, lanes: self.x[vector(start + first, lanes)], width * channels, self.dot)
+            copy_run(padded, (), place + T.int64(left + width * channels), None, right, self.dot)
         if inside is not None:
             with when(tirx.Not(inside)):
-                copy_run(padded, T.int64(0), place, None, _wide(workload) * channels, self.dot)
+                copy_run(padded, (), place, None, _wide(workload) * channels, self.dot)
 
     def inside(self, lead: Sequence[Any]) -> Any:
         return lead[2] < T.int64(_size(self.workload.out_w))
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """A buffer of one row, addressed within it."""
-
-    buffer: Any
-
-    def __getitem__(self, place: Any) -> Any:
-        return self.buffer[T.int64(0), place]
 
 
 def _size(size: int | None) -> int:

@@ -128,8 +128,8 @@ def _gathered(flat: Any, address: Any, k: int, dot: Dot) -> Gathered:
             *lead, place = start(first)
             return flat[(*lead, vector(place, lanes))]
 
-        copy_run(target, slot, T.int64(0), source, k, dot)
+        copy_run(target, (slot,), T.int64(0), source, k, dot)
         if width > k:
-            copy_run(target, slot, T.int64(k), None, width - k, dot)
+            copy_run(target, (slot,), T.int64(k), None, width - k, dot)
 
     return Gathered(gather, width, dot)
