@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import tcompile
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import helper
@@ -27,6 +27,7 @@ CPU = Target.parse("cpu")
 MATRICES = arrays.arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.floats(0, 100, width=32))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # matrices are slow to make where others use the processor
 @given(MATRICES, st.floats(0, 0.99), st.sampled_from(["unstructured", "block4x16", "block3x5", "block1x1", "block8x1"]), st.booleans())
 def test_a_mask_has_its_level_and_keeps_the_best(scores, level, name, per_output):
     pattern = parse(f"{name}:{level}")
@@ -218,8 +219,7 @@ def test_zeros_stay_zeros_in_integers():
     """Sparse, then quantized: the products run in the sparse integer kernel, and quantization loses no more than it does without zeros."""
     model, _ = onnx_of((64, 128, 128, 16), rows=64)
     data = [{"x": RNG.standard_normal((64, 64)).astype("float32")} for _ in range(2)]
-    # with AMX the dense integer kernel is the faster one
-    target = "cpu:icelake-server" if "amx-int8" in Target.parse("cpu").features else "cpu"
+    target = "cpu:haswell"  # dense kernels with VNNI or AMX may be the faster ones
     sparse = tcompile.compile(model, target=target, sparsity="block:0.8")
     both = tcompile.compile(model, target=target, sparsity="block:0.8", quantize="int8", calibration=data)
     x = data[0]["x"]
@@ -227,7 +227,7 @@ def test_zeros_stay_zeros_in_integers():
     used = [kernel["workload"] for kernel in both.report()["kernels"] if kernel["template"] == "gemm_blocks"]
     assert len(used) == 2 and all("u8s8" in workload for workload in used)
     # without an instruction for int8, codes are packed as 16 bit
-    assert both.report()["weights_bytes"] < (0.5 if "int8" in Target.parse("cpu").formats else 0.6) * sparse.report()["weights_bytes"]
+    assert both.report()["weights_bytes"] < 0.6 * sparse.report()["weights_bytes"]
 
 
 def test_wanda_needs_data():

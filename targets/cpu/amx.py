@@ -57,23 +57,17 @@ class Tiles:
 
     def configure(self, memory: Any, last: Any = ROWS) -> None:
         """Make the tiles of this block ready and zero all; memory: an int32 buffer of 16 elements; last: rows in the last row of tiles, the others have 16."""
-        heights: list[Any] = [ROWS] * _TILES
-        for j in range(self.columns):
-            heights[self.c(self.rows - 1, j)] = last
-        heights[self.a(self.rows - 1)] = last
-        words: list[Any] = [1, 0, 0, 0, *[ROW_BYTES << 16 | ROW_BYTES] * (_TILES // 2), 0, 0, 0, 0, 0, 0, 0, 0]
-        for number, height in enumerate(heights):
-            word = 12 + number // 4
-            if isinstance(height, int):
-                words[word] = (
-                    words[word] + T.int32(height << 8 * (number % 4))
-                    if not isinstance(words[word], int)
-                    else words[word] | height << 8 * (number % 4)
-                )
-            else:
-                words[word] = words[word] + (T.cast(height, "int32") << T.int32(8 * (number % 4)))
-        for place, word in enumerate(words):
-            T.buffer_store(memory, T.int32(word) if isinstance(word, int) else word, [place])
+        shorter = {self.a(self.rows - 1), *(self.c(self.rows - 1, j) for j in range(self.columns))}
+        height = T.int32(last) if isinstance(last, int) else T.cast(last, "int32")
+
+        def heights(tiles: range) -> Any:
+            """Four heights in one word."""
+            return sum(((height if tile in shorter else T.int32(ROWS)) << T.int32(8 * place) for place, tile in enumerate(tiles)), T.int32(0))
+
+        widths = T.int32(ROW_BYTES << 16 | ROW_BYTES)
+        words = {0: T.int32(1), **dict.fromkeys(range(4, 8), widths), 12: heights(range(4)), 13: heights(range(4, _TILES))}
+        for place in range(16):
+            T.buffer_store(memory, words.get(place, T.int32(0)), [place])
         _instruction("ldtilecfg", T.address_of(memory[0]))
 
 
