@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...compiler.tvm import T
+from ...compiler.tvm import T, tirx
 from ..base import Target
 from .dot import Dot
 from .emit import i64
@@ -22,8 +22,8 @@ ROWS = 16
 #: bytes of a row of a tile
 ROW_BYTES = 64
 _TILES = 8
-#: cycles until a sum can be added to again, and those between two products of 16 rows
-LATENCY, PRODUCT = 52.0, 16.0
+#: cycles until a sum can be added to again
+LATENCY = 52.0
 #: kind of a product -> (instruction, feature of the target)
 _PRODUCTS = {"bf16": ("tdpbf16ps", "amx-bf16"), "u8s8": ("tdpbusd", "amx-int8")}
 
@@ -108,6 +108,18 @@ def steps(k: int, dot: Dot) -> int:
 def step_elements(dot: Dot) -> int:
     """Elements of K in a tile."""
     return ROW_BYTES // dot.activation_bytes
+
+
+def whole(k: int, dot: Dot) -> int:
+    """K elements with what fills their last tile."""
+    return steps(k, dot) * step_elements(dot)
+
+
+def sums(size: int, dtype: str) -> Any:
+    """Memory for tiles of sums. TVM cuts off what no statement touches, and does not know what tiles write."""
+    memory = T.alloc_buffer((size,), dtype)
+    T.buffer_store(memory, tirx.const(0, dtype), [size - 1])
+    return memory
 
 
 def shapes(rows: int | None, columns: int) -> Sequence[Tiles]:

@@ -104,10 +104,7 @@ class AmxEmitter:
             group = T.bind(T.floormod(task, T.int64(groups))) if groups > 1 else T.int64(0)
             self.first = T.bind(chunk * T.int64(mc)) if mc else T.int64(0)
             size = T.bind(T.min(T.int64(mc), self.m - self.first)) if mc else i64(self.m)
-            self.memory, room = T.alloc_buffer((16,), "int32"), 2 * self.height * self.nr
-            self.sums = T.alloc_buffer((room,), self.dot.accumulator)
-            # TVM cuts off what no statement touches, and does not know what tiles write
-            T.buffer_store(self.sums, self.dot.zero(), [room - 1])
+            self.memory, self.sums = T.alloc_buffer((16,), "int32"), amx.sums(2 * self.height * self.nr, self.dot.accumulator)
             self.element, self.stride = self.source.prepare(self.first, size, i64(mc if mc else m if m is not None else self.m))
             own = T.bind(T.min(T.int64(each), T.int64(panels) - group * each)) if panels % each else T.int64(each)
             # chunks are whole blocks but for the last one, or all of one size

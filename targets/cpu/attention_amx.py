@@ -103,9 +103,7 @@ class _Emitter(AttentionEmitter):
     def _panel(self, tiles: int, queries: int) -> Panel:
         panel = super()._panel(tiles, queries)
         self.panel_width = queries
-        self.memory, self.sums = T.alloc_buffer((16,), "int32"), T.alloc_buffer((self.schedule.mr * queries,), "float32")
-        # TVM cuts off what no statement touches, and does not know what tiles write
-        T.buffer_store(self.sums, T.float32(0), [self.schedule.mr * queries - 1])
+        self.memory, self.sums = T.alloc_buffer((16,), "int32"), amx.sums(self.schedule.mr * queries, "float32")
         self.tiles.configure(self.memory)
         return panel
 

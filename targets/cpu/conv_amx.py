@@ -15,7 +15,7 @@ from ...compiler.tvm import T, tirx
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from . import amx, amx_schedules
-from .amx_emit import AmxEmitter
+from .amx_emit import AmxEmitter, Source
 from .amx_gather import Gathered, copy_run
 from .amx_schedules import AmxSchedule
 from .conv_common import ConvWorkload, conv_workload
@@ -56,12 +56,16 @@ class ConvAmx:
         assert position is not None
         packing = pack_tiles(position, k, workload.co, schedule, dot)
         with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
-            pixels = list(fused.output.shape[:3])
             flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
-            width = amx.steps(k, dot) * amx.step_elements(dot)
-            source = Gathered(_Gatherer(workload, x.shape, pixels, flat, dot).gather, width, dot)
-            AmxEmitter(fused, buffers, schedule, pixels, k, workload.co, source, buffers[w], dot).emit()
+            rows, source = self.source(fused, workload, flat, dot)
+            AmxEmitter(fused, buffers, schedule, rows, k, workload.co, source, buffers[w], dot).emit()
         return Kernel(builder.get(), (packing,))
+
+    def source(self, fused: Fused, workload: ConvWorkload, x: Any, dot: Dot) -> tuple[list[Any], Source]:
+        """The rows of the product by their leading dims, and where they come from. x: all elements of the input in a row."""
+        pixels = list(fused.output.shape[:3])
+        gatherer = _Gatherer(workload, fused.inputs[0].shape, pixels, x, dot)
+        return pixels, Gathered(gatherer.gather, amx.whole(depth(workload), dot), dot)
 
 
 def depth(workload: ConvWorkload) -> int:
@@ -122,7 +126,7 @@ class _Gatherer:
                         copy_run(target, (slot,), place, None, workload.kw * channels, self.dot)
             else:
                 whole_line()
-        behind = amx.steps(k, self.dot) * amx.step_elements(self.dot) - k
+        behind = amx.whole(k, self.dot) - k
         if behind:
             copy_run(target, (slot,), T.int64(k), None, behind, self.dot)
 

@@ -16,17 +16,16 @@ from typing import Any
 from ...autotune.cost_model import KernelFeatures
 from ...compiler.tvm import T, tirx
 from ..base import Target
-from ..common.fused import Fused, Unfusable, product
+from ..common.fused import Fused, Unfusable
 from . import amx, amx_schedules
-from .amx_emit import AmxEmitter
+from .amx_emit import Source
 from .amx_gather import copy_run, stored_type
 from .amx_schedules import AmxSchedule
 from .conv_amx import ConvAmx, depth
 from .conv_common import ConvWorkload
 from .dot import Dot, vector
-from .emit import kernel, when
-from .gemm_amx import pack_tiles, tile_dot
-from .template import Kernel
+from .emit import when
+from .gemm_amx import tile_dot
 
 
 class ConvAmxRows(ConvAmx):
@@ -61,16 +60,8 @@ class ConvAmxRows(ConvAmx):
         copied = (0.5 + 2.0 * pixel / amx.ROW_BYTES) * (lines + workload.kh - 1) / lines if any(workload.padding) else 0.0
         return amx_schedules.features(_rows(workload), depth(workload), workload.co, schedule, dot, copied, target, float(pixel))
 
-    def build(self, fused: Fused, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> Kernel:
-        x, w = fused.inputs
-        dot, k, position = tile_dot(workload.kind), depth(workload), fused.param_index(w)
-        assert position is not None
-        packing = pack_tiles(position, k, workload.co, schedule, dot)
-        with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
-            flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
-            rows = [*fused.output.shape[:2], T.int64(_wide(workload))]
-            AmxEmitter(fused, buffers, schedule, rows, k, workload.co, _Windows(workload, flat, dot), buffers[w], dot).emit()
-        return Kernel(builder.get(), (packing,))
+    def source(self, fused: Fused, workload: ConvWorkload, x: Any, dot: Dot) -> tuple[list[Any], Source]:
+        return [*fused.output.shape[:2], T.int64(_wide(workload))], _Windows(workload, x, dot)
 
 
 @dataclass(frozen=True)

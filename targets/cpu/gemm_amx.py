@@ -96,7 +96,7 @@ def tile_dot(kind: str) -> Dot:
 
 def pack_tiles(position: int, k: int, n: int, schedule: AmxSchedule, dot: Dot) -> Packing:
     """The packing of constant weights [.., K, N] into panels whose words are whole tiles."""
-    width = amx.steps(k, dot) * amx.step_elements(dot)
+    width = amx.whole(k, dot)
     packing = pack_gemm(position, width, n, amx.ROWS * schedule.tiles.columns, dot)
 
     def pack(weight: Any) -> Any:
@@ -119,7 +119,7 @@ def _row(row: Any) -> Any:
 
 
 def _gathered(flat: Any, address: Any, k: int, dot: Dot) -> Gathered:
-    width = amx.steps(k, dot) * amx.step_elements(dot)
+    width = amx.whole(k, dot)
 
     def gather(target: Any, slot: Any, row: Any) -> None:
         start = address(T.bind(row))

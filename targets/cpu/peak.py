@@ -72,12 +72,8 @@ def _tile_operations(kind: str) -> float:
         for number, place in enumerate(places):
             amx.store(tiles.c(*place), out[number * size // 4], amx.ROW_BYTES)
         amx.release()
-    # numbers between 1 and 2 in bfloat16
-    words = (
-        np.random.default_rng(0).integers(0x3F80, 0x4000, 2 * size, np.uint16)
-        if kind == "bf16"
-        else np.random.default_rng(0).integers(0, 1 << 16, 2 * size, np.uint16)
-    )
+    # any bytes; for bfloat16 numbers from 1 to 2
+    words = np.random.default_rng(0).integers(*((0x3F80, 0x4000) if kind == "bf16" else (0, 1 << 16)), 2 * size, np.uint16)
     run = _compiled(builder.get(), words.view(np.uint8), np.zeros(size, np.int32))
     return 2.0 * (_STEPS // 10) * len(places) * amx.ROWS * amx.ROWS * amx.step_elements(dot) / _best(run)
 
