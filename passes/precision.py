@@ -21,6 +21,8 @@ from .rewriting import emit_as
 
 #: what --precision names -> the type in which operands are stored, None where nothing changes
 FORMATS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+#: operators that read the 16-bit copy of a tensor where there is one: they are computed within the kernel of a product
+JOINS = ("relax.add", "relax.subtract", "relax.multiply")
 FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
 
 
@@ -28,7 +30,8 @@ FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
 class Precision(Pass):
     """Matrix products (by group, too) and convolutions by constant weights, and attention, with operands rounded to 16 bits and sums in float32; everything else stays in float32.
 
-    A tensor is rounded once, where it is made, so what products alone read is stored in 16 bits; on a GPU, that goes for what is multiplied by weights in few bits, too.
+    A tensor is rounded once, where it is made, and stored in 16 bits alone if products read it, and sums and products by element beside them (the shortcut of a residual block then moves half of
+    the bytes); what others read, or the model returns, is stored in float32, too. On a GPU, that goes for what is multiplied by weights in few bits as well.
     format: "fp32" (nothing changes), "bf16" or, on a GPU, "fp16". skip: layers (node names) to leave in float32.
     """
 
@@ -100,6 +103,19 @@ class _Rewriter(relax.PyExprMutator):
         self.graph, self.others, self.dtype = graph, set(others), dtype
         self.sites = {site.var: site for site in sites}
         self.rounded: dict[Any, Any] = {}
+        operands = [site.x for site in sites] + [arg for var in others for arg in self._operands(graph.bindings[var])]
+        self.short = {root for x in operands if self._stored_short(root := graph.root(x))}
+
+    @staticmethod
+    def _operands(call: Any) -> list[Any]:
+        return list(call.args[: 3 if operator(call) == ATTENTION else 1])
+
+    def _stored_short(self, root: Any) -> bool:
+        """Nobody reads more of a tensor than its 16-bit copy, so that the other one is not made."""
+        if self.graph.defining(root) is None:
+            return False
+        products = {*self.sites, *self.others}
+        return all(reader in products or operator(self.graph.bindings.get(reader)) in JOINS for reader in self.graph.all_readers(root))
 
     def apply(self) -> Program:
         program = self.graph.program
@@ -113,18 +129,27 @@ class _Rewriter(relax.PyExprMutator):
         elif binding.var in self.others:
             call = binding.value
             attention = operator(call) == ATTENTION
-            rounded = 3 if attention else 1
+            rounded = len(self._operands(call))
             operands = [self._round(arg, binding.var.name) if place < rounded else self.visit_expr(arg) for place, arg in enumerate(call.args)]
             if operator(call) == GROUPED:
                 operands[1] = self._constant(call.args[1].value.numpy())
             attrs = operator_attrs(**{**asdict(attrs_of(call)), "dtype": "float32"}) if attention else call.attrs
             value = self.builder_.emit(relax.Call(call.op, operands, attrs), binding.var.name)
+        elif operator(binding.value) in JOINS and any(self._is_short(arg) for arg in binding.value.args):
+            operands = [
+                relax.op.astype(self._round(arg, binding.var.name), "float32") if self._is_short(arg) else self.visit_expr(arg)
+                for arg in binding.value.args
+            ]
+            value = self.builder_.emit(relax.Call(binding.value.op, operands, binding.value.attrs), binding.var.name)
         else:
             super().visit_var_binding_(binding)
             return
         if not isinstance(binding.var, relax.DataflowVar):
             value = emit_as(self.builder_, binding.var, value)
         self.set_var_remap(binding.var, value)
+
+    def _is_short(self, x: Any) -> bool:
+        return isinstance(x, relax.Var) and self.graph.root(x) in self.short
 
     def _round(self, x: Any, name: str) -> Any:
         """x rounded, behind its views: next to what makes it, which then does the rounding."""
