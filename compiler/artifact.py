@@ -68,7 +68,7 @@ class Artifact:
 def build(lowered: Lowered) -> Artifact:
     """Link `lowered` and describe it. Raises ToolchainError without a linker."""
     from .linker import link
-    from .weights import aligned
+    from .weights import gathered
 
     manifest = {
         "format": FORMAT,
@@ -80,7 +80,7 @@ def build(lowered: Lowered) -> Artifact:
         "provenance": _provenance(lowered.provenance),
         "versions": versions(),
     }
-    weights = {name: aligned(array) for name, array in lowered.weights.items()}
+    weights = gathered(lowered.weights)
     sources = {_source_name(name): text for name, text in lowered.sources.items()}
     library = link(lowered.executable) if lowered.executable is not None else lowered.library
     return Artifact(json.loads(json.dumps(manifest, sort_keys=True)), library, weights, lowered.report, sources)

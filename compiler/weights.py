@@ -6,6 +6,7 @@ tensors, so gaps are filled by named `__pad_N` entries of zero bytes. https://gi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
@@ -76,6 +77,7 @@ def map_file(path: Path) -> tuple[mmap.mmap | bytes, dict[str, np.ndarray]]:
         if size < 8:
             raise VerificationError(f"{path}: {size} bytes are too short for a safetensors file; compile the model again")
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    ask_for_huge_pages(mapping)
     length = int.from_bytes(mapping[:8], "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise VerificationError(f"{path}: header of {length} bytes does not fit a file of {size}; compile the model again")
@@ -117,14 +119,43 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def gathered(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All weights in one piece of memory, each on a 64-byte boundary, in huge pages where the system has them; `weights` is emptied meanwhile.
+
+    A core that walks megabytes of weights in pages of 4 KiB waits for addresses: from its second-level cache they came at 90 GB/s instead of 140, from the third-level one at 21 instead of 26.
+    """
+    offsets, size = _offsets(weights, ALIGNMENT)
+    if not size:
+        return {name: aligned(weights.pop(name)) for name in list(weights)}
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    ask_for_huge_pages(memory)
+    buffer = np.frombuffer(memory, np.uint8)
+    found = {}
+    for name, offset in offsets.items():
+        source = weights.pop(name)
+        found[name] = np.ndarray(source.shape, source.dtype, buffer, offset)
+        found[name][...] = source
+    return found
+
+
+def ask_for_huge_pages(mapping: mmap.mmap) -> None:
+    """Advice, which a system without such pages, or a file on one that keeps none, does not take."""
+    with contextlib.suppress(AttributeError, OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+
+
 #: every weight of a blob on a device begins on such a boundary
 DEVICE_ALIGNMENT = 256
 
 
 def device_offsets(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
     """(where each weight lies in the one blob that a device holds, size of the blob in bytes)."""
+    return _offsets(weights, DEVICE_ALIGNMENT)
+
+
+def _offsets(weights: Mapping[str, np.ndarray], alignment: int) -> tuple[dict[str, int], int]:
     offsets, size = {}, 0
     for name, array in weights.items():
         offsets[name] = size
-        size += -(-array.nbytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
+        size += -(-array.nbytes // alignment) * alignment
     return offsets, size

@@ -3,14 +3,17 @@
 for (chunk of mc rows, group of panels) in parallel:
     [copy of rows of A]                              # where they do not lie in memory as tiles want them
     for jo in panels of the group:                   # NR = 16 * columns output channels
-        for io in mc / (16 * rows):                  # one block: rows x columns tiles of sums
-            for k in K by 64 bytes:                  # and lines of the next panel are prefetched
-                c[i][j] += a[i] @ b[j]
-                C[some rows of the block before] = epilogue(memory)
-            memory = c
+        for ko in slices of K:                       # one that its part of a panel stays in the first-level cache for
+            for io in mc / (16 * rows):              # one block: rows x columns tiles of sums
+                c = memory[io] if ko else 0
+                for k in the slice by 64 bytes:      # and lines of the next panel are prefetched
+                    c[i][j] += a[i] @ b[j]
+                    C[some rows of a block before] = epilogue(memory)
+                memory[io] = c
         the same for the rows that are left, in tiles of fewer rows
 
-Tiles take 16 cycles for a product and leave the vector pipes alone: the epilogue of the block before, whose sums went to one of two halves of a piece of memory, runs meanwhile.
+Tiles take 16 cycles for a product and leave the vector pipes alone: the epilogue of a block before, whose sums are kept in another part of the memory, runs meanwhile. Without slices that is
+the block right before, with slices the same block of the panel before.
 """
 
 from __future__ import annotations
@@ -71,11 +74,11 @@ class StoredSums:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of sums: its panel of weights, its number among the blocks of the chunk, and the half of the memory that it is kept in."""
+    """A block of sums: its panel of weights, its number among the blocks of the chunk, and the place in the memory where it is kept."""
 
     panel: Any
     number: Any
-    half: Any
+    place: Any
 
 
 class AmxEmitter:
@@ -94,6 +97,8 @@ class AmxEmitter:
         self.rows = Rows(dims)
         self.tiles, self.height, self.nr = schedule.tiles, ROWS * schedule.tiles.rows, ROWS * schedule.tiles.columns
         self.steps = amx.steps(k, dot)
+        self.slice = schedule.depth or self.steps
+        self.slices = -(-self.steps // self.slice)
 
     def emit(self) -> None:
         m, mc, panels = static(self.m), self.schedule.mc, -(-self.n // self.nr)
@@ -104,20 +109,24 @@ class AmxEmitter:
             group = T.bind(T.floormod(task, T.int64(groups))) if groups > 1 else T.int64(0)
             self.first = T.bind(chunk * T.int64(mc)) if mc else T.int64(0)
             size = T.bind(T.min(T.int64(mc), self.m - self.first)) if mc else i64(self.m)
-            self.memory, self.sums = T.alloc_buffer((16,), "int32"), amx.sums(2 * self.height * self.nr, self.dot.accumulator)
+            most = 1 if self.slices == 1 else (mc or m) // self.height
+            self.memory, self.sums = T.alloc_buffer((16,), "int32"), amx.sums((2 * most + (self.slices > 1)) * self.height * self.nr, self.dot.accumulator)
             self.element, self.stride = self.source.prepare(self.first, size, i64(mc if mc else m if m is not None else self.m))
             own = T.bind(T.min(T.int64(each), T.int64(panels) - group * each)) if panels % each else T.int64(each)
             # chunks are whole blocks but for the last one, or all of one size
             rest = None if m is None else ((m % mc or mc) if mc else m) % self.height
             self.blocks = T.bind(T.floordiv(size, T.int64(self.height)))
+            self.apart = T.int64(1) if self.slices == 1 else self.blocks
             if rest == 0:
                 self.tiles.configure(self.memory)
             with T.serial(own) as panel:
                 jo = T.bind(group * T.int64(each) + panel)
                 self._panel(panel, jo, size, rest)
             with T.If(self.blocks > 0), T.Then():
-                last = _Block(T.bind(group * T.int64(each) + own - 1), self.blocks - 1, T.bind(T.floormod(own * self.blocks - 1, T.int64(2))))
-                self._finish(last, T.int64(0), self.height)
+                panel = T.bind(group * T.int64(each) + own - 1)
+                with T.serial(self.apart) as left:
+                    number = T.bind(self.blocks - self.apart + left)
+                    self._finish(_Block(panel, number, self._place((own - 1) * self.blocks + number)), T.int64(0), self.height)
             amx.release()
 
     def _panel(self, panel: Any, jo: Any, size: Any, rest: int | None) -> None:
@@ -125,20 +134,23 @@ class AmxEmitter:
         if rest != 0:
             with T.If(self.blocks > 0), T.Then():
                 self.tiles.configure(self.memory)
-        with T.serial(self.blocks) as block:
-            turn = T.bind(panel * self.blocks + block)
-            now = _Block(jo, block, T.bind(T.floormod(turn, T.int64(2))))
-            starts = block == T.int64(0)
-            before = _Block(
-                T.bind(tirx.Select(starts, jo - 1, jo)), T.bind(tirx.Select(starts, self.blocks - 1, block - 1)), T.bind(T.int64(1) - now.half)
-            )
-            few = -(-self.height // self.steps)
+        with T.serial(T.int64(self.slices)) as part:
+            with T.serial(self.blocks) as block:
+                turn = T.bind(panel * self.blocks + block)
+                now = _Block(jo, block, self._place(turn))
+                if self.slices == 1:
+                    starts = block == T.int64(0)
+                    panel_before, block_before = tirx.Select(starts, jo - 1, jo), tirx.Select(starts, self.blocks - 1, block - 1)
+                else:
+                    panel_before, block_before = jo - 1, block
+                before = _Block(T.bind(panel_before), T.bind(block_before), self._place(turn + self.apart))
+                few = -(-self.height // self.steps)
 
-            def between(step: Any) -> None:
-                with T.If(turn > T.int64(0)), T.Then():
-                    self._finish(before, step * T.int64(few), few, few * self.steps > self.height)
+                def between(step: Any) -> None:
+                    with T.If(turn >= self.apart), T.Then():
+                        self._finish(before, step * T.int64(few), few, few * self.steps > self.height)
 
-            self._products(self.tiles, T.bind(block * self.height), now, block, between)
+                self._products(self.tiles, T.bind(block * self.height), now, block, part, between)
         if rest == 0:
             return
         behind = T.bind(self.blocks * self.height)
@@ -150,18 +162,33 @@ class AmxEmitter:
             fewer = Tiles(rows, self.tiles.columns)
             with T.If(left > 0 if rest is not None else T.And(left > most - ROWS, left <= most)), T.Then():
                 fewer.configure(self.memory, rest - most + ROWS if rest is not None else left - (most - ROWS))
-                # the half that the last whole block left may wait for its epilogue
-                odd = _Block(jo, self.blocks, T.bind(T.floormod((panel + 1) * self.blocks, T.int64(2))))
-                self._products(fewer, behind, odd, None, None)
+                # a place that no block waits in for its epilogue
+                odd = _Block(jo, self.blocks, self._place((panel + 1) * self.blocks) if self.slices == 1 else T.bind(2 * self.blocks))
+                self._products(fewer, behind, odd, None, None, None)
                 self._finish(odd, T.int64(0), rest if rest is not None else left)
 
-    def _products(self, tiles: Tiles, row: Any, block: _Block, number: Any, between: Callable[[Any], None] | None) -> None:
-        """The sums of one block from a row of the chunk on, in its half of the memory. number: of a whole block, for its share of the next panel; between(step): emitted among the products."""
+    def _place(self, turn: Any) -> Any:
+        """Where a block is kept that is the turn-th of its task: blocks that are `apart` or fewer from each other do not share it."""
+        return T.bind(T.floormod(turn, T.int64(2) * self.apart))
+
+    def _products(self, tiles: Tiles, row: Any, block: _Block, number: Any, part: Any, between: Callable[[Any], None] | None) -> None:
+        """The sums of one block from a row of the chunk on, to its place in the memory. number: of a whole block, for its share of the next panel; part: the slice of K, None for all of K;
+        between(step): emitted among the products."""
         jo, size = block.panel, amx.step_elements(self.dot)
-        places = [(i, j) for i in range(tiles.rows) for j in range(tiles.columns)]
-        for i, j in places:
-            amx.zero(tiles.c(i, j))
-        with T.serial(T.int64(self.steps)) as step:
+        tiled = [(tiles.c(i, j), self.sums[self._start(block) + (i * self.nr + j) * ROWS]) for i in range(tiles.rows) for j in range(tiles.columns)]
+        if part is None or self.slices == 1:
+            first, count = T.int64(0), T.int64(self.steps)
+        else:
+            first = T.bind(part * T.int64(self.slice))
+            count = T.bind(T.min(T.int64(self.slice), T.int64(self.steps) - first)) if self.steps % self.slice else T.int64(self.slice)
+        for tile, _ in tiled:
+            amx.zero(tile)
+        if part is not None and self.slices > 1:
+            with T.If(part > T.int64(0)), T.Then():
+                for tile, memory in tiled:
+                    amx.load(tile, memory, 4 * self.nr)
+        with T.serial(count) as each:
+            step = T.bind(first + each)
             if number is not None:
                 self._ask(jo, step, number)
             for i in range(tiles.rows):
@@ -172,18 +199,18 @@ class AmxEmitter:
                     amx.multiply(self.dot, tiles.c(i, j), tiles.a(i), tiles.b(j))
             if between is not None:
                 between(step)
-        for i, j in places:
-            amx.store(tiles.c(i, j), self.sums[self._half(block) + (i * self.nr + j) * ROWS], 4 * self.nr)
+        for tile, memory in tiled:
+            amx.store(tile, memory, 4 * self.nr)
 
-    def _half(self, block: _Block) -> Any:
-        return block.half * T.int64(self.height * self.nr)
+    def _start(self, block: _Block) -> Any:
+        return block.place * T.int64(self.height * self.nr)
 
     def _finish(self, block: _Block, first: Any, count: Any, guarded: bool = False) -> None:
         """The epilogue of `count` rows of a block from `first` on. guarded: there may be fewer."""
         row_of = T.bind(self.first + block.number * T.int64(self.height))
 
         def rows(columns: int) -> None:
-            sums = StoredSums(self.sums, self._half(block), self.nr, -(-columns // ROWS))
+            sums = StoredSums(self.sums, self._start(block), self.nr, -(-columns // ROWS))
             with T.serial(i64(count)) as each:
                 row = T.bind(first + each)
                 with when(row < self.height if guarded else None):

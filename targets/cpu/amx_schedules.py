@@ -19,14 +19,15 @@ _CROWDED = 2.2
 
 @dataclass(frozen=True)
 class AmxSchedule:
-    """tiles: of a block; mc rows per task (0: all of them) against so many `panels` of weights (0: all of them)."""
+    """tiles: of a block; mc rows per task (0: all of them) against so many `panels` of weights (0: all of them), `depth` steps of K at a time (0: all of them)."""
 
     tiles: Tiles
     mc: int
     panels: int
+    depth: int = 0
 
     def __str__(self) -> str:
-        return f"AmxSchedule({self.tiles.rows}x{self.tiles.columns}, mc={self.mc}, panels={self.panels})"
+        return f"AmxSchedule({self.tiles.rows}x{self.tiles.columns}, mc={self.mc}, panels={self.panels}, depth={self.depth})"
 
 
 def space(rows: int | None, n: int, width: int, gathered: bool, target: Target) -> list[AmxSchedule]:
