@@ -34,6 +34,7 @@ __all__ = [
     "mutator",
     "object_modules",
     "operator_attrs",
+    "register_intrinsic",
     "register_operator",
     "relax",
     "relax_functions",
@@ -114,6 +115,16 @@ def register_operator(name: str, arguments: tuple[str, ...], infer: Callable[[An
     tvm.ir.register_op_attr(name, "FLegalize", legalize)
     tvm.ir.register_op_attr(name, "FPurity", True)
     return operator
+
+
+def register_intrinsic(name: str, lower: Callable[[Any], Any]) -> Any:
+    """Make a pure function of scalars known to TVM's kernels, where loops over it may be vectorised. lower(call) returns an expression over known ones, for targets without anything better."""
+    _ir.RegisterOp(name, "")
+    tvm.ir.register_op_attr(name, "TVectorizable", True)
+    tvm.ir.register_op_attr(name, "TCallEffectKind", 1)
+    tvm.ir.register_op_attr(name, "TScriptPrinterName", name)
+    tvm.ir.register_op_attr(name, "default.FLowerIntrinsic", lower)
+    return tvm.ir.Op.get(name)
 
 
 def operator_attrs(**values: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...compiler.tvm import relax, te, tirx
+from ...compiler.tvm import register_intrinsic, relax, te, tirx
 from .legalize import default_legalization, legalizer
 
 
@@ -21,7 +21,7 @@ def astype(builder: Any, call: Any) -> relax.Expr:
 
 def rounded(value: Any) -> Any:
     """A float32 as bfloat16."""
-    return tirx.reinterpret("bfloat16", tirx.Cast("uint16", rounded_bits(value) >> _bits(16)))
+    return tirx.reinterpret("bfloat16", tirx.call_intrin("uint16", ROUNDED, value))
 
 
 def widened(value: Any) -> Any:
@@ -42,3 +42,14 @@ def rounded_bits(value: Any, kind: str = "uint32") -> Any:
 
 def _bits(value: int) -> Any:
     return tirx.const(value, "uint32")
+
+
+def _by_integers(call: Any) -> Any:
+    x = call.args[0]
+    kind = str(x.ty.dtype).replace("float", "uint")
+    return tirx.Cast(call.ty.dtype, rounded_bits(x, kind) >> _bits(16))
+
+
+#: function of a float32: the 16 bits of the bfloat16 it rounds to, as uint16
+ROUNDED = "tirx.tcompile_bfloat16_bits"
+register_intrinsic(ROUNDED, _by_integers)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...compiler.tvm import T, tirx, tvm
+from ..common.ops_cast import ROUNDED
 
 #: 1.5 * 2^23: adding it rounds a float32 of magnitude below 2^22 to an integer, which then stands in the low bits of the sum
 ROUND32 = 12582912.0
@@ -324,6 +325,38 @@ def power(name: Names, x: Any, y: Any) -> Any:
     return select(one, _f32(1.0), result)
 
 
+def bfloat16_bits(name: Names, x: Any) -> Any:
+    """The bfloat16 nearest to x, ties to even, as uint16; NaN stays NaN."""
+    x = name(x)
+    bits = name(_reinterpret("uint32", x))
+    nearest = bits + (((bits >> T.uint32(16)) & T.uint32(1)) + T.uint32(0x7FFF))
+    return _cast("uint16", select(x == x, nearest, bits | T.uint32(1 << 22)) >> T.uint32(16))  # noqa: PLR0124
+
+
+def bfloat16_bits_native(name: Names, x: Any) -> Any:
+    """The same by `vcvtneps2bf16`, to which denormal numbers are zeros."""
+    lanes = _lanes(x)
+    if lanes not in _TO_BFLOAT16:
+        return bfloat16_bits(name, x)
+    return T.call_pure_extern(f"uint16x{lanes}", f"tcompile_bf16_{32 * lanes}", x)
+
+
+_TO_BFLOAT16 = (8, 16)
+#: LLVM functions of the instruction: TVM has no vectors of bfloat16
+NATIVE_LLVM = "".join(
+    f"""
+declare <{lanes} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.{32 * lanes}(<{lanes} x float>)
+define linkonce_odr <{lanes} x i16> @tcompile_bf16_{32 * lanes}(<{lanes} x float> %x) alwaysinline nounwind {{
+  %a = call <{lanes} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.{32 * lanes}(<{lanes} x float> %x)
+  %r = bitcast <{lanes} x bfloat> %a to <{lanes} x i16>
+  ret <{lanes} x i16> %r
+}}
+"""
+    for lanes in _TO_BFLOAT16
+)
+#: function -> (feature of a target, function there)
+NATIVE = {ROUNDED: ("avx512bf16", f"{ROUNDED}.native")}
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tirx.exp": exp,
     "tirx.log": log,
@@ -336,6 +369,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tirx.cos": cos,
     "tirx.pow": power,
     "exp_nonpositive": exp_nonpositive,
+    ROUNDED: bfloat16_bits,
+    NATIVE[ROUNDED][1]: bfloat16_bits_native,
 }
 
 #: calls that a vectorised loop may hold

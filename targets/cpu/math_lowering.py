@@ -12,8 +12,9 @@ from typing import Any
 
 from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, tirx, tvm
 from .entry import short_entry
-from .math import FUNCTIONS, MARK, Names, constant_of, select
+from .math import FUNCTIONS, MARK, NATIVE, NATIVE_LLVM, Names, constant_of, select
 
+_HAS_FEATURE = tvm.get_global_func("target.target_has_feature")
 _FMA = tvm.ir.Op.get("tirx.fma").get_attr("llvm.FLowerIntrinsic")
 
 
@@ -112,6 +113,8 @@ def mark_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
     What an if-then-else guards stays: its expansion would be computed before the test.
     """
     guarded: set[Any] = set()
+    target = func.attrs.get("target") if func.attrs else None
+    native = {name: other for name, (feature, other) in NATIVE.items() if target is not None and _HAS_FEATURE(feature, target)}
 
     def guard(call: Any) -> None:
         if getattr(call.op, "name", "") == "prim.if_then_else":
@@ -120,9 +123,9 @@ def mark_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
     def mark(call: Any) -> Any:
         name = getattr(call.op, "name", "")
-        if name not in FUNCTIONS or str(call.ty.dtype).split("x")[0] != "float32" or call in guarded:
+        if name not in FUNCTIONS or str(call.args[0].ty.dtype).split("x")[0] != "float32" or call in guarded:
             return call
-        return tirx.call_pure_extern(call.ty.dtype, MARK + name, *call.args)
+        return tirx.call_pure_extern(call.ty.dtype, MARK + native.get(name, name), *call.args)
 
     structural_walk(func.body, (tvm.ir.Call, guard))
     body = structural_map(func.body, (tvm.ir.Call, mark))
@@ -136,7 +139,16 @@ def vector_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """
     body = structural_map(func.body, [((tirx.Bind, tirx.BufferStore), _expand), (tirx.SeqStmt, _flatten)])
     body = _store_values(body)
+    if _calls_native(func.body):
+        body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.expr.StringImm(NATIVE_LLVM), body)
     return func if body.same_as(func.body) else func.with_body(body)
+
+
+def _calls_native(body: Any) -> bool:
+    names = {name for _, name in NATIVE.values()}
+    found: list[Any] = []
+    structural_walk(body, (tvm.ir.Call, lambda call: found.append(call) if _marked(call) in names else None))
+    return bool(found)
 
 
 def _store_values(body: Any) -> Any:
