@@ -23,6 +23,8 @@ from .rewriting import emit_as
 FORMATS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 #: operators that read the 16-bit copy of a tensor where there is one: they are computed within the kernel of a product
 JOINS = ("relax.add", "relax.subtract", "relax.multiply")
+#: the largest of rounded numbers is the largest one rounded
+MAXIMA = ("relax.nn.max_pool1d", "relax.nn.max_pool2d", "relax.nn.max_pool3d")
 FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
 
 
@@ -154,8 +156,8 @@ class _Rewriter(relax.PyExprMutator):
     def _round(self, x: Any, name: str) -> Any:
         """x rounded, behind its views: next to what makes it, which then does the rounding."""
         if x not in self.rounded:
-            view = self.graph.defining(x, *VIEWS)
-            if view is not None and isinstance(view.args[0], relax.Var):
+            view = self.graph.defining(x, *VIEWS, *MAXIMA)
+            if view is not None and isinstance(view.args[0], relax.Var) and (operator(view) in VIEWS or self.graph.single_reader(view.args[0]) == x):
                 short = relax.Call(view.op, [self._round(view.args[0], name), *(self.visit_expr(arg) for arg in view.args[1:])], view.attrs)
             else:
                 short = relax.op.astype(self.visit_expr(x), self.dtype)

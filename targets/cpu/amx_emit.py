@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...compiler.tvm import T, tirx
+from ...compiler.tvm import T, tirx, tvm
 from ..common.fused import Fused, product, static
 from . import amx
 from .amx import ROWS, Tiles
@@ -95,6 +95,8 @@ class AmxEmitter:
             flat, self.buffers = flat_rows(fused, buffers)
             dims = flat if self.buffers is not buffers else rows
         self.rows = Rows(dims)
+        #: tensors of the output's size whose rows come one after the other
+        self.streams = [buffer for buffer in dict.fromkeys((fused.output, *fused.func.params)) if self.buffers.get(buffer) is not buffers.get(buffer)]
         self.tiles, self.height, self.nr = schedule.tiles, ROWS * schedule.tiles.rows, ROWS * schedule.tiles.columns
         self.steps = amx.steps(k, dot)
         self.slice = schedule.depth or self.steps
@@ -147,6 +149,7 @@ class AmxEmitter:
                 few = -(-self.height // self.steps)
 
                 def between(step: Any) -> None:
+                    self._expect(now, step * T.int64(few), few)
                     with T.If(turn >= self.apart), T.Then():
                         self._finish(before, step * T.int64(few), few, few * self.steps > self.height)
 
@@ -201,6 +204,17 @@ class AmxEmitter:
                 between(step)
         for tile, memory in tiled:
             amx.store(tile, memory, 4 * self.nr)
+
+    def _expect(self, block: _Block, first: Any, count: int) -> None:
+        """Asks for `count` rows of the output from `first` on, and of what its epilogue reads of the same size: the block's turn is next, and stores that miss the second-level cache would hold up the products
+        behind it."""
+        row_of = T.bind(self.first + block.number * T.int64(self.height) + first)
+        for each in range(count if self.streams else 0):
+            lead = self.rows.indices(row_of + each)
+            for buffer in self.streams:
+                line = 512 // tvm.DataType(str(buffer.ty.dtype)).bits
+                for place in range(0, self.nr, line):
+                    prefetch(self.buffers[buffer][(*lead, block.panel * self.nr + place)], level=2)
 
     def _start(self, block: _Block) -> Any:
         return block.place * T.int64(self.height * self.nr)

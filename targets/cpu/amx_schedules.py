@@ -71,6 +71,9 @@ def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathere
     l2 = chunks * panels * (panel_bytes * (1 if in_l1 else blocks) + mc * row_bytes)
     chunk_in_l2 = mc * row_bytes + 2 * panel_bytes < 0.75 * target.l2_bytes
     l3 = chunks * panels * panel_bytes + (0 if chunk_in_l2 else chunks * panels * mc * row_bytes)
+    if panels > 1 and 4 * n * mc > target.l2_bytes * _SHARE_OF_L2:
+        # lines of the output come in pairs, of which the second one is gone again before the next panel writes to it
+        l3 += 4.0 * rows * n
     more = stores + gathering + 150.0 * chunks * groups
     return KernelFeatures(
         flops=2.0 * rows * k * n,
