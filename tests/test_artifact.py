@@ -20,7 +20,7 @@ from tcompile.compiler.digest import CHUNK_BYTES, ChunkedSha256, chunked_sha256,
 from tcompile.compiler.errors import ToolchainError, UsageError, VerificationError
 from tcompile.compiler.linker import find_linker
 from tcompile.compiler.runtime import CompiledModel, load
-from tcompile.compiler.weights import map_file, serialize
+from tcompile.compiler.weights import gathered, map_file, serialize
 
 X = np.linspace(-1, 1, 20, dtype="float32").reshape(5, 4)
 
@@ -46,6 +46,26 @@ def rehash(folder: Path, change) -> None:
     manifest.pop("sha256")
     change(manifest)
     path.write_text(json.dumps({**manifest, "sha256": sha256_of_json(manifest)}))
+
+
+def test_weights_are_gathered_in_one_piece_of_memory():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "odd": rng.standard_normal((3, 7)).astype(np.float32),
+        "strided": rng.integers(0, 99, (8, 6), np.int8)[::2, ::3],
+        "scalar": np.array(2.5),
+        "empty": np.zeros((0, 4), np.float32),
+        "large": rng.standard_normal(3 << 19).astype(np.float32),
+    }
+    wanted, given = {name: array.copy() for name, array in arrays.items()}, dict(arrays)
+    found = gathered(given)
+    assert list(found) == list(wanted) and not given
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, wanted[name])
+        assert array.dtype == wanted[name].dtype and array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % 64 == 0
+    places = [array.ctypes.data for array in found.values()]
+    assert max(places) - min(places) < sum(array.nbytes for array in found.values()) + 64 * len(found)
+    assert gathered({}) == {} and gathered({"empty": np.zeros((0, 4))})["empty"].shape == (0, 4)
 
 
 def test_roundtrip(saved):

@@ -219,3 +219,65 @@ def test_layers_may_be_skipped(layers, tmp_path):
     recipe.write_text('[[pass]]\nname = "canonicalize"\n[[pass]]\nname = "precision"\nskip = ["nowhere"]\n')
     with pytest.raises(UsageError, match=r"skip names no layer nowhere; there are (\S+), "):
         tcompile.compile(module, example_inputs=inputs, recipe=recipe)
+
+
+class Residual(torch.nn.Module):
+    """Shortcuts: of a max-pool, of a sum, and of one that the model returns as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second, self.third = (torch.nn.Conv2d(a, 16, k, padding=k // 2) for a, k in ((3, 3), (16, 3), (16, 1), (16, 1)))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.nn.functional.max_pool2d(torch.relu(self.stem(image)), 3, 2, 1)
+        y = torch.relu(self.second(torch.relu(self.first(x))) + x)
+        z = torch.relu(self.third(y) + y)
+        return z, torch.relu(self.second(z) + z)
+
+
+@pytest.mark.parametrize("target", runnable())
+def test_sums_read_the_16_bit_copy_of_a_shortcut(target):
+    torch.manual_seed(0)
+    module, image = Residual().eval(), torch.randn(1, 3, 23, 17)
+    compiled = tcompile.compile(module, example_inputs=(image,), precision="bf16", target=target)
+    double = module.double()
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        return value.float().bfloat16().double()
+
+    def conv(layer: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, rounded(layer.weight), layer.bias, padding=layer.padding)
+
+    with torch.no_grad():
+        x = torch.nn.functional.max_pool2d(rounded(torch.relu(conv(double.stem, rounded(image.double())))), 3, 2, 1)
+        y = rounded(torch.relu(conv(double.second, rounded(torch.relu(conv(double.first, x)))) + x))
+        z = torch.relu(conv(double.third, y) + y)  # returned, so stored in float32, which the sum behind reads
+        want = z, torch.relu(conv(double.second, rounded(z)) + z)
+    for have, exact in zip(compiled(image.numpy()), want, strict=True):
+        # sums near the middle of two bfloat16 may round to either
+        np.testing.assert_allclose(have, exact.numpy(), rtol=0, atol=2**-8 * float(exact.abs().max()))
+        assert np.abs(have - exact.numpy()).mean() < 1e-4
+    # the casts of the input and of what is returned stand alone; all others are part of a product or of the pool
+    names = [row["kernel"] for row in compiled.report()["kernels"] if "cast" in row["kernel"] and not row["template"]]
+    assert len(names) <= 2, names
+
+
+def test_nothing_is_read_shorter_than_the_model_returns_it():
+    """A tensor of which a sum and the caller know stays in float32 for both."""
+    torch.manual_seed(0)
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = torch.tanh(self.a(x))
+            return y, self.b(y) + y
+
+    module, x = Two().eval(), torch.randn(5, 32)
+    compiled = tcompile.compile(module, example_inputs=(x,), precision="bf16")
+    y, total = compiled(x.numpy())
+    weight, bias = (value.detach().double().numpy() for value in (module.b.weight, module.b.bias))
+    product = y.astype(BF16).astype(np.float64) @ weight.astype(np.float32).astype(BF16).astype(np.float64).T + bias
+    np.testing.assert_allclose(total, product + y, rtol=0, atol=1e-5)
