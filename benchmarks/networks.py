@@ -3,7 +3,7 @@
 python benchmarks/networks.py [NAME ...] [--precision fp32|bf16] [--threads 1,2] [--batch 1] [--rounds 10] [--against NAME,...]
                               [--deepsparse PYTHON] [--output FOLDER] [--docs docs/performance.md]
 
-Prints a Markdown table; `--output` writes the figures with hardware, versions and date (networks_fp32_avx2.json), `--docs` puts the table between the markers of a page. fp32 runs against
+A name may ask for sizes of its dims: bert-base@seq=512. Prints a Markdown table; `--output` writes the figures with hardware, versions and date (networks_fp32_avx2.json), `--docs` puts the table between the markers of a page. fp32 runs against
 onnxruntime, OpenVINO, torch.compile with frozen weights, and DeepSparse if `--deepsparse` names the interpreter of an environment that has `deepsparse==1.8.0`; bf16 against
 OpenVINO in bf16 and torch.compile under autocast. `fastest / tcompile` above 1 means that tcompile is the fastest.
 """
@@ -36,8 +36,10 @@ Row = dict[str, Any]
 
 def measure(name: str, options: argparse.Namespace) -> Row:
     """Compile one network at one size; difference to the float32 of onnxruntime, compile time, peak memory and times beside all rivals."""
-    entry, threads = ZOO[name], int(options.threads)
-    feeds = entry.example_inputs(**({"batch": int(options.batch)} if options.batch != "1" else {}))
+    network, _, sizes = name.partition("@")
+    entry, threads = ZOO[network], int(options.threads)
+    dims = {dim: int(size) for dim, size in (part.split("=") for part in sizes.split(",") if part)}
+    feeds = entry.example_inputs(**dims | ({"batch": int(options.batch)} if options.batch != "1" else {}))
     path = entry.onnx_path()
     shapes = {key: tuple(value.shape) for key, value in feeds.items()}
     start = time.perf_counter()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 #: name in the zoo -> name in timm
 _TIMM = {
     "vit-s16": "vit_small_patch16_224",
+    "deit-t": "deit_tiny_patch16_224",
     "resnet50": "resnet50",
     "mobilenetv3-l": "mobilenetv3_large_100",
     "efficientformer-l1": "efficientformer_l1",

@@ -323,7 +323,7 @@ def found(name, through_torch):
 
 #: attentions in each network: all there are
 COUNTS = {
-    "ppocr-rec": 2, "minilm": 6, "vit-s16": 12, "bert-base": 12, "smollm2": 30, "gpt2": 12, "t5-encoder": 6, "swin-t": 12, "efficientformer-l1": 1,
+    "ppocr-rec": 2, "minilm": 6, "vit-s16": 12, "deit-t": 12, "bert-base": 12, "smollm2": 30, "gpt2": 12, "t5-encoder": 6, "swin-t": 12, "efficientformer-l1": 1,
     "resnet50": 0, "mobilenetv3-l": 0, "magika": 0,
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from tcompile.models.zoo import ZOO
 
 EXPECTED = {
     *("ppocr-rec", "ppocr-det", "ppocr-cls", "magika", "minilm", "smollm2", "bert-base", "gpt2"),
-    *("vit-s16", "resnet50", "mobilenetv3-l", "efficientformer-l1", "swin-t", "t5-encoder"),
+    *("vit-s16", "deit-t", "resnet50", "mobilenetv3-l", "efficientformer-l1", "swin-t", "t5-encoder"),
     *("mnist-vit", "mnist-cnn", "mnist-mlp"),
 }
 
