@@ -28,7 +28,7 @@ from . import amx
 from .amx import ROWS, Tiles
 from .amx_schedules import AmxSchedule
 from .dot import Dot
-from .emit import Rows, flat_rows, i64, store_row, tasks, when, with_columns
+from .emit import Rows, flat_rows, i64, store_row, streamed, tasks, when, with_columns
 from .prefetch import prefetch
 
 
@@ -95,8 +95,7 @@ class AmxEmitter:
             flat, self.buffers = flat_rows(fused, buffers)
             dims = flat if self.buffers is not buffers else rows
         self.rows = Rows(dims)
-        #: tensors of the output's size whose rows come one after the other
-        self.streams = [buffer for buffer in dict.fromkeys((fused.output, *fused.func.params)) if self.buffers.get(buffer) is not buffers.get(buffer)]
+        self.streams = (streamed(fused) or []) if self.buffers is not buffers else []
         self.tiles, self.height, self.nr = schedule.tiles, ROWS * schedule.tiles.rows, ROWS * schedule.tiles.columns
         self.steps = amx.steps(k, dot)
         self.slice = schedule.depth or self.steps

@@ -111,20 +111,27 @@ def flat_rows(fused: Fused, buffers: dict[Any, Any]) -> tuple[list[Any], dict[An
     no division is left, which with run-time dims would cost as much as the multiply-adds of a short row.
     """
     *lead, columns = fused.output.shape
+    in_place = streamed(fused)
+    if in_place is None:
+        return lead, buffers
     flat = [T.int64(1)] * (len(lead) - 1) + [product(lead)]
+    return flat, buffers | {buffer: T.decl_buffer((*flat, columns), buffer.ty.dtype, data=buffers[buffer].data) for buffer in in_place}
+
+
+def streamed(fused: Fused) -> list[Any] | None:
+    """The output, and what the epilogue reads of the same size, element by element; None where it reads something that is broadcast along some of the leading dims."""
     produced = {fused.accumulator, *(block.body.buffer for block in fused.epilogue)}
-    in_place = {fused.output}
+    found = {fused.output: None}
     for block in fused.epilogue:
         leading = {axis.var for axis in block.iter_vars[:-1]}
         for load in loads(block.body.value):
             if load.source in produced:
                 continue
             if is_identity(block, load.indices) and same_dims(load.source.shape, fused.output.shape):
-                in_place.add(load.source)
+                found[load.source] = None
             elif any(leading & variables_of(index) for index in load.indices):
-                return lead, buffers
-    shape = (*flat, columns)
-    return flat, buffers | {buffer: T.decl_buffer(shape, buffer.ty.dtype, data=buffers[buffer].data) for buffer in in_place}
+                return None
+    return list(found)
 
 
 def with_columns(panel: Any, columns: int, nr: int, body: Callable[[int], None]) -> None:
