@@ -97,6 +97,26 @@ def test_int8_convolutions_are_exact(index):
     int8_conv.check(index, RAPIDS, GemmAmx() if case.k == (1, 1) else ConvAmx())
 
 
+@runs
+@pytest.mark.parametrize("epilogue", ["none", "residual8"])
+@pytest.mark.parametrize(("m", "k", "n"), [(40, 900, 70), (64, 1664, 33), (16, 832, 32), ("rows", 1000, 90), (150, 1025, 200)])
+def test_slices_of_k(m, k, n, epilogue):
+    """Sums wait in memory for the next slice: whole blocks of rows and rests, last slices that are shorter, open rows."""
+    func = int8_gemm.fused((), m, k, n, epilogue)
+    found = [schedule for schedule in space(func) if schedule.depth]
+    assert found and all(schedule.tiles.columns == 2 for schedule in found)
+    for schedule in {(each.tiles, each.panels > 1): each for each in found}.values():
+        for rows in (1, 15, 64, 131) if m == "rows" else (None,):
+            int8_gemm.check(func, epilogue, schedule, RAPIDS, *((rows,) if rows else ()), template=GemmAmx())
+
+
+@runs
+def test_slices_of_k_in_bfloat16():
+    func = bf16.product(52, 900, 70)
+    for schedule in {each.tiles: each for each in space(func) if each.depth}.values():
+        bf16.check(func, schedule, RAPIDS, 52, GemmAmx())
+
+
 ROWS = [
     Case((1, 9, 11, 64), 19, (3, 3), pad=(1, 1, 1, 1)),
     Case((2, 8, 13, 64), 40, (3, 3), pad=(1, 2, 0, 1)),
@@ -104,19 +124,21 @@ ROWS = [
     Case((2, 10, 20, 32), 24, (1, 4), pad=(0, 1, 0, 2)),
     Case((3, 12, 9, 64), 16, (5, 5)),
     Case((1, 6, 5, 64), 70, (2, 1), pad=(1, 0, 0, 0)),
+    Case((1, 8, 9, 128), 40, (3, 3), pad=(1, 1, 1, 1)),
 ]
 
 
 @runs
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_windows_in_place(case):
-    """Stride 1, with padding on some or all sides and without: every sixth schedule."""
+    """Stride 1, with padding on some or all sides and without: every sixth schedule, and one of each form with slices of K."""
     rng = np.random.default_rng(0)
     fused, template = int8_conv.fused_conv(case, requantize=False), ConvAmxRows()
     x, w = rng.integers(0, 256, case.x).astype(np.uint8), rng.integers(-128, 128, (*case.k, case.x[3], case.co)).astype(np.int8)
     want = reference(case, x.astype(np.float64), w.astype(np.float64), [], "none").astype(np.int32)
     workload = template.workload(fused, frozenset([1]))
-    for schedule in list(template.space(workload, RAPIDS))[::6]:
+    found = list(template.space(workload, RAPIDS))
+    for schedule in [*found[::6], *{each.tiles: each for each in found if each.depth}.values()]:
         kernel = template.build(fused, workload, schedule, RAPIDS)
         out = tvm.runtime.tensor(np.zeros(want.shape, np.int32))
         int8_conv.compiled(kernel, RAPIDS)["kernel"](tvm.runtime.tensor(x), tvm.runtime.tensor(kernel.packings[0].pack(w)), out)

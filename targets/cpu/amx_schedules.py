@@ -15,6 +15,8 @@ _SHARE_OF_L2 = 0.5
 #: what products take longer where more than two follow each other without waiting: a core whose power is bounded then slows all of them down. Measured on whole networks, where blocks of
 #: 2 x 2 took 0.93 to 1.01 of the time of 1 x 2 at the core's full rate (BERT-base, ResNet-50), and 1.11 to 1.26 of it where power was bounded
 _CROWDED = 2.2
+#: steps of K whose part of a panel, two tiles wide, stays in a first-level cache of 48 KiB beside rows of A, and the most rows whose sums may wait for the next slice
+_SLICE, _WAITING = 12, 512
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,16 @@ def space(rows: int | None, n: int, width: int, gathered: bool, target: Target) 
             held = (mc or rows or 0) * width
             if gathered and held > target.l2_bytes * _SHARE_OF_L2 and mc != chunks[0] and mc != 64 // height * height:
                 continue
-            found += [AmxSchedule(tiles, mc, each) for each in sorted({0, *(p for p in (1, 2, 4, 8, 16) if p < panels)})]
+            groups = sorted({0, *(p for p in (1, 2, 4, 8, 16) if p < panels)})
+            found += [AmxSchedule(tiles, mc, each, depth) for each in groups for depth in depths(tiles, mc or rows, width // ROW_BYTES)]
     return found
+
+
+def depths(tiles: Tiles, rows: int | None, steps: int) -> list[int]:
+    """Slices of so many steps of K to try for chunks of so many rows: all of K, and the slices of one size that keep a part of a panel near."""
+    if tiles.columns != 2 or rows is None or not ROWS * tiles.rows <= rows <= _WAITING or steps <= _SLICE:
+        return [0]
+    return [0, -(-steps // -(-steps // _SLICE))]
 
 
 def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathered: float, target: Target, own_bytes: float = 0.0) -> KernelFeatures:
@@ -54,6 +64,8 @@ def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathere
     chunks, each = -(-rows // mc), min(schedule.panels or panels, panels)
     groups = -(-panels // each)
     whole, rest = divmod(rows, height)
+    depth = min(schedule.depth or steps, steps)
+    slices = -(-steps // depth)
     busy = latency = load = stores = 0.0
     for count, size in ((whole, height), (1, rest)):
         if count and size:
@@ -64,11 +76,13 @@ def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathere
             latency += count * panels * steps * max(amx.LATENCY, product_cycles)
             load += count * panels * steps * (size + ROWS * tiles.columns) / 2.0
             stores += count * panels * (2.5 * size * tiles.columns + (100.0 if rest else 20.0) + 4.0 * used)
+            # sums are stored and loaded between slices
+            load += count * panels * (slices - 1) * (size + ROWS) * tiles.columns / 2.0
     gathering = gathered * rows * groups
     row_bytes, panel_bytes = own_bytes or float(steps * ROW_BYTES), float(steps * ROWS * 4 * nr)
     blocks = -(-mc // height)
-    in_l1 = panel_bytes + height * row_bytes < 0.8 * target.l1_bytes
-    l2 = chunks * panels * (panel_bytes * (1 if in_l1 else blocks) + mc * row_bytes)
+    in_l1 = (panel_bytes + height * row_bytes) * depth / steps < 0.8 * target.l1_bytes
+    l2 = chunks * panels * (panel_bytes * (1 if in_l1 else blocks) + mc * row_bytes + 8.0 * (slices - 1) * mc * nr)
     chunk_in_l2 = mc * row_bytes + 2 * panel_bytes < 0.75 * target.l2_bytes
     l3 = chunks * panels * panel_bytes + (0 if chunk_in_l2 else chunks * panels * mc * row_bytes)
     if panels > 1 and 4 * n * mc > target.l2_bytes * _SHARE_OF_L2:

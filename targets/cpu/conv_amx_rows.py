@@ -47,11 +47,13 @@ class ConvAmxRows(ConvAmx):
         if not amx.available(workload.kind, target):
             raise Unfusable("no tiles on this machine")
         height, width, rows = _size(workload.out_h), _wide(workload), _rows(workload)
+        steps = amx.steps(depth(workload), tile_dot(workload.kind))
         found = []
         for tiles in amx.shapes(rows, workload.co):
             panels = -(-workload.co // (amx.ROWS * tiles.columns))
             for lines in (lines for lines in range(1, height + 1) if height % lines == 0 and (lines == height or lines * width >= 48)):
-                found += [AmxSchedule(tiles, lines * width, each) for each in sorted({0, *(p for p in (2, 4, 8) if p < panels)})]
+                groups = sorted({0, *(p for p in (2, 4, 8) if p < panels)})
+                found += [AmxSchedule(tiles, lines * width, each, slice) for each in groups for slice in amx_schedules.depths(tiles, lines * width, steps)]
         return found
 
     def features(self, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:
