@@ -110,8 +110,7 @@ class AmxEmitter:
             group = T.bind(T.floormod(task, T.int64(groups))) if groups > 1 else T.int64(0)
             self.first = T.bind(chunk * T.int64(mc)) if mc else T.int64(0)
             size = T.bind(T.min(T.int64(mc), self.m - self.first)) if mc else i64(self.m)
-            most = 1 if self.slices == 1 else (mc or m) // self.height
-            self.memory, self.sums = T.alloc_buffer((16,), "int32"), amx.sums((2 * most + (self.slices > 1)) * self.height * self.nr, self.dot.accumulator)
+            self.memory, self.sums = T.alloc_buffer((16,), "int32"), amx.sums(self._kept(mc or m) * self.height * self.nr, self.dot.accumulator)
             self.element, self.stride = self.source.prepare(self.first, size, i64(mc if mc else m if m is not None else self.m))
             own = T.bind(T.min(T.int64(each), T.int64(panels) - group * each)) if panels % each else T.int64(each)
             # chunks are whole blocks but for the last one, or all of one size
@@ -129,6 +128,13 @@ class AmxEmitter:
                     number = T.bind(self.blocks - self.apart + left)
                     self._finish(_Block(panel, number, self._place((own - 1) * self.blocks + number)), T.int64(0), self.height)
             amx.release()
+
+    def _kept(self, rows: int | None) -> int:
+        """Blocks of sums that the memory holds: two, or with slices twice those of a chunk of so many rows, and one for the rows that are left."""
+        if self.slices == 1:
+            return 2
+        assert rows is not None, "slices of K are for chunks of known size"
+        return 2 * (rows // self.height) + 1
 
     def _panel(self, panel: Any, jo: Any, size: Any, rest: int | None) -> None:
         """All blocks of a chunk against one panel. rest: rows of the last chunk that do not fill a block, None where they are not known."""

@@ -53,7 +53,9 @@ class ConvAmxRows(ConvAmx):
             panels = -(-workload.co // (amx.ROWS * tiles.columns))
             for lines in (lines for lines in range(1, height + 1) if height % lines == 0 and (lines == height or lines * width >= 48)):
                 groups = sorted({0, *(p for p in (2, 4, 8) if p < panels)})
-                found += [AmxSchedule(tiles, lines * width, each, slice) for each in groups for slice in amx_schedules.depths(tiles, lines * width, steps)]
+                found += [
+                    AmxSchedule(tiles, lines * width, each, slices) for each in groups for slices in amx_schedules.depths(tiles, lines * width, steps)
+                ]
         return found
 
     def features(self, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:

@@ -330,7 +330,7 @@ def bfloat16_bits(name: Names, x: Any) -> Any:
     x = name(x)
     bits = name(_reinterpret("uint32", x))
     nearest = bits + (((bits >> T.uint32(16)) & T.uint32(1)) + T.uint32(0x7FFF))
-    return _cast("uint16", select(x == x, nearest, bits | T.uint32(1 << 22)) >> T.uint32(16))  # noqa: PLR0124
+    return _cast("uint16", select(x == x, nearest, bits | T.uint32(1 << 22)) >> T.uint32(16))
 
 
 def bfloat16_bits_native(name: Names, x: Any) -> Any:
