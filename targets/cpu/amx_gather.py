@@ -29,14 +29,16 @@ class Gathered:
         return None
 
 
-def run_copies(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
-    """(first, length) of vectors that copy `count` elements of so many bytes: as many of 64 bytes as there are, then halves."""
-    first, length = 0, ROW_BYTES // bytes_each
+def run_copies(count: int, before: int) -> Iterator[tuple[int, int]]:
+    """(first, length) of vectors that copy `count` elements behind `before` others of the same run: the last one overlaps what was copied, where there is enough of it."""
+    first = 0
     while first < count:
-        while length > count - first:
+        rest = count - first
+        length = 1 << (rest - 1).bit_length()
+        if length - rest > before + first:
             length //= 2
-        yield first, length
-        first += length
+        yield first + min(0, rest - length), length
+        first += min(rest, length)
 
 
 def copy_run(target: Any, lead: tuple[Any, ...], place: Any, source: Callable[[Any, int], Any] | None, count: int, dot: Dot) -> None:
@@ -58,7 +60,7 @@ def copy_run(target: Any, lead: tuple[Any, ...], place: Any, source: Callable[[A
             copied(part * T.int64(whole), whole)
     elif loops:
         copied(T.int64(0), whole)
-    for first, length in run_copies(rest, dot.activation_bytes):
+    for first, length in run_copies(rest, loops * whole):
         copied(T.int64(loops * whole + first), length)
 
 
