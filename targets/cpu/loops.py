@@ -30,6 +30,7 @@ from ..base import Target
 from ..common.fused import cost, loads, static, variables_of
 from ..common.nests import Axis, Nest, Step
 from ..common.stages import COMBINERS, renamed
+from .interleave import mixed_tile, planes
 from .vectors import element_bits, extent_of, occurrences, power_below, strides, vector_axis, vectorizable
 
 #: element operations below which a nest stays on the calling thread
@@ -126,7 +127,7 @@ class Emitter:
                 point[var] = stack.enter_context(T.serial(extent))
             yield point
 
-    def _vector(self, base: Any, vectors: int, body: Callable[[Any, Any], None]) -> None:
+    def vector(self, base: Any, vectors: int, body: Callable[[Any, Any], None]) -> None:
         """body(position on the vector axis, slot in the tile) for `vectors` vectors from `base`."""
         for v in range(vectors):
             if self.lanes == 1:
@@ -137,7 +138,7 @@ class Emitter:
 
     # -- values ------------------------------------------------------------------------------------------------------------------------------------
 
-    def _value(self, step: Step, point: dict[Any, Any], slot: Any) -> Any:
+    def value(self, step: Step, point: dict[Any, Any], slot: Any) -> Any:
         """The value of a step at a point, bound to a name."""
 
         def name(var: Any) -> Any:
@@ -151,7 +152,7 @@ class Emitter:
         # TVM's interval analysis of integer bindings stumbles over vectors of booleans, its legalization of bfloat16 over bound names
         return T.bind(value) if step.dtype.startswith("float") else value
 
-    def _share(self, steps: Sequence[Step], width: int) -> None:
+    def share(self, steps: Sequence[Step], width: int) -> None:
         """Give a register to each value without a load that several later steps use: the simplifier would copy a mere binding into every use."""
         self.shared = {}
         uses = [var for step in self.nest.steps for var in occurrences(step.value)]
@@ -159,7 +160,7 @@ class Emitter:
             if not step.combine and not loads(step.value) and sum(var.same_as(step.ref) for var in uses) > 1:
                 self.shared[step.ref] = T.alloc_buffer((width,), step.dtype)
 
-    def _known(self, step: Step, value: Any, slot: Any) -> Any:
+    def know(self, step: Step, value: Any, slot: Any) -> Any:
         """Let later steps of the same pass use a value."""
         if step.ref in self.shared:
             T.buffer_store(self.shared[step.ref], value, [slot])
@@ -228,7 +229,11 @@ class Emitter:
         width = vectors * self.lanes
         tile = tirx.Var("tile", "int64")
         rows = [(axis.var, axis.extent) for axis in self.nest.axes if not axis.inner and axis is not self.axis]
-        across = self._transposed()
+        short = planes(self.nest, self.axis) if self.lanes > 1 and self.vectorizable else None
+        across = self._transposed() if short is None else None
+        if short is not None:
+            vectors, width = 1, self.lanes
+            rows = [(var, extent) for var, extent in rows if not var.same_as(short.var)]
         last = tvm.sym.Analyzer().simplify(self.axis.extent - width)
         tiles = tvm.sym.Analyzer().simplify(tvm.tirx.floordiv(self.axis.extent + (width - 1), tirx.const(width, "int64")))
         if across is None:
@@ -242,7 +247,9 @@ class Emitter:
         with self._loops(loops) as point:
             base = point[tile] * width
             base = T.bind(base if even else T.min(base, last))
-            if across is None:
+            if short is not None:
+                mixed_tile(self, point, base, short)
+            elif across is None:
                 self._row_tile(point, base, vectors)
             else:
                 first = T.bind(T.min(point[block] * side, across.extent - side))
@@ -269,7 +276,7 @@ class Emitter:
         inner = [axis for axis in self.nest.axes if axis.inner]
         for steps in passes:
             folds = {step.ref: self._accumulator(step, width) for step in steps if step.combine}
-            self._share(steps, width)
+            self.share(steps, width)
             with ExitStack() as stack:
                 point, parts = dict(rows), folds
                 if steps[0].wide and inner:
@@ -279,12 +286,12 @@ class Emitter:
                 def body(position: Any, slot: Any) -> None:
                     here = {**point, self.axis.var: position}  # noqa: B023
                     for step in steps:  # noqa: B023
-                        value = self._value(step, here, slot)
+                        value = self.value(step, here, slot)
                         if step.combine:
                             acc = parts[step.ref]  # noqa: B023
                             T.buffer_store(acc, COMBINERS[step.combine](acc[slot], value), [slot])
                             continue
-                        value = self._known(step, value, slot)
+                        value = self.know(step, value, slot)
                         self._store(step, here, value)
                         if step.ref in kept:
                             T.buffer_store(kept[step.ref], value, [self._place(here, slot, width)])
@@ -292,7 +299,7 @@ class Emitter:
                             T.buffer_store(rowwise[step.ref], value, [slot])  # noqa: B023
 
                 rowwise = {step.ref: T.alloc_buffer((width,), step.dtype) for step in steps if not step.wide}
-                self._vector(base, vectors, body)
+                self.vector(base, vectors, body)
             for step in steps:
                 if step.combine:
                     self._keep_fold(step, folds[step.ref], rows, base, vectors)
@@ -334,7 +341,7 @@ class Emitter:
         self.known[step.ref] = lambda at, slot: acc[slot]
         if step.address is not None:
             assert self.axis is not None
-            self._vector(base, vectors, lambda position, slot: self._store(step, {**rows, self.axis.var: position}, acc[slot]))
+            self.vector(base, vectors, lambda position, slot: self._store(step, {**rows, self.axis.var: position}, acc[slot]))
 
     # -- vectors along an inner axis -----------------------------------------------------------------------------------------------------------------
 
@@ -349,7 +356,7 @@ class Emitter:
                     self._inner_pass(steps, point, kept)
                     continue
                 for step in steps:
-                    value = self._value(step, point, None)
+                    value = self.value(step, point, None)
                     self.known[step.ref] = _constant(value)
                     self._store(step, point, value)
 
@@ -360,7 +367,7 @@ class Emitter:
         vectors = self._vectors(size if size is not None else 1 << 30, steps)
         width = vectors * self.lanes
         folds = {step.ref: self._accumulator(step, width) for step in steps if step.combine}
-        self._share(steps, width)
+        self.share(steps, width)
         inner = [axis for axis in self.nest.axes if axis.inner and axis is not self.axis]
         with ExitStack() as stack:
             point = rows | {axis.var: stack.enter_context(T.serial(axis.extent)) for axis in inner}
@@ -369,13 +376,13 @@ class Emitter:
                 """One vector; lanes where `fresh` is false were folded before."""
                 here = {**point, self.axis.var: position}  # type: ignore[union-attr]
                 for step in steps:
-                    value = self._value(step, here, slot)
+                    value = self.value(step, here, slot)
                     if step.combine:
                         acc = folds[step.ref]
                         value = value if fresh is None else tirx.Select(fresh, value, tirx.Cast(step.dtype, step.init))
                         T.buffer_store(acc, COMBINERS[step.combine](acc[slot], value), [slot])
                         continue
-                    value = self._known(step, value, slot)
+                    value = self.know(step, value, slot)
                     self._store(step, here, value)
                     if step.ref in kept:
                         T.buffer_store(kept[step.ref], value, [self._place(here, position, extent)])
@@ -398,17 +405,17 @@ class Emitter:
         rest = simplify(tvm.tirx.floormod(extent, tirx.const(self.lanes, "int64")))
         if static(whole) != 0:
             with T.serial(whole) as tile:
-                self._vector(tile * width, vectors, body)
+                self.vector(tile * width, vectors, body)
         if static(single) != 0 and vectors > 1:
             with T.serial(single) as tile:
-                self._vector(whole * width + tile * self.lanes, 1, body)
+                self.vector(whole * width + tile * self.lanes, 1, body)
         if size is None:
             with T.serial(rest) as tile:
                 body(extent - rest + tile, tirx.const(0, "int64"))
         elif static(rest):
             first = size - self.lanes
             repeated = self.lanes - static(rest)  # type: ignore[operator]
-            self._vector(tirx.const(first, "int64"), 1, lambda position, slot: body(position, slot, slot >= repeated))
+            self.vector(tirx.const(first, "int64"), 1, lambda position, slot: body(position, slot, slot >= repeated))
 
     def _across(self, acc: Any, vectors: int, step: Step) -> Any:
         """Combine all lanes of the accumulators into one scalar."""
