@@ -51,7 +51,10 @@ def test_rounding_is_that_of_ml_dtypes() -> None:
     same_bits(compile_program(program_of(cast_there_and_back, {"x": x}), Target.parse("cpu"))(x), x)
     # so is that to bfloat16, in which the numbers are held
     halves = compile_program(program_of(lambda emit, x: cast_there_and_back(emit, x, "bfloat16"), {"x": x}), Target.parse("cpu"))(x)
-    np.testing.assert_array_equal(halves, x.astype(numpy_dtype("bfloat16")).astype(np.float32))
+    exact = x.astype(numpy_dtype("bfloat16")).astype(np.float32)
+    # vcvtneps2bf16 takes denormal numbers for zeros (docs/quantization.md)
+    flushed = ("avx512bf16" in Target.parse("cpu").features) & (np.abs(x) < np.finfo(np.float32).tiny) & (halves == 0)
+    np.testing.assert_array_equal(halves[~flushed], exact[~flushed])
 
 
 def test_layers_are_products_of_rounded_numbers() -> None:
