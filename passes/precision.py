@@ -32,8 +32,9 @@ FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
 class Precision(Pass):
     """Matrix products (by group, too) and convolutions by constant weights, and attention, with operands rounded to 16 bits and sums in float32; everything else stays in float32.
 
-    A tensor is rounded once, where it is made, and stored in 16 bits alone if products read it, and sums and products by element beside them (the shortcut of a residual block then moves half of
-    the bytes); what others read, or the model returns, is stored in float32, too. On a GPU, that goes for what is multiplied by weights in few bits as well.
+    A tensor is rounded once, where it is made, and stored in 16 bits alone if only products read it, or convolutions and beside them sums and products by element: the shortcut of a residual block,
+    large beside its weights, then moves half of the bytes. (The shortcuts of transformers stay in float32: those of BERT-base double the error and are small.) On a GPU, rounding goes for what is
+    multiplied by weights in few bits, too.
     format: "fp32" (nothing changes), "bf16" or, on a GPU, "fp16". skip: layers (node names) to leave in float32.
     """
 
@@ -105,19 +106,14 @@ class _Rewriter(relax.PyExprMutator):
         self.graph, self.others, self.dtype = graph, set(others), dtype
         self.sites = {site.var: site for site in sites}
         self.rounded: dict[Any, Any] = {}
-        operands = [site.x for site in sites] + [arg for var in others for arg in self._operands(graph.bindings[var])]
-        self.short = {root for x in operands if self._stored_short(root := graph.root(x))}
-
-    @staticmethod
-    def _operands(call: Any) -> list[Any]:
-        return list(call.args[: 3 if operator(call) == ATTENTION else 1])
+        self.short = {root for site in sites if self._stored_short(root := graph.root(site.x))}
 
     def _stored_short(self, root: Any) -> bool:
         """Nobody reads more of a tensor than its 16-bit copy, so that the other one is not made."""
         if self.graph.defining(root) is None:
             return False
-        products = {*self.sites, *self.others}
-        return all(reader in products or operator(self.graph.bindings.get(reader)) in JOINS for reader in self.graph.all_readers(root))
+        convolutions = {var for var, site in self.sites.items() if site.kind == "conv2d"}
+        return all(reader in convolutions or operator(self.graph.bindings.get(reader)) in JOINS for reader in self.graph.all_readers(root))
 
     def apply(self) -> Program:
         program = self.graph.program
@@ -131,7 +127,7 @@ class _Rewriter(relax.PyExprMutator):
         elif binding.var in self.others:
             call = binding.value
             attention = operator(call) == ATTENTION
-            rounded = len(self._operands(call))
+            rounded = 3 if attention else 1
             operands = [self._round(arg, binding.var.name) if place < rounded else self.visit_expr(arg) for place, arg in enumerate(call.args)]
             if operator(call) == GROUPED:
                 operands[1] = self._constant(call.args[1].value.numpy())
