@@ -125,9 +125,7 @@ def gathered(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     A core that walks megabytes of weights in pages of 4 KiB waits for addresses: from its second-level cache they came at 90 GB/s instead of 140, from the third-level one at 21 instead of 26.
     """
     offsets, size = _offsets(weights, ALIGNMENT)
-    if not size:
-        return {name: aligned(weights.pop(name)) for name in list(weights)}
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     ask_for_huge_pages(memory)
     buffer = np.frombuffer(memory, np.uint8)
     found = {}

@@ -106,14 +106,14 @@ class _Rewriter(relax.PyExprMutator):
         self.graph, self.others, self.dtype = graph, set(others), dtype
         self.sites = {site.var: site for site in sites}
         self.rounded: dict[Any, Any] = {}
+        self.convolutions = {site.var for site in sites if site.kind == "conv2d"}
         self.short = {root for site in sites if self._stored_short(root := graph.root(site.x))}
 
     def _stored_short(self, root: Any) -> bool:
         """Nobody reads more of a tensor than its 16-bit copy, so that the other one is not made."""
         if self.graph.defining(root) is None:
             return False
-        convolutions = {var for var, site in self.sites.items() if site.kind == "conv2d"}
-        return all(reader in convolutions or operator(self.graph.bindings.get(reader)) in JOINS for reader in self.graph.all_readers(root))
+        return all(reader in self.convolutions or operator(self.graph.bindings.get(reader)) in JOINS for reader in self.graph.all_readers(root))
 
     def apply(self) -> Program:
         program = self.graph.program

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...compiler.tvm import T, tirx, tvm
+from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, product, static
 from . import amx
 from .amx import ROWS, Tiles
@@ -30,6 +30,7 @@ from .amx_schedules import AmxSchedule
 from .dot import Dot
 from .emit import Rows, flat_rows, i64, store_row, streamed, tasks, when, with_columns
 from .prefetch import prefetch
+from .vectors import element_bits
 
 
 class Source(Protocol):
@@ -217,7 +218,7 @@ class AmxEmitter:
         for each in range(count if self.streams else 0):
             lead = self.rows.indices(row_of + each)
             for buffer in self.streams:
-                line = 512 // tvm.DataType(str(buffer.ty.dtype)).bits
+                line = 8 * amx.ROW_BYTES // element_bits(str(buffer.ty.dtype))
                 for place in range(0, self.nr, line):
                     prefetch(self.buffers[buffer][(*lead, block.panel * self.nr + place)], level=2)
 

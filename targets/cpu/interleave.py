@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...compiler.tvm import T, structural_map, tirx
+from ...compiler.tvm import T, tirx
 from ..common.fused import static
 from ..common.nests import Axis, Nest
 from ..common.refine import coefficients
@@ -60,7 +60,6 @@ def mixed_tile(emitter: Emitter, rows: dict[Any, Any], base: Any, short: Axis) -
         emitter.vector(base, 1, body)
     order = [tirx.const(plane * lanes + lane, "int32") for lane in range(lanes) for plane in range(count)]
     mixed = tirx.Shuffle([parts[vector(T.int64(plane * lanes), lanes)] for plane in range(count)], order)
-    here = {**rows, short.var: tirx.const(0, "int64"), axis.var: base}
-    address = structural_map(last.address, (tirx.Var, lambda var: here.get(var, var)))
+    address = emitter.address(last, {**rows, short.var: tirx.const(0, "int64"), axis.var: base})
     value = mixed if kind == last.dtype else T.reinterpret(f"{last.dtype}x{count * lanes}", mixed)
     T.buffer_store(emitter.views[last.target], value, [vector(address, count * lanes)])

@@ -170,8 +170,11 @@ class Emitter:
 
     def _store(self, step: Step, point: dict[Any, Any], value: Any) -> None:
         if step.address is not None:
-            address = structural_map(step.address, (tirx.Var, lambda var: point.get(var, var)))
-            T.buffer_store(self.views[step.target], value.astype("int8") if self._widened(step.target) else value, [address])
+            T.buffer_store(self.views[step.target], value.astype("int8") if self._widened(step.target) else value, [self.address(step, point)])
+
+    def address(self, step: Step, point: dict[Any, Any]) -> Any:
+        """Where the value of a step goes at a point."""
+        return structural_map(step.address, (tirx.Var, lambda var: point.get(var, var)))
 
     def _widened(self, buffer: Any) -> bool:
         """Whether booleans are kept as int8."""
