@@ -163,11 +163,10 @@ def test_the_worst_layers_fall_back_until_the_limit_holds() -> None:
     net, samples = Mlp(), data((5, 20))
     with torch.no_grad():
         net.c.weight[:, 0] *= 3000  # one input of the last layer needs more digits than codes have
-    free = quantize_report(compiled(net, samples, "int8"))["loss"]["relative"]
-    model = compiled(net, samples, "int8", metric="relative", max_drop=free / 2)
-    report = quantize_report(model)
+    limit = 0.9 * quantize_report(compiled(net, samples, "int8"))["loss"]["relative"]
+    report = quantize_report(compiled(net, samples, "int8", metric="relative", max_drop=limit))
     rows = {row["layer"]: row for row in report["tables"]["quantized layers"]}
-    assert report["loss"]["relative"] <= free / 2
+    assert report["loss"]["relative"] <= limit
     assert report["matches"]["fallback"] >= 1
     left = [row["drop_alone"] for row in rows.values() if row["runs in"] == "float32"]
     assert min(left) >= max(row["drop_alone"] for row in rows.values() if row["runs in"] == "int8")
