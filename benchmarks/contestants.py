@@ -13,8 +13,9 @@ import numpy as np
 from tcompile.compiler.peers import PEERS, Peer, prepare
 from tcompile.models.entry import Entry
 
+_FLOAT32 = ("onnxruntime", "openvino", "torch-compile", "deepsparse")
 #: by precision: whom tcompile is measured against
-RIVALS = {"fp32": ("onnxruntime", "openvino", "torch-compile", "deepsparse"), "bf16": ("openvino-bf16", "torch-bf16")}
+RIVALS = {"fp32": _FLOAT32, "bf16x3": _FLOAT32, "bf16x2": _FLOAT32, "bf16": ("openvino-bf16", "torch-bf16")}
 _SERVER = Path(__file__).with_name("deepsparse_server.py")
 
 

@@ -1,10 +1,10 @@
 """`make bench`: the networks of the zoo beside other engines, interleaved, one process per network, batch and thread count.
 
-python benchmarks/networks.py [NAME ...] [--precision fp32|bf16] [--threads 1,2] [--batch 1] [--rounds 10] [--against NAME,...]
+python benchmarks/networks.py [NAME ...] [--precision fp32|bf16|bf16x2|bf16x3] [--threads 1,2] [--batch 1] [--rounds 10] [--against NAME,...]
                               [--deepsparse PYTHON] [--output FOLDER] [--docs docs/performance.md]
 
 A name may ask for sizes of its dims: bert-base@seq=512. Prints a Markdown table; `--output` writes the figures with hardware, versions and date (networks_fp32_avx2.json), `--docs` puts the table between the markers of a page. fp32 runs against
-onnxruntime, OpenVINO, torch.compile with frozen weights, and DeepSparse if `--deepsparse` names the interpreter of an environment that has `deepsparse==1.8.0`; bf16 against
+onnxruntime, OpenVINO, torch.compile with frozen weights (bf16x2 and bf16x3, float32 by tiles of bfloat16, too), and DeepSparse if `--deepsparse` names the interpreter of an environment that has `deepsparse==1.8.0`; bf16 against
 OpenVINO in bf16 and torch.compile under autocast. `fastest / tcompile` above 1 means that tcompile is the fastest.
 """
 
@@ -54,7 +54,9 @@ def measure(name: str, options: argparse.Namespace) -> Row:
     difference = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in zip(outputs, reference, strict=True))
     times = interleaved({"tcompile": lambda: model(**feeds), **rivals}, rounds=options.rounds)
     # all operations as multiply-adds in registers
-    rate = operations_per_second({"fp32": "float32", "bf16": "bfloat16"}[options.precision]) * min(threads, Target.parse("cpu").cores)
+    rate = operations_per_second({"fp32": "float32", "bf16": "bfloat16"}.get(options.precision, options.precision)) * min(
+        threads, Target.parse("cpu").cores
+    )
     flops = sum(layer.flops for layer in layers(import_model(path, shapes=shapes), Target.parse("cpu")))
     ms = {contender: round(timing.median * 1e3, 2) for contender, timing in times.items()}
     fastest = min((name for name in ms if name != "tcompile"), key=lambda name: ms[name], default="")

@@ -71,7 +71,7 @@ def compile(
     add to. report: write what was done as one HTML page. seed: of every random choice. threads: worker threads of the returned model,
     and what schedules are chosen for (default: all cores).
 
-    precision: of products: "fp32" (default) or "bf16", on a GPU also "tf32" or "fp16". emit_only: sources without a library, for targets that have them.
+    precision: of products: "fp32" (default) or "bf16", on a CPU also "bf16x2" or "bf16x3", on a GPU "tf32" or "fp16". emit_only: sources without a library, for targets that have them.
 
     Raises UnsupportedModel with every blocker at once, UsageError for a wrong request (also for an option whose feature is not available yet),
     ToolchainError for a missing linker or package, VerificationError for a loss above `max_drop`.

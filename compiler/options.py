@@ -15,7 +15,7 @@ class CompileOptions:
     """recipe: a TOML file with passes and options, None for the target's default. compression: flag -> value of the passes that change the model
     (`{"quantize": "int8", "token_keep": 0.7}`; None: not asked for), which win over the recipe's. dump_ir: directory for the module after every pass. seed: of every random
     choice. profile: time every kernel on this machine and report it. threads: worker count the schedules are chosen for, None for all physical cores of the target.
-    precision: of products; on a CPU "fp32" | "bf16", on a GPU "fp32" | "tf32" | "fp16" | "bf16", None for fp32. emit_only: sources alone, no library.
+    precision: of products; on a CPU "fp32" | "bf16" | "bf16x2" | "bf16x3", on a GPU "fp32" | "tf32" | "fp16" | "bf16", None for fp32. emit_only: sources alone, no library.
     tuning_db: the tuning database whose winners take precedence over predictions. quick: a CPU's schedules are chosen without emitting the candidates, for
     results that run a few times only.
     """

@@ -46,8 +46,10 @@ def graph_passes(program: Program, target: Target, options: CompileOptions, accu
             ]
         )
     recipe = Recipe.of(options)
-    if options.precision is not None and (target.kind == "cpu" or options.precision in FORMATS):  # what else a GPU knows is its lowering's
+    if options.precision is not None and options.precision in FORMATS:
         recipe = recipe.having(PASSES["precision"].from_flag(options.precision))
+    elif options.precision is not None:
+        target = BACKENDS[target.kind].having(target, options.precision)
     steps = Steps(program, target, options, BACKENDS[target.kind].scope, accuracy, recipe.to_dict())
     for graph_pass in recipe.passes:
         before = steps.program

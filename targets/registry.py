@@ -22,6 +22,10 @@ class Backend(Protocol):
 
     def names(self) -> list[str]: ...
 
+    def having(self, target: Target, precision: str) -> Target:
+        """The target with products in a precision that is none of the pass `precision`, but a matter of its kernels."""
+        ...
+
     def scope(self, target: Target) -> AbstractContextManager[Any]:
         """The context in which TVM's passes see the target."""
         ...

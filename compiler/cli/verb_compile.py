@@ -38,7 +38,9 @@ def compile_verb(
     tuning_db: Path | None = typer.Option(None, "--tuning-db", help="Tuning database: take its winners, and add what is tuned now."),
     dump_ir: Path | None = typer.Option(None, "--dump-ir", help="Write the module after every pass into this directory."),
     precision: str | None = typer.Option(
-        None, "--precision", help="Of products: fp32 (default) or bf16; on a GPU also tf32 or fp16, see docs/cuda.md."
+        None,
+        "--precision",
+        help="Of products: fp32 (default) or bf16; on a CPU also bf16x2 or bf16x3, see docs/quantization.md, on a GPU tf32 or fp16, see docs/cuda.md.",
     ),
     emit_only: bool = typer.Option(False, "--emit-only", help="Write the sources without building them (CUDA: nvcc is not needed)."),
     seed: int = Seed,

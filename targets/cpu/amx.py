@@ -26,10 +26,14 @@ _TILES = 8
 LATENCY = 52.0
 #: kind of a product -> (instruction, feature of the target)
 _PRODUCTS = {"bf16": ("tdpbf16ps", "amx-bf16"), "u8s8": ("tdpbusd", "amx-int8")}
+#: kinds whose operands are sums of several bfloat16, by how many; for those who ask for them, see `Target.formats`
+TERMS = {"bf16x2": 2, "bf16x3": 3}
 
 
 def available(kind: str, target: Target) -> bool:
     """Whether a machine multiplies this kind (see `dot.dot_kind`) by tiles."""
+    if kind in TERMS:
+        return kind in target.formats and available("bf16", target)
     _, feature = _PRODUCTS.get(kind.partition("/")[0], ("", "none"))
     return {"amx-tile", feature} <= target.features
 

@@ -7,7 +7,7 @@ for (chunk of mc rows, group of panels) in parallel:
             for io in mc / (16 * rows):              # one block: rows x columns tiles of sums
                 c = memory[io] if ko else 0
                 for k in the slice by 64 bytes:      # and lines of the next panel are prefetched
-                    c[i][j] += a[i] @ b[j]
+                    c[i][j] += a[i] @ b[j]           # and so for every pair of terms that counts, where operands are sums of several
                     C[some rows of a block before] = epilogue(memory)
                 memory[io] = c
         the same for the rows that are left, in tiles of fewer rows
@@ -26,7 +26,7 @@ from ...compiler.tvm import T, tirx
 from ..common.fused import Fused, product, static
 from . import amx
 from .amx import ROWS, Tiles
-from .amx_schedules import AmxSchedule
+from .amx_schedules import PAIRS, AmxSchedule
 from .dot import Dot
 from .emit import Rows, flat_rows, i64, store_row, streamed, tasks, when, with_columns
 from .prefetch import prefetch
@@ -36,8 +36,8 @@ from .vectors import element_bits
 class Source(Protocol):
     """The rows that are multiplied."""
 
-    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any], Any], int]:
-        """Makes `size` rows from `first` on ready, at most `most` of them: (row of these, k) -> element of a buffer, and the bytes from one row to the next."""
+    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any, int], Any], int]:
+        """Makes `size` rows from `first` on ready, at most `most` of them: (row of these, k, term) -> element of a buffer, and the bytes from one row to the next."""
         ...
 
     def inside(self, lead: Sequence[Any]) -> Any:
@@ -52,8 +52,8 @@ class InPlace:
     element: Callable[[Any, Any], Any]
     stride: int
 
-    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any], Any], int]:
-        return lambda row, k: self.element(first + row, k), self.stride
+    def prepare(self, first: Any, size: Any, most: Any) -> tuple[Callable[[Any, Any, int], Any], int]:
+        return lambda row, k, term: self.element(first + row, k), self.stride
 
     def inside(self, lead: Sequence[Any]) -> Any:
         return None
@@ -84,7 +84,7 @@ class _Block:
 
 class AmxEmitter:
     """Emits one product; see the module for the loop nest. rows: leading dims of the output, or longer ones if the source has rows outside of it; weights: packed panels of words
-    [panels, words of whole tiles, NR]."""
+    [panels, words of whole tiles, NR], the terms of a step behind each other."""
 
     def __init__(
         self, fused: Fused, buffers: dict[Any, Any], schedule: AmxSchedule, rows: list[Any], k: int, n: int, source: Source, weights: Any, dot: Dot
@@ -200,12 +200,18 @@ class AmxEmitter:
             step = T.bind(first + each)
             if number is not None:
                 self._ask(jo, step, number)
-            for i in range(tiles.rows):
-                amx.load(tiles.a(i), self.element(row + i * ROWS, step * size), self.stride)
-            for j in range(tiles.columns):
-                amx.load(tiles.b(j), self.weights[jo, step * ROWS, j * ROWS], 4 * self.nr)
+            held: dict[int, tuple[int, int]] = {}
+            for left, right in PAIRS[self.dot.terms]:
                 for i in range(tiles.rows):
-                    amx.multiply(self.dot, tiles.c(i, j), tiles.a(i), tiles.b(j))
+                    if held.get(tiles.a(i)) != (i, left):
+                        amx.load(tiles.a(i), self.element(row + i * ROWS, step * size, left), self.stride)
+                        held[tiles.a(i)] = (i, left)
+                for j in range(tiles.columns):
+                    if held.get(tiles.b(j)) != (j, right):
+                        amx.load(tiles.b(j), self.weights[jo, (step * self.dot.terms + right) * ROWS, j * ROWS], 4 * self.nr)
+                        held[tiles.b(j)] = (j, right)
+                    for i in range(tiles.rows):
+                        amx.multiply(self.dot, tiles.c(i, j), tiles.a(i), tiles.b(j))
             if between is not None:
                 between(step)
         for tile, memory in tiled:
@@ -247,8 +253,8 @@ class AmxEmitter:
         if blocks < 2:
             return
         columns = self.tiles.columns  # a tile is 16 lines
-        own = -(-ROWS * columns // blocks)
+        own = -(-ROWS * columns * self.dot.terms // blocks)
         for line in range(own):
             place = number * T.int64(own) + T.int64(line)
             word, column = T.floordiv(place, T.int64(columns)), T.floormod(place, T.int64(columns))
-            prefetch(self.weights[jo + 1, step * ROWS + word, column * ROWS], level=2)
+            prefetch(self.weights[jo + 1, step * self.dot.terms * ROWS + word, column * ROWS], level=2)

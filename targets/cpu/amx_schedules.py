@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from ...autotune.cost_model import KernelFeatures
@@ -17,6 +18,15 @@ _SHARE_OF_L2 = 0.5
 _CROWDED = 2.2
 #: steps of K whose part of a panel, two tiles wide, stays in a first-level cache of 48 KiB beside rows of A, and the most rows whose sums may wait for the next slice
 _SLICE, _WAITING = 12, 512
+#: terms of an operand -> products of them that matter, (of A, of B): each follows one that shares a tile with it
+PAIRS = {1: ((0, 0),), 2: ((1, 0), (0, 0), (0, 1)), 3: ((2, 0), (1, 0), (1, 1), (0, 1), (0, 0), (0, 2))}
+
+
+def loaded(terms: int) -> tuple[int, int]:
+    """How often a step loads a tile of A and one of B: where the next product has another term."""
+    pairs = PAIRS[terms]
+    changes = [sum(pair[side] != before[side] for before, pair in itertools.pairwise(pairs)) for side in (0, 1)]
+    return 1 + changes[0], 1 + changes[1]
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class AmxSchedule:
         return f"AmxSchedule({self.tiles.rows}x{self.tiles.columns}, mc={self.mc}, panels={self.panels}, depth={self.depth})"
 
 
-def space(rows: int | None, n: int, width: int, gathered: bool, target: Target) -> list[AmxSchedule]:
-    """Schedules for an output of so many rows and n columns; width: bytes of a row in whole tiles."""
+def space(rows: int | None, n: int, width: int, gathered: bool, target: Target, terms: int = 1) -> list[AmxSchedule]:
+    """Schedules for an output of so many rows and n columns; width: bytes of a row in whole tiles, of one of the `terms` of its operands."""
     found = []
     for tiles in amx.shapes(rows, n):
         height, panels = ROWS * tiles.rows, -(-n // (ROWS * tiles.columns))
@@ -41,23 +51,24 @@ def space(rows: int | None, n: int, width: int, gathered: bool, target: Target) 
         if rows is not None or not gathered:
             chunks = [0, *chunks]
         for mc in chunks:
-            held = (mc or rows or 0) * width
+            held = (mc or rows or 0) * width * terms
             if gathered and held > target.l2_bytes * _SHARE_OF_L2 and mc != chunks[0] and mc != 64 // height * height:
                 continue
             groups = sorted({0, *(p for p in (1, 2, 4, 8, 16) if p < panels)})
-            found += [AmxSchedule(tiles, mc, each, depth) for each in groups for depth in depths(tiles, mc or rows, width // ROW_BYTES)]
+            found += [AmxSchedule(tiles, mc, each, depth) for each in groups for depth in depths(tiles, mc or rows, width // ROW_BYTES, terms)]
     return found
 
 
-def depths(tiles: Tiles, rows: int | None, steps: int) -> list[int]:
-    """Slices of so many steps of K to try for chunks of so many rows: all of K, and the slices of one size that keep a part of a panel near."""
-    if tiles.columns != 2 or rows is None or not ROWS * tiles.rows <= rows <= _WAITING or steps <= _SLICE:
+def depths(tiles: Tiles, rows: int | None, steps: int, terms: int = 1) -> list[int]:
+    """Slices of so many steps of K to try for chunks of so many rows: all of K, and the slices of one size that keep a part of a panel near. terms: of an operand, see `Dot`."""
+    most = _SLICE // terms
+    if tiles.columns != 2 or rows is None or not ROWS * tiles.rows <= rows <= _WAITING or steps <= most:
         return [0]
-    return [0, -(-steps // -(-steps // _SLICE))]
+    return [0, -(-steps // -(-steps // most))]
 
 
 def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathered: float, target: Target, own_bytes: float = 0.0) -> KernelFeatures:
-    """Cost of a product. gathered: cycles that copying one row takes, 0 where rows are read in place. own_bytes: of a row that no other row has, those of all K by default."""
+    """Cost of a product. gathered: cycles that copying one row takes, 0 where rows are read in place. own_bytes: of a row that no other row has, in all terms; those of all K by default."""
     tiles, steps = schedule.tiles, amx.steps(k, dot)
     height, nr = ROWS * tiles.rows, ROWS * tiles.columns
     mc, panels = min(schedule.mc or rows, rows), -(-n // nr)
@@ -66,20 +77,21 @@ def features(rows: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, gathere
     whole, rest = divmod(rows, height)
     depth = min(schedule.depth or steps, steps)
     slices = -(-steps // depth)
+    products, loads = len(PAIRS[dot.terms]), loaded(dot.terms)
     busy = latency = load = stores = 0.0
     for count, size in ((whole, height), (1, rest)):
         if count and size:
             used = -(-size // ROWS)
             # with fewer rows a product takes as many cycles as there are rows
             product_cycles = size * tiles.columns * (_CROWDED if tiles.rows * tiles.columns > 2 else 1.0)
-            busy += count * panels * steps * product_cycles
-            latency += count * panels * steps * max(amx.LATENCY, product_cycles)
-            load += count * panels * steps * (size + ROWS * tiles.columns) / 2.0
+            busy += count * panels * steps * products * product_cycles
+            latency += count * panels * steps * products * max(amx.LATENCY, product_cycles)
+            load += count * panels * steps * (loads[0] * size + loads[1] * ROWS * tiles.columns) / 2.0
             stores += count * panels * (2.5 * size * tiles.columns + (100.0 if rest else 20.0) + 4.0 * used)
             # sums are stored and loaded between slices
             load += count * panels * (slices - 1) * (size + ROWS) * tiles.columns / 2.0
     gathering = gathered * rows * groups
-    row_bytes, panel_bytes = own_bytes or float(steps * ROW_BYTES), float(steps * ROWS * 4 * nr)
+    row_bytes, panel_bytes = own_bytes or float(dot.terms * steps * ROW_BYTES), float(dot.terms * steps * ROWS * 4 * nr)
     blocks = -(-mc // height)
     in_l1 = (panel_bytes + height * row_bytes) * depth / steps < 0.8 * target.l1_bytes
     l2 = chunks * panels * (panel_bytes * (1 if in_l1 else blocks) + mc * row_bytes + 8.0 * (slices - 1) * mc * nr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import UsageError
@@ -30,6 +31,16 @@ def resolve(name: str) -> Target:
     if name not in MACHINES:
         raise UsageError(f"unknown CPU 'cpu:{name}': expected one of {', '.join(names())}")
     return MACHINES[name]
+
+
+def having(target: Target, precision: str) -> Target:
+    """The target with the kernels for float32 products by tiles of bfloat16, where it has such tiles. UsageError for other precisions."""
+    from ...passes.precision import FOR_TARGETS
+    from .amx import TERMS
+
+    if precision not in TERMS:
+        raise UsageError(f"precision: {target.text} multiplies in {', '.join((*FOR_TARGETS['cpu'], *TERMS))}, not in '{precision}'")
+    return replace(target, formats=target.formats | {precision})
 
 
 def scope(target: Target) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ Gathering costs kh * kw * ci bytes of loads and stores a pixel, and a product of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...autotune.cost_model import KernelFeatures
@@ -16,38 +17,43 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from . import amx, amx_schedules
 from .amx_emit import AmxEmitter, Source
-from .amx_gather import Gathered, copy_run
+from .amx_gather import Gathered, Room, copy_run
 from .amx_schedules import AmxSchedule
 from .conv_common import ConvWorkload, conv_workload
 from .dot import Dot, vector
 from .emit import Rows, kernel
-from .gemm_amx import pack_tiles, tile_dot
+from .gemm_amx import copying, named, pack_tiles, tile_dot, tile_kind
 from .template import Kernel
 
 
+@dataclass(frozen=True)
 class ConvAmx:
     """See the module."""
 
-    name = "conv_amx"
+    terms: int = 1
+
+    @property
+    def name(self) -> str:
+        return named("conv_amx", self.terms)
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> ConvWorkload:
         workload = conv_workload(fused, constants)
-        if workload.kind == "f32" or workload.groups > 1:
-            raise Unfusable("float32, or groups")
-        return workload
+        if workload.groups > 1:
+            raise Unfusable("groups")
+        return replace(workload, kind=tile_kind(workload.kind, self.terms))
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[AmxSchedule]:
         if not amx.available(workload.kind, target):
             raise Unfusable("no tiles on this machine")
         rows = _pixels(workload)
-        width = amx.steps(depth(workload), tile_dot(workload.kind)) * amx.ROW_BYTES
-        return amx_schedules.space(rows, workload.co, width, True, target)
+        dot = tile_dot(workload.kind)
+        return amx_schedules.space(rows, workload.co, amx.steps(depth(workload), dot) * amx.ROW_BYTES, True, target, dot.terms)
 
     def features(self, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:
         n, height, width = workload.sizes()
         dot, k = tile_dot(workload.kind), depth(workload)
         run = workload.kw * workload.ci * dot.activation_bytes / amx.ROW_BYTES
-        gathering = 8.0 + workload.kh * (6.0 + 2.0 * run)
+        gathering = 8.0 + workload.kh * (6.0 + copying(dot) * run)
         return amx_schedules.features(n * height * width, k, workload.co, schedule, dot, gathering, target)
 
     def build(self, fused: Fused, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> Kernel:
@@ -56,7 +62,7 @@ class ConvAmx:
         assert position is not None
         packing = pack_tiles(position, k, workload.co, schedule, dot)
         with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
-            flat = T.decl_buffer((product(x.shape),), dot.activation, data=buffers[x].data)
+            flat = T.decl_buffer((product(x.shape),), dot.operand, data=buffers[x].data)
             rows, source = self.source(fused, workload, flat, dot)
             AmxEmitter(fused, buffers, schedule, rows, k, workload.co, source, buffers[w], dot).emit()
         return Kernel(builder.get(), (packing,))
@@ -84,7 +90,7 @@ class _Gatherer:
     def __init__(self, workload: ConvWorkload, shape: Sequence[Any], pixels: list[Any], x: Any, dot: Dot):
         self.workload, self.shape, self.rows, self.x, self.dot = workload, shape, Rows(pixels), x, dot
 
-    def gather(self, target: Any, slot: Any, row: Any) -> None:
+    def gather(self, room: Room, slot: Any, row: Any) -> None:
         """Emits one row; zeros fill its last tile."""
         workload, k = self.workload, depth(self.workload)
         n, oh, ow = self.rows.indices(T.bind(row))
@@ -102,9 +108,9 @@ class _Gatherer:
                     at, into = T.bind(start + step * T.int64(channels)), T.bind(place + tap * T.int64(channels))
                     inside = tirx.And(column + step >= T.int64(0), column + step < self.shape[2])
                     if left or right:
-                        self._either(inside, target, slot, into, at, channels)
+                        self._either(inside, room, slot, into, at, channels)
                     else:
-                        self._copy(target, slot, into, at, channels)
+                        self._copy(room, slot, into, at, channels)
 
             def whole_line() -> None:
                 if workload.dilation[1] > 1:
@@ -112,30 +118,30 @@ class _Gatherer:
                 elif left or right:
                     with T.If(tirx.And(column >= T.int64(0), column + taps <= self.shape[2])):
                         with T.Then():
-                            self._copy(target, slot, place, start, workload.kw * channels)
+                            self._copy(room, slot, place, start, workload.kw * channels)
                         with T.Else():
                             tap_by_tap()
                 else:
-                    self._copy(target, slot, place, start, workload.kw * channels)
+                    self._copy(room, slot, place, start, workload.kw * channels)
 
             if top or bottom:
                 with T.If(tirx.And(line >= T.int64(0), line < self.shape[1])):
                     with T.Then():
                         whole_line()
                     with T.Else():
-                        copy_run(target, (slot,), place, None, workload.kw * channels, self.dot)
+                        copy_run(room, (slot,), place, None, workload.kw * channels)
             else:
                 whole_line()
         behind = amx.whole(k, self.dot) - k
         if behind:
-            copy_run(target, (slot,), T.int64(k), None, behind, self.dot)
+            copy_run(room, (slot,), T.int64(k), None, behind)
 
-    def _either(self, inside: Any, target: Any, slot: Any, place: Any, start: Any, count: int) -> None:
+    def _either(self, inside: Any, room: Room, slot: Any, place: Any, start: Any, count: int) -> None:
         with T.If(inside):
             with T.Then():
-                self._copy(target, slot, place, start, count)
+                self._copy(room, slot, place, start, count)
             with T.Else():
-                copy_run(target, (slot,), place, None, count, self.dot)
+                copy_run(room, (slot,), place, None, count)
 
-    def _copy(self, target: Any, slot: Any, place: Any, start: Any, count: int) -> None:
-        copy_run(target, (slot,), place, lambda first, lanes: self.x[vector(start + first, lanes)], count, self.dot)
+    def _copy(self, room: Room, slot: Any, place: Any, start: Any, count: int) -> None:
+        copy_run(room, (slot,), place, lambda first, lanes: self.x[vector(start + first, lanes)], count)

@@ -39,9 +39,10 @@ class Dot:
     """One way to multiply and add.
 
     name: "f32", "vnni" (vpdpbusd: 4 products a lane), "madd" (vpmaddwd, vpaddd: 2 products of 16 bit), "wide" (the same of activations that were widened before, see widen.py), "pairs" (vpmaddubsw, vpmaddwd by ones, vpaddd: 4 products), "quads" (two
-    words, their vpmaddubsw added in 16 bits: 8 products), "bf16" (vdpbf16ps: 2 products a lane) or "bf16fma" (the same by two multiply-adds). group: consecutive k of a step.
+    words, their vpmaddubsw added in 16 bits: 8 products), "bf16" (vdpbf16ps: 2 products a lane), "bf16fma" (the same by two multiply-adds), "bf16x2" or "bf16x3" (bfloat16 by tiles, see `terms`). group: consecutive k of a step.
     activation: element type of what is read. accumulator: type of a sum. instructions: what a step of one accumulator takes, in multiplications. weight_bytes: of one packed number.
-    broadcast_loads: loads that a word of the activations costs. parts: words of 4 bytes of a step; where there are several, `read`, `broadcast` and `weights` give tuples.
+    broadcast_loads: loads that a word of the activations costs. parts: words of 4 bytes of a step; where there are several, `read`, `broadcast` and `weights` give tuples. terms: bfloat16 numbers that add up to one operand,
+    which is float32 in memory where there are several.
     """
 
     name: str
@@ -52,6 +53,12 @@ class Dot:
     weight_bytes: int
     broadcast_loads: float = 1.0
     parts: int = 1
+    terms: int = 1
+
+    @property
+    def operand(self) -> str:
+        """Type of the activations in memory."""
+        return self.activation if self.terms == 1 else "float32"
 
     @property
     def kind(self) -> str:
@@ -240,6 +247,8 @@ WIDE = Dot("wide", "int16", "int32", 2, 1.25, 2)
 PAIRS = Dot("pairs", "uint8", "int32", 4, 2, 1)
 QUADS = Dot("quads", "uint8", "int32", 8, 3, 1, broadcast_loads=2.0, parts=2)
 BF16 = Dot("bf16", "bfloat16", "float32", 2, 1, 2)
+BF16X2 = Dot("bf16x2", "bfloat16", "float32", 2, 1, 2, terms=2)
+BF16X3 = Dot("bf16x3", "bfloat16", "float32", 2, 1, 2, terms=3)
 BF16_FMA = Dot("bf16fma", "bfloat16", "float32", 2, 2, 2, broadcast_loads=2.0)
 
 

@@ -48,7 +48,7 @@ def templates() -> list[KernelTemplate]:
 
     return [
         Gemm(),
-        GemmAmx(),
+        *(family(terms) for terms in (1, 2, 3) for family in (GemmAmx, ConvAmx, ConvAmxRows)),
         GemmRest(),
         WeightOnly(),
         WeightOnlyInt8(),
@@ -59,8 +59,6 @@ def templates() -> list[KernelTemplate]:
         ConvPointwise(),
         ConvWinograd(),
         ConvDirect(),
-        ConvAmx(),
-        ConvAmxRows(),
         ConvRest(),
         Attention(),
         AttentionAmx(),

@@ -12,6 +12,7 @@ import numpy as np
 from ...compiler.tvm import IRBuilder, T, tvm
 from . import amx
 from .amx import Tiles
+from .amx_schedules import PAIRS
 from .dot import QUADS, dot_for, splat, vector
 from .emit import ATTRS, Accumulators
 from .gemm_amx import tile_dot
@@ -30,7 +31,9 @@ _KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": QUADS.kind}
 
 @functools.cache
 def operations_per_second(dtype: str = "float32") -> float:
-    """Multiplications and additions per second of one core by numbers of this type: the best of several trials of a few milliseconds."""
+    """Multiplications and additions per second of one core by numbers of this type: the best of several trials of a few milliseconds. "bf16x2" and "bf16x3": of float32 in so many terms."""
+    if dtype in amx.TERMS:
+        return operations_per_second("bfloat16") / len(PAIRS[amx.TERMS[dtype]])
     target = host()
     if amx.available(_KINDS[dtype], target):
         return _tile_operations(_KINDS[dtype])

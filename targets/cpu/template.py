@@ -42,7 +42,8 @@ class KernelTemplate(Protocol):
     call site, so may be packed. `space` lists the legal schedules (or raises Unfusable where this machine has none), `features` describes the cost of one, `build` emits it.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> Any: ...
 

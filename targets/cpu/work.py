@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from ...compiler.program import Program
 from ...compiler.roofline import Layer, bytes_of, default_size
 from .lower import PACKED
 from .peak import bytes_per_second, operations_per_second
+
+#: kinds of products in a workload's text -> what is multiplied, see `operations_per_second`
+_NUMBERS = {"u8s8": "int8", "bf16": "bfloat16", "bf16x2": "bf16x2", "bf16x3": "bf16x3"}
 
 
 def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: Program, cores: int, sizes: Mapping[str, int]) -> None:
@@ -32,6 +36,6 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
         row["flops"], row["bytes"] = sum(layer.flops for layer in mine), moved.get(row["kernel"], 0)
         if any(layer.picks for layer in mine):
             row["bytes"] = min(row["bytes"], sum(layer.bytes for layer in mine))
-        kind = "int8" if " u8s8" in row["workload"] else "bfloat16" if " bf16 " in row["workload"] else "float32"
-        seconds = max(row["flops"] / (operations_per_second(kind) * cores), row["bytes"] / bytes_per_second())
+        numbers = next((numbers for kind, numbers in _NUMBERS.items() if re.search(rf" {kind}\b", row["workload"])), "float32")
+        seconds = max(row["flops"] / (operations_per_second(numbers) * cores), row["bytes"] / bytes_per_second())
         row["limit_us"] = round(seconds * 1e6, 2)

@@ -30,6 +30,11 @@ def resolve(name: str) -> Target:
     return MACHINES[name]
 
 
+def having(target: Target, precision: str) -> Target:
+    """The same: see `pipeline.PRECISIONS`."""
+    return target
+
+
 def scope(target: Target) -> AbstractContextManager[Any]:
     """What TVM's passes see: they only rewrite the graph, no code of theirs is used."""
     from ...compiler.tvm import tvm
