@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..compiler.tvm import TensorLoad, tirx, tvm
+from ..compiler.tvm import T, TensorLoad, tirx, tvm
 
 #: annotation of a loop whose body prefetches and then does a group of steps; here it counts as the one loop over all steps
 PREFETCH = "prefetch"
@@ -25,6 +25,7 @@ REGISTERS = 1024
 LINE, SETS = 64, 64
 _EXTREMA = frozenset((tirx.Max, tirx.Min))
 _BINARY = frozenset((tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.FloorDiv, tirx.FloorMod)) | _EXTREMA
+_PREFETCH_ID = T.llvm_lookup_intrinsic_id("llvm.prefetch")
 _LEAVES = frozenset((tirx.Var, tirx.IntImm, tirx.FloatImm))
 
 
@@ -179,6 +180,8 @@ class _Walk:
         self.statement(getattr(node, "body", None), weight, lanes, depth)
 
     def _evaluate(self, node: Any, weight: float, lanes: int, depth: int) -> None:
+        if _is_prefetch(node.value):
+            return
         self._count()
         self._expression(node.value, weight, lanes)
 
@@ -316,6 +319,11 @@ class _Walk:
             addresses = sorted({_address(node, step, 0) for node in narrow})
             found.hot_row_stride = float(min((b - a for a, b in zip(addresses, addresses[1:], strict=False)), default=0))
             found.hot_set_rows = float(max(Counter(address // LINE % SETS for address in addresses).values()))
+
+
+def _is_prefetch(call: Any) -> bool:
+    """A request for a cache line, which computes nothing."""
+    return getattr(getattr(call, "op", None), "name", "") == "tirx.call_llvm_intrin" and int(call.args[0]) == _PREFETCH_ID
 
 
 def _number(extent: Any) -> float:

@@ -189,6 +189,16 @@ def test_code_multiplies_tiles(kind, instruction):
     assert "ldtilecfg" not in hot and "tilezero" not in hot and "tilerelease" in "".join(blocks)
 
 
+@pytest.mark.parametrize("m", [1, 9, 16, "rows"])
+def test_few_rows_ask_for_their_own_panel(m):
+    """A block by itself, whole or in part, asks for all of what it multiplies some steps later: as many lines as its tiles of weights have."""
+    func = bf16.product(m, 1024, 384, short=True)
+    kernel = GemmAmx().build(func, GemmAmx().workload(func, frozenset([1])), AmxSchedule(Tiles(1, 2), 0, 0), RAPIDS)
+    blocks = re.split(r"\n\.LBB", bf16.compiled(kernel, RAPIDS).mod.inspect_source("asm"))
+    loops = [re.split(r"\n\tj", block)[0] for block in blocks if "tdpbf16ps" in block]
+    assert any(loop.count("prefetcht1") >= 16 * loop.count("tdpbf16ps") for loop in loops)
+
+
 def test_tiles_number_their_registers_apart():
     for tiles in amx.shapes(None, 1000):
         sums = {tiles.c(i, j) for i in range(tiles.rows) for j in range(tiles.columns)}

@@ -120,3 +120,13 @@ def test_codes_become_floats_in_registers(machine, bits, instruction):
     hot = re.split(r"\n\tj", hot)[0]
     assert hot.count("vfmadd") >= 32 * bits // 32
     assert not re.search(r"\tvmov\w+\t%[yz]mm\d+, [-\d]*\(%rsp", hot)
+
+
+@pytest.mark.parametrize(("machine", "m", "ahead"), [("sapphirerapids", 1, True), ("sapphirerapids", "rows", True), ("haswell", 1, False)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_asked_for_ahead_where_one_tile_passes_them(machine, m, ahead, bits):
+    """As many lines as a step reads."""
+    target, func = Target.parse(f"cpu:{machine}"), fused(m, 256, 64, GroupedInt(bits, 32))
+    workload = WeightOnly().workload(func, WEIGHTS)
+    kernel = WeightOnly().build(func, workload, WeightOnly().space(workload, target)[0], target)
+    assert ("prefetcht1" in compiled(kernel, target).mod.inspect_source("asm")) == ahead

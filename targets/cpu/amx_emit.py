@@ -29,7 +29,7 @@ from .amx import ROWS, Tiles
 from .amx_schedules import PAIRS, AmxSchedule
 from .dot import Dot
 from .emit import Rows, flat_rows, i64, store_row, streamed, tasks, when, with_columns
-from .prefetch import prefetch
+from .prefetch import prefetch, soon
 from .vectors import element_bits
 
 
@@ -99,6 +99,9 @@ class AmxEmitter:
         self.streams = (streamed(fused) or []) if self.buffers is not buffers else []
         self.tiles, self.height, self.nr = schedule.tiles, ROWS * schedule.tiles.rows, ROWS * schedule.tiles.columns
         self.steps = amx.steps(k, dot)
+        self.once = soon(weights)
+        #: rows of a whole chunk, where they are known
+        self.rows_of_chunk = schedule.mc or static(self.m)
         self.slice = schedule.depth or self.steps
         self.slices = -(-self.steps // self.slice)
 
@@ -159,7 +162,8 @@ class AmxEmitter:
                     with T.If(turn >= self.apart), T.Then():
                         self._finish(before, step * T.int64(few), few, few * self.steps > self.height)
 
-                self._products(self.tiles, T.bind(block * self.height), now, block, part, between)
+                blocks = 8 if self.rows_of_chunk is None else self.rows_of_chunk // self.height
+                self._products(self.tiles, T.bind(block * self.height), now, (block, max(1, blocks)), part, between)
         if rest == 0:
             return
         behind = T.bind(self.blocks * self.height)
@@ -173,15 +177,19 @@ class AmxEmitter:
                 fewer.configure(self.memory, rest - most + ROWS if rest is not None else left - (most - ROWS))
                 # a place that no block waits in for its epilogue
                 odd = _Block(jo, self.blocks, self._place((panel + 1) * self.blocks) if self.slices == 1 else T.bind(2 * self.blocks))
-                self._products(fewer, behind, odd, None, None, None)
+                self._products(
+                    fewer, behind, odd, (T.int64(0), 1) if self.rows_of_chunk is None or self.rows_of_chunk < self.height else None, None, None
+                )
                 self._finish(odd, T.int64(0), rest if rest is not None else left)
 
     def _place(self, turn: Any) -> Any:
         """Where a block is kept that is the turn-th of its task: blocks that are `apart` or fewer from each other do not share it."""
         return T.bind(T.floormod(turn, T.int64(2) * self.apart))
 
-    def _products(self, tiles: Tiles, row: Any, block: _Block, number: Any, part: Any, between: Callable[[Any], None] | None) -> None:
-        """The sums of one block from a row of the chunk on, to its place in the memory. number: of a whole block, for its share of the next panel; part: the slice of K, None for all of K;
+    def _products(
+        self, tiles: Tiles, row: Any, block: _Block, share: tuple[Any, int] | None, part: Any, between: Callable[[Any], None] | None
+    ) -> None:
+        """The sums of one block from a row of the chunk on, to its place in the memory. share: its number among so many blocks, for what each asks for; part: the slice of K, None for all of K;
         between(step): emitted among the products."""
         jo, size = block.panel, amx.step_elements(self.dot)
         tiled = [(tiles.c(i, j), self.sums[self._start(block) + (i * self.nr + j) * ROWS]) for i in range(tiles.rows) for j in range(tiles.columns)]
@@ -198,8 +206,8 @@ class AmxEmitter:
                     amx.load(tile, memory, 4 * self.nr)
         with T.serial(count) as each:
             step = T.bind(first + each)
-            if number is not None:
-                self._ask(jo, step, number)
+            if share is not None:
+                self._ask(jo, step, *share)
             held: dict[int, tuple[int, int]] = {}
             for left, right in PAIRS[self.dot.terms]:
                 for i in range(tiles.rows):
@@ -246,15 +254,14 @@ class AmxEmitter:
 
         with_columns(block.panel, self.n, self.nr, rows)
 
-    def _ask(self, jo: Any, step: Any, number: Any) -> None:
-        """One step's part of the requests for the next panel, which all blocks of a chunk share."""
-        m = self.schedule.mc or static(self.m)
-        blocks = 8 if m is None else m // self.height
-        if blocks < 2:
+    def _ask(self, jo: Any, step: Any, number: Any, blocks: int) -> None:
+        """One step's requests for weights, of the block of this number: its part of those for the next panel, which all blocks of a chunk share, or, if it is alone, those for what it multiplies soon."""
+        words, columns = self.dot.terms * ROWS, self.tiles.columns  # a tile is 16 lines
+        if blocks == 1:
+            self.once((jo * self.weights.shape[1] + step * words) * self.nr, words * self.nr)
             return
-        columns = self.tiles.columns  # a tile is 16 lines
-        own = -(-ROWS * columns * self.dot.terms // blocks)
+        own = -(-words * columns // blocks)
         for line in range(own):
             place = number * T.int64(own) + T.int64(line)
             word, column = T.floordiv(place, T.int64(columns)), T.floormod(place, T.int64(columns))
-            prefetch(self.weights[jo + 1, step * self.dot.terms * ROWS + word, column * ROWS], level=2)
+            prefetch(self.weights[jo + 1, step * words + word, column * ROWS], level=2)

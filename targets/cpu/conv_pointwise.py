@@ -13,7 +13,7 @@ from .conv_common import ConvWorkload, conv_workload, vector_lanes
 from .dot import dot_for
 from .emit import Rows, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
-from .prefetch import panels_ahead
+from .prefetch import panels_ahead, passed_once
 from .short_sums import with_sums
 from .template import Kernel
 from .widen import activations
@@ -50,7 +50,8 @@ class ConvPointwise:
             flat = activations(x, buffers, dot, (product(x.shape),))
             address = pixel_reader(workload, x, pixels)
             operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), flat, address, buffers[w], True, dot)
-            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packing.shape, buffers[w], dot, target)).emit()
+            ahead, once = panels_ahead(packing.shape, buffers[w], dot, target), passed_once(buffers[w], target)
+            GemmEmitter(fused, buffers, schedule, operands, ahead, once).emit()
         return Kernel(builder.get(), (packing,))
 
 

@@ -27,7 +27,7 @@ from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind, vector
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, chunk_sizes, flat_rows, i64, kernel, register_tiles, store_tile, tasks, with_columns
-from .prefetch import Ahead, Share, asking, panels_ahead, share
+from .prefetch import Ahead, Once, Share, asking, panels_ahead, passed_once, share
 from .short_sums import with_sums
 from .template import Kernel, Packing
 from .widen import activations, widening
@@ -150,7 +150,8 @@ class Gemm:
             flat = activations(a, buffers, dot, (product([*batch, *rows]), a.shape[-1]))
             weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
             operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], flat, lambda row: lambda k: (row, k), weights, workload.packed, dot)
-            GemmEmitter(fused, buffers, schedule, operands, panels_ahead(packings[0].shape, weights, dot, target) if packings else None).emit()
+            ahead, once = (panels_ahead(packings[0].shape, weights, dot, target), passed_once(weights, target)) if packings else (None, None)
+            GemmEmitter(fused, buffers, schedule, operands, ahead, once).emit()
         return Kernel(builder.get(), packings)
 
 
@@ -207,10 +208,21 @@ class GemmOperands:
 class GemmEmitter:
     """Emits one GEMM; see the module for the loop nest."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands, ahead: Ahead | None = None):
-        """ahead: prefetch of packed weights, if they are worth it."""
+    def __init__(
+        self,
+        fused: Fused,
+        buffers: dict[Any, Any],
+        schedule: GemmSchedule,
+        operands: GemmOperands,
+        ahead: Ahead | None = None,
+        once: Once | None = None,
+    ):
+        """ahead, once: prefetch of packed weights by several register tiles and by one, if they are worth it."""
         self._ahead: Any = ahead
+        self._once: Any = once
         self._prefetch: Share | None = None
+        #: whether the tile at hand is the only one that passes its panel
+        self._alone = False
         self.fused, self.schedule, self.packed = fused, schedule, operands.packed
         self.k, self.n, self.a, self.b, self.dot = operands.k, operands.n, operands.a, operands.b, operands.dot
         self.address = operands.address
@@ -311,7 +323,9 @@ class GemmEmitter:
             with T.If(m >= half), T.Then(), T.serial(T.ceildiv(T.max(m - whole * mr, T.int64(0)), T.int64(half))) as io:
                 self._tile(batch, T.min(whole * mr + io * half, m - half), half, jo, panel, columns, limit)
         with T.serial(whole * mr, T.if_then_else(m < half, m, whole * mr) if half > 1 else m) as row:
+            self._alone = True  # of few rows, most often
             self._tile(batch, row, 1, jo, panel, columns, limit)
+            self._alone = False
 
     def _static_rows(self, batch: Any, first: Any, rows: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """Tiles of two sizes that differ by one: a short last tile would wait for its own multiply-adds."""
@@ -320,9 +334,9 @@ class GemmEmitter:
             starts = [start for start, length in tiles if length == size]
             before = sum(start < starts[0] for start, _ in tiles)
             with T.serial(T.int64(len(starts))) as io:
-                self._prefetch = self._sharing(io + before, len(tiles))
+                self._prefetch, self._alone = self._sharing(io + before, len(tiles)), len(tiles) == 1
                 self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
-                self._prefetch = None
+                self._prefetch, self._alone = None, False
 
     def _sharing(self, tile: Any, tiles: int | None) -> Share | None:
         """What one of so many register tiles that pass a panel asks for."""
@@ -359,9 +373,12 @@ class GemmEmitter:
         acc = Accumulators(mr, nv, lanes, dot)
         acc.fill(self._first_sums(row))
         rows = [self.address(first + i) for i in range(mr)]
+        once = self._once if self._alone else None
 
         def multiply(part: Accumulators, start: Any, count: Any) -> None:
             for k in self._ks(jo, start, count):
+                if once is not None:
+                    once((jo * self.b.shape[1] + k) * self.b.shape[2], int(self.b.shape[2]))
                 part.multiply(range(mr), lambda i: dot.read(self.a, rows[i], k * dot.group), [panel(k, v) for v in range(nv)])  # noqa: B023
 
         if dot.grouped:

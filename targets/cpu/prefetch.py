@@ -15,6 +15,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import static
 from .dot import Dot
+from .vectors import element_bits
 
 #: words of a cache line
 _LINE = 16
@@ -23,8 +24,12 @@ FEWEST_TILES = 2
 #: steps of k between two lines asked for, at most. They are unrolled: leaving a loop over so few would be predicted wrongly every time, at the cost of a tenth; and bursts of many lines
 #: would keep what a tile loads waiting
 STEPS = 8
+#: bytes between weights that are multiplied and those that are asked for, where a panel is passed once
+SOON = 1 << 15
 #: (panel, line): asks for one cache line of a panel
 Ahead = Callable[[Any, Any], None]
+#: (element, count): asks for as many elements of the flat buffer of packed weights, some way behind that one
+Once = Callable[[Any, int], None]
 #: the first line that a register tile asks for, and steps of k between lines
 Share = tuple[Any, int]
 
@@ -51,6 +56,24 @@ def panels_ahead(shape: Sequence[int], weights: Any, dot: Dot, target: Target) -
         prefetch(flat[panel, T.min(line, T.int64(last)) * T.int64(_LINE)], level=2)
 
     return ahead
+
+
+def passed_once(weights: Any, target: Target) -> Once | None:
+    """Prefetch of packed weights that one register tile passes alone. Where others load the memory, that is up
+    to a third of the time of a product of few rows. None with AVX2: requests for the next panel delayed the panel in use there, and these have not been measured."""
+    return soon(weights) if target.vector_bits == 512 else None
+
+
+def soon(weights: Any) -> Once:
+    """The same for any machine."""
+    size = element_bits(str(weights.dtype)) // 8
+    flat = T.decl_buffer((math.prod(int(dim) for dim in weights.shape),), weights.dtype, data=weights.data)
+
+    def ask(first: Any, count: int) -> None:
+        for place in range(0, count, 4 * _LINE // size):
+            prefetch(flat[first + T.int64(SOON // size + place)], level=2)
+
+    return ask
 
 
 def share(tile: Any, tiles: int | None, words: int, nr: int) -> Share | None:

@@ -32,6 +32,7 @@ from ..common.ops_linear import weight_only_operands
 from .dot import F32, fma, splat, vector
 from .emit import Accumulators, kernel
 from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
+from .prefetch import passed_once
 from .template import Kernel, Packing
 
 #: rows up to which codes are unpacked in registers where M is known only at run time
@@ -210,6 +211,7 @@ class _Emitter(GemmEmitter):
         target: Target,
     ):
         super().__init__(fused, buffers, schedule.tiles, operands)
+        self._codes_once = passed_once(weights[0], target)
         self.workload, self.panel, self.table = workload, schedule.panel, target.vector_bits == 512
         # one bit without zeros is half of a sign
         self.halves = workload.bits == 1 and not workload.zeros
@@ -239,14 +241,17 @@ class _Emitter(GemmEmitter):
         bits = self.workload.bits
         return (1, 1) if bits == 8 else (32 // math.gcd(bits, 32), bits // math.gcd(bits, 32))
 
-    def _steps(self, jo: Any, group: Any, count: int, nv: int) -> Iterator[tuple[Any, list[list[Any]]]]:
+    def _steps(self, jo: Any, group: Any, count: int, nv: int, ahead: bool = False) -> Iterator[tuple[Any, list[list[Any]]]]:
         """Emits the loop over the first `count` k of a group, in steps: yields where the body belongs, with the place of the step's first k in the group, and the step's signed codes as
-        vectors of float32."""
+        vectors of float32. ahead: a step asks for as many codes that follow."""
         codes, words = self._step
         steps, rest = divmod(count, codes)
         start = T.bind(group * T.int64(self.workload.rows))
         if steps:
             with T.serial(T.int64(steps)) as step:
+                if ahead and self._codes_once is not None:
+                    row = jo * self.codes.shape[1] + start + step * T.int64(words)
+                    self._codes_once(row * T.int64(self.nr), words * self.nr)
                 yield step * T.int64(codes), self._floats(jo, start + step * T.int64(words), codes, nv)
         if rest:
             yield T.int64(steps * codes), self._floats(jo, start + T.int64(steps * words), rest, nv)
@@ -348,7 +353,7 @@ class _Emitter(GemmEmitter):
         """part += x * codes over the first `count` k of a group."""
         workload = self.workload
         start = T.bind(group * T.int64(workload.group))
-        for k, codes in self._steps(jo, group, count, part.nv):
+        for k, codes in self._steps(jo, group, count, part.nv, self._alone):
             for i, vectors in enumerate(codes):
                 weights = [T.bind(code) for code in vectors]
                 for m in range(part.mr):
