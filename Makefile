@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-aten test-conformance support-page test-networks fuzz gpu-test gpu-bench gpu-records check bench clean
+.PHONY: setup demo test test-slow test-aten test-conformance support-page test-networks fuzz gpu-test gpu-bench gpu-records check bench clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup
+
+# the cases of sweeps that `make test` leaves out, and tests that take long by themselves
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup -m slow
 
 # docs/operators.md and docs/pytorch.md, from the tables of results
 support-page: $(STAMP)

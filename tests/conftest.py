@@ -15,6 +15,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two thirds of a sweep are slow: the same ones on every machine."""
+    for item in items:
+        if item.get_closest_marker("sweep") and zlib.crc32(item.nodeid.encode()) % 3:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def numbers_of_its_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test draws the same numbers from its module's `RNG` whatever ran before it, on whichever worker."""

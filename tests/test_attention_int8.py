@@ -91,6 +91,7 @@ def operands(batch, heads, groups, queries, keys, depth, width, mask="none", lay
     ((1, 2, 1, 131, 300, 64, 64), "none", {"causal": True, "layout": "BSHD"}, 0.9),
     ((1, 2, 1, 131, 37, 16, 17), "none", {"before": 7, "causal": True, "received": True}, 1),  # queries that see nothing
 ])  # fmt: skip
+@pytest.mark.sweep
 def test_awkward_sizes(sizes, mask, attrs, pick, target):
     arrays = operands(*sizes, mask, attrs.get("layout", "BHSD"))
     found = run(arrays, target, pick=pick, **attrs)

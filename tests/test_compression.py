@@ -56,6 +56,7 @@ def right(model) -> float:
     return accuracy(logits, held_out.y[:TEST])
 
 
+@pytest.mark.slow
 def test_the_command_compresses_compiles_and_reports(files):
     model = tcompile.load(files / "vit.tcm")
     plain = tcompile.compile(ZOO["mnist-vit"].onnx_path(), shapes={"x": (1, 1, 28, 28)})
@@ -73,6 +74,7 @@ def test_the_command_compresses_compiles_and_reports(files):
     assert any("u8s8" in str(kernel["workload"]) for kernel in report["kernels"])
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_step(files):
     text = (files / "out.html").read_text()
     for part in ("token-pruning", "sparsify", "quantize", "sparse layers", "quantized layers", "times as fast", "measured, us", "cosine"):
@@ -80,6 +82,7 @@ def test_the_page_shows_every_step(files):
     assert not any(mark in text for mark in ("http:", "https:", "src=", "@import", "<script"))
 
 
+@pytest.mark.slow
 def test_python_and_recipe_do_the_same(files, tmp_path):
     """Configured passes give the recipe that flags give; an artifact's recipe, taken back as TOML, gives the same weights and code."""
     recorded = json.loads((files / "vit.tcm" / "manifest.json").read_text())["recipe"]

@@ -57,6 +57,7 @@ def test_int8_products_are_exact(lead, m, k, n):
         int8_gemm.check(func, "none", schedule, RAPIDS, template=GemmAmx())
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize("epilogue", ["dequantize", "residual", "requantize", "residual8"])
 @pytest.mark.parametrize(("m", "k", "n"), [(7, 30, 50), ("rows", 18, 33), ("rows", 64, 80)])
@@ -97,6 +98,7 @@ def test_int8_convolutions_are_exact(index):
     int8_conv.check(index, RAPIDS, GemmAmx() if case.k == (1, 1) else ConvAmx())
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize("epilogue", ["none", "residual8"])
 @pytest.mark.parametrize(("m", "k", "n"), [(40, 900, 70), (64, 1664, 33), (16, 832, 32), ("rows", 1000, 90), (150, 1025, 200)])
@@ -151,6 +153,7 @@ def test_bfloat16_convolutions(index):
     bf16.check_convolution(index, RAPIDS, GemmAmx() if bf16.CASES[index].k == (1, 1) else ConvAmx())
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize(
     "sizes",
@@ -163,6 +166,7 @@ def test_attention(sizes, mask, attrs, pick):
     attention.check_bfloat16(sizes, mask, attrs, RAPIDS, pick, AttentionAmx())
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize("keys", [1, 15, 16, 33, 150])
 @pytest.mark.parametrize("attrs", [{}, {"received": True}, {"causal": True, "logsum": True}], ids=str)

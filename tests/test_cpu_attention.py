@@ -97,6 +97,7 @@ AWKWARD = [
     ((1, 2, 1, 131, 37, 16, 17), "none", {"before": 7, "causal": True}, 1),  # queries that see nothing
     ((1, 2, 1, 131, 37, 16, 17), "rows", {"before": 7, "after": 90, "fill": -60.0}, 0),
 ])  # fmt: skip
+@pytest.mark.sweep
 def test_awkward_sizes(sizes, mask, attrs, pick, target):
     layouts = (attrs.get("layout", "BHSD").split(",") * 4)[:4]
     check(operands(*sizes, mask, layouts), target, pick=pick, **attrs)
@@ -111,6 +112,7 @@ def test_awkward_sizes(sizes, mask, attrs, pick, target):
     (AWKWARD[5], "none", {"causal": True, "fill": -1e4}, 1, 3),
     (AWKWARD[3], "none", {}, 1, 2),
 ])  # fmt: skip
+@pytest.mark.sweep
 def test_tiles_that_share_a_copy_of_values(sizes, mask, attrs, nv, group, target):
     layouts = ("BSHD",) * 4
     check(operands(*sizes, mask, layouts), target, AttentionSchedule(nv, target.lanes(), 2, 3, 2, 64, group), layout="BSHD", **attrs)
@@ -210,6 +212,7 @@ def test_inner_loops_are_fma_without_spills(machine, schedule, register):
         assert "call" not in block
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("sizes", [size for size in AWKWARD if size[5] % 2 == 0] + [(1, 2, 1, 33, 129, 34, 40)], ids=str)
 @pytest.mark.parametrize(("mask", "attrs"), [("none", {}), ("padding", {"layout": "BSHD"}), ("bool", {"scale": 0.3}), ("none", {"causal": True})])
 @pytest.mark.parametrize("target", runnable())

@@ -147,6 +147,7 @@ def reference(case: Case, x: np.ndarray, w: np.ndarray, extra: list[np.ndarray],
     return np.maximum(y, 0) if epilogue in ("relu", "residual") else y
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 @pytest.mark.parametrize("target", runnable())
 def test_against_torch(index: int, target: Target) -> None:

@@ -73,6 +73,7 @@ def compiled(kernel: Any, target: Target) -> Any:
     return tvm.compile(kernel.func.with_attr("global_symbol", "kernel"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 @pytest.mark.parametrize("target", runnable())
 def test_bit_exact(index: int, target: Target) -> None:

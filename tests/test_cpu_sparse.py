@@ -52,6 +52,7 @@ def holes(w):
     return w
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("lead", "m", "k", "n"), [((), 13, 17, 31), ((), 1, 24, 40), ((2, 3), 7, 64, 100), ((), 129, 8, 50)])
 @pytest.mark.parametrize("template", [GemmBlocks(), GemmColumns()], ids=lambda template: template.name)
 @pytest.mark.parametrize("target", runnable())

@@ -90,6 +90,7 @@ def test_any_size(m, k, n, terms, pick):
 CONVOLUTIONS = [(case, "pointwise" if case.k == (1, 1) and case.pad == (0, 0, 0, 0) else "gathered") for case in conv.CASES if case.groups == 1]
 
 
+@pytest.mark.sweep
 @runs
 @TERMS
 @pytest.mark.parametrize(("case", "form"), [*CONVOLUTIONS, *((case, "windows") for case in ROWS)], ids=str)

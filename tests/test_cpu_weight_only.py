@@ -58,6 +58,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("target", runnable())
 def test_against_the_reference(case, target):

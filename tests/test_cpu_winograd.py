@@ -43,6 +43,7 @@ def test_packing_is_zero_filled():
     assert (packed[1, :, :, 1:] == 0).all() and (packed[1, 0, :, 0] == 1).all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_against_torch(index):
     case, epilogue = CASES[index], ("relu", "residual", "hardswish", "none")[index % 4]

@@ -52,6 +52,7 @@ def as_pairs(x: np.ndarray) -> np.ndarray:
     return np.stack([x.real, x.imag], -1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("length", [1, 2, 7, 60, 257, 400])
 @pytest.mark.parametrize("inverse", [0, 1])
 def test_transforms_of_many_lengths(length: int, inverse: int):

@@ -12,7 +12,6 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
-import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +149,6 @@ def test_importing_the_package_is_cheap():
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
-@pytest.mark.slow
 def test_wheel_installs_and_compiles_elsewhere(tmp_path):
     source = tmp_path / "any-name"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.tcm"))

@@ -64,6 +64,7 @@ CASES = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", CASES)
 def test_layers_match_torch(name):
     torch.manual_seed(0)

@@ -116,6 +116,7 @@ def test_slice_errors_name_the_node():
         _stepped().compiled(data(3, 4), ints(0), ints(2), ints(0), ints(0))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
                                 "ReduceLogSumExp"])  # fmt: skip
 @pytest.mark.parametrize("keepdims", [0, 1])

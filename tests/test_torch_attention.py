@@ -49,6 +49,7 @@ def operators(program):
     return [name for name in names if "tcompile.attention" in name or name.endswith(("softmax", "matmul"))]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", CASES)
 def test_stays_one_operator_and_agrees(name, dynamic):

@@ -278,6 +278,7 @@ def test_from_model_to_tuned_artifact(tmp_path):
     np.testing.assert_allclose(again(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs(tmp_path):
     page = (Path(__file__).resolve().parent.parent / "docs" / "tuning.md").read_text()
     saved_mlp(tmp_path, rows=48, width=64)
