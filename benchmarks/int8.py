@@ -1,4 +1,4 @@
-"""Integer and weight-only kernels beside our float32 kernels and onnxruntime, interleaved, one thread.
+"""Integer and weight-only kernels beside our float32 kernels, onnxruntime, OpenVINO and oneDNN (`int8_rivals.py`), interleaved, one thread.
 
 python benchmarks/int8.py prepare DIR [NAME ...]     compile ours and write the peers' models
 python benchmarks/int8.py time DIR [--rounds 10]     time what is there; prints a Markdown table
@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from int8_rivals import BYTES, FLOATS, ONE, STEP, graph, onednn, qdq
+from onnx import helper
 from tcompile.compiler.api import build_artifact
 from tcompile.compiler.artifact_writer import write
 from tcompile.compiler.dialect.weight_only import weight_only_matmul
 from tcompile.compiler.options import CompileOptions
+from tcompile.compiler.peers import prepare as prepared
 from tcompile.compiler.program import Program, Provenance, TensorSpec
 from tcompile.compiler.runtime import load
 from tcompile.compiler.timing import interleaved
@@ -34,6 +35,8 @@ from tcompile.passes.quantization.integers import weight_codes
 from tcompile.targets.base import Target
 
 op = relax.op
+#: other engines' integer kernels
+RIVALS = ["ort int8", "ov int8", "onednn int8"]
 RNG = np.random.default_rng(0)
 
 GEMMS = [(128, 768, 768), (128, 768, 3072), (128, 3072, 768), (197, 384, 1536), (1, 768, 3072), (1, 4096, 4096)]
@@ -62,11 +65,12 @@ def constant(array: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Contest:
-    """One workload: our programs by name (body of one input), the peers' ONNX graphs by name, shape of the input."""
+    """One workload: our programs by name (body of one input), the peers' ONNX graphs by name, shape of the input, what oneDNN gets."""
 
     shape: tuple[int, ...]
     ours: dict[str, tuple[str, Callable[[Any, Any], Any]]]
     peers: dict[str, onnx.ModelProto]
+    layer: dict[str, np.ndarray]
 
 
 def program(shape: tuple[int, ...], dtype: str, body: Callable[[Any, Any], Any]) -> Program:
@@ -79,13 +83,6 @@ def program(shape: tuple[int, ...], dtype: str, body: Callable[[Any, Any], Any])
     kind = builder.get()["main"].ret_ty
     outputs = (TensorSpec("y", tuple(int(dim) for dim in kind.shape), str(kind.dtype)),)
     return Program(builder.get(), (TensorSpec("x", shape, dtype),), outputs, Provenance("benchmark", "relax"))
-
-
-def peer(nodes: list[Any], shape: tuple[int, ...], kind: int, out: int, weights: dict[str, np.ndarray]) -> onnx.ModelProto:
-    x, y = helper.make_tensor_value_info("x", kind, shape), helper.make_tensor_value_info("y", out, None)
-    graph = helper.make_graph(nodes, "contest", [x], [y], [numpy_helper.from_array(array, name) for name, array in weights.items()])
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
 def gemm(short: bool, m: int, k: int, n: int) -> Contest:
@@ -105,18 +102,17 @@ def gemm(short: bool, m: int, k: int, n: int) -> Contest:
         packed, scales = constant(made.pack(encoded.codes)), constant(encoded.scale[:, 0])
         return lambda emit, x: op.add(emit(weight_only_matmul(x, packed, scales, bits=bits, group=64)), constant(bias))
 
-    one = np.float32(1)
-    integers = peer(
-        [helper.make_node("MatMulIntegerToFloat", ["x", "w", "one", "s", "zx", "zw", "b"], ["y"], domain="com.microsoft")],
-        (m, k),
-        TensorProto.UINT8,
-        TensorProto.FLOAT,
-        {"w": w, "one": np.asarray(one), "s": scale, "zx": np.uint8(0), "zw": np.zeros(n, np.int8), "b": bias},
-    )
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])]
-    float_peer = peer(nodes, (m, k), TensorProto.FLOAT, TensorProto.FLOAT, {"w": real, "b": bias})
+    integers = {"w": w, "one": np.asarray(ONE), "s": scale, "zx": np.uint8(0), "zw": np.zeros(n, np.int8), "b": bias}
+    fused = helper.make_node("MatMulIntegerToFloat", ["x", "w", "one", "s", "zx", "zw", "b"], ["y"], domain="com.microsoft")
+    nodes, layer = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])], {"w": w, "scale": scale, "b": bias}
+    pair, weights = qdq(layer, {})
+    peers = {
+        "ort int8": graph([fused], (m, k), (BYTES, FLOATS), integers),
+        "ov int8": graph(pair, (m, k), (BYTES, FLOATS), weights),
+        "ort fp32": graph(nodes, (m, k), (FLOATS, FLOATS), {"w": real, "b": bias}),
+    }
     ours = {"int8": ("uint8", integer), "fp32": ("float32", floats), "w8": ("float32", weight_only(8)), "w4": ("float32", weight_only(4))}
-    return Contest((m, k), ours, {"ort int8": integers, "ort fp32": float_peer})
+    return Contest((m, k), ours, peers, layer)
 
 
 def convolution(short: bool, size: int, ci: int, co: int, k: int, stride: int, pad: int, groups: int) -> Contest:
@@ -140,19 +136,25 @@ def convolution(short: bool, size: int, ci: int, co: int, k: int, stride: int, p
     names = ["x", "one", "zx", "w", "s", "zw", "sy", "zy", "b"]
     attrs = {"strides": [stride] * 2, "pads": [pad] * 4, "group": groups}
     weights = {
-        "one": np.asarray(np.float32(1)),
+        "one": np.asarray(ONE),
         "zx": np.uint8(0),
         "w": w,
         "s": scale,
         "zw": np.zeros(co, np.int8),
-        "sy": np.asarray(np.float32(0.01)),
+        "sy": np.asarray(STEP),
+        "zy": np.uint8(0),
+        "b": bias,
     }
-    weights |= {"zy": np.uint8(0), "b": bias}
-    channels_first = (1, ci, size, size)
-    integers = peer([helper.make_node("QLinearConv", names, ["y"], **attrs)], channels_first, TensorProto.UINT8, TensorProto.UINT8, weights)
+    channels_first, layer = (1, ci, size, size), {"w": w, "scale": scale, "b": bias.astype(np.float32) * scale}
     nodes = [helper.make_node("Conv", ["x", "w", "b"], ["p"], **attrs), helper.make_node("Relu", ["p"], ["y"])]
-    float_peer = peer(nodes, channels_first, TensorProto.FLOAT, TensorProto.FLOAT, {"w": real, "b": bias.astype(np.float32) * scale})
-    return Contest(shape, {"int8": ("uint8", integer), "fp32": ("float32", floats)}, {"ort int8": integers, "ort fp32": float_peer})
+    pair, linear = qdq(layer, attrs)
+    peers = {
+        "ort int8": graph([helper.make_node("QLinearConv", names, ["y"], **attrs)], channels_first, (BYTES, BYTES), weights),
+        "ov int8": graph(pair, channels_first, (BYTES, BYTES), linear),
+        "ort fp32": graph(nodes, channels_first, (FLOATS, FLOATS), {"w": real, "b": layer["b"]}),
+    }
+    ours = {"int8": ("uint8", integer), "fp32": ("float32", floats)}
+    return Contest(shape, ours, peers, layer | {"window": np.array([stride, pad, groups])})
 
 
 def contests(short: bool) -> dict[str, Callable[[], Contest]]:
@@ -175,6 +177,7 @@ def prepare(folder: Path, names: list[str], target: Target, eight_bits: bool) ->
                 print(f"{name:22} {kind:5} {entry['template']:15} {entry['schedule']:60} {entry['predicted_us']}", flush=True)
         for kind, model in contest.peers.items():
             onnx.save(model, str(place / f"{kind}.onnx"))
+        np.savez(place / "onednn int8.npz", **contest.layer)  # pyright: ignore[reportArgumentType]
 
 
 def contestants(place: Path) -> dict[str, Callable[[], object]]:
@@ -185,23 +188,37 @@ def contestants(place: Path) -> dict[str, Callable[[], object]]:
         spec = model.inputs[0]
         x = RNG.integers(0, 256, [int(dim) for dim in spec.shape]).astype(spec.dtype)
         found[path.stem] = lambda model=model, x=x: model(x)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+        if path.stem == "int8":
+            image = x if x.ndim == 2 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
     for path in sorted(place.glob("*.onnx")):
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        spec = session.get_inputs()[0]
-        x = RNG.integers(0, 256, spec.shape).astype(np.uint8 if "uint8" in spec.type else np.float32)
-        found[path.stem] = lambda session=session, x=x: session.run(None, {"x": x})
+        engine = "openvino" if path.stem.startswith("ov") else "onnxruntime"
+        found[path.stem] = prepared(engine, path, {"x": image if "int8" in path.stem else image.astype(np.float32)}, 1)
+    found["onednn int8"] = onednn(place / "onednn int8.npz", image)
+    agree(found)
     return found
 
 
+def agree(found: dict[str, Callable[[], object]]) -> None:
+    """Raises ValueError where an engine's result is not ours: all have the same inputs and weights."""
+    ours = np.asarray(found["int8"]()).astype(np.float64)
+    for name in RIVALS:
+        result: Any = found[name]()
+        result = np.asarray(result[0] if isinstance(result, list) else result).astype(np.float64)
+        result = result if result.ndim == 2 else result.transpose(0, 2, 3, 1)
+        if np.abs(result - ours).max() > max(1.0, 1e-4 * np.abs(ours).max()):
+            raise ValueError(f"{name} is {np.abs(result - ours).max()} off")
+
+
 def time_all(folder: Path, rounds: int) -> None:
-    columns = ["int8", "fp32", "w8", "w4", "ort int8", "ort fp32"]
-    print(f"| median us | {' | '.join(columns)} | fp32 / int8 | ort int8 / int8 |\n|---|{'---|' * (len(columns) + 2)}")
+    columns = ["int8", "fp32", "w8", "w4", *RIVALS, "ort fp32"]
+    print(f"| median us | {' | '.join(columns)} | fp32 / int8 | fastest int8 peer / int8 |\n|---|{'---|' * (len(columns) + 2)}")
     for place in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime):
         times = {name: timing.median * 1e6 for name, timing in interleaved(contestants(place), rounds=rounds).items()}
         cells = [f"{times[name]:.0f}" if name in times else "" for name in columns]
-        print(f"| {place.name} | {' | '.join(cells)} | {times['fp32'] / times['int8']:.2f} | {times['ort int8'] / times['int8']:.2f} |", flush=True)
+        print(
+            f"| {place.name} | {' | '.join(cells)} | {times['fp32'] / times['int8']:.2f} | {min(times[name] for name in RIVALS) / times['int8']:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
