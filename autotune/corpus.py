@@ -30,12 +30,14 @@ from ..targets.cpu.template import machine
 from . import features, resource_training
 from .cost_model import AnalyticModel, Candidate
 from .learned import PRETRAINED, family
-from .measure import Memory, Operand, contestant, measure
+from .measure import Memory, Operand, contestant, measure, steady
 from .resources import QUANTITIES, read_points
 from .training import publish, read_corpus
 
 CORPUS = PRETRAINED / "cpu-corpus.jsonl.gz"
 THREADS = (1, 2)
+#: turns that a schedule has
+ROUNDS = 11
 #: kernels whose best schedule takes less or more, in microseconds, teach nothing about schedules or take too long to measure
 SHORTEST, LONGEST = 1.0, 12000.0
 #: templates whose schedules the analytic model picks no worse: 0.966 of the best, trained 0.960 (24 samples held out)
@@ -125,8 +127,12 @@ def measure_all(work: Path, seconds: float, output: Path) -> None:
         if timed.exists() or time.monotonic() - start > seconds:
             continue
         entries = _contestants(record.with_suffix(".so"), json.loads(record.read_text()), memory)
-        times = {threads: measure(entries, threads=threads) for threads in reversed(THREADS)}
-        timed.write_text(json.dumps({threads: [(m.median_us, m.min_us) for m in found] for threads, found in times.items()}))
+        times = {threads: measure(entries, threads=threads, rounds=ROUNDS) for threads in reversed(THREADS)}
+        timed.write_text(
+            json.dumps(
+                {threads: [(m.median_us, m.min_us, us) for m, us in zip(found, steady(found), strict=True)] for threads, found in times.items()}
+            )
+        )
     _write(work, output)
 
 

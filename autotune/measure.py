@@ -49,6 +49,14 @@ class Measurement:
         return min(self.samples)
 
 
+def steady(found: Sequence[Measurement]) -> list[float]:
+    """Microseconds of contestants that took turns, on a machine whose speed changes from round to round: the median over rounds of the share of what was typical in the round, times the least
+    of what was typical."""
+    rounds = np.array([entry.samples for entry in found])
+    typical = np.median(rounds, axis=0)
+    return (np.median(rounds / typical, axis=1) * typical.min()).tolist()
+
+
 class Memory:
     """A block of random numbers that operands are views of: what is in them does not matter for time, as long as nothing is denormal or infinite."""
 

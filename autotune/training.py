@@ -59,7 +59,8 @@ class Sample:
 
 
 def read_corpus(path: Path, version: int = features.VERSION, names: Sequence[str] = features.NAMES) -> list[Sample]:
-    """The samples of a corpus file of these features. A schedule's time is that of its fastest round: other work on a machine makes rounds slower, never faster."""
+    """The samples of a corpus file of these features. Of a schedule's times the last one counts: `measure.steady`, or where a machine's speed was not expected to change, that of its fastest round:
+    other work makes rounds slower, never faster."""
     with gzip.open(path, "rt") as file:
         header, *records = [json.loads(line) for line in file]
     if tuple(header["names"]) != tuple(names):
@@ -80,7 +81,7 @@ def read_corpus(path: Path, version: int = features.VERSION, names: Sequence[str
                     tuple(kernel["schedule"] for kernel in kernels),
                     features.matrix([[math.nan if x is None else x for x in kernel["rows"][threads]] for kernel in kernels]),
                     np.array([kernel["analytic_us"][threads] for kernel in kernels]),
-                    np.array([kernel["us"][threads][1] for kernel in kernels]),
+                    np.array([kernel["us"][threads][-1] for kernel in kernels]),
                 )
             )
     return samples

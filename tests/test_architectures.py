@@ -71,12 +71,12 @@ def through_onnx(entry, form, folder, **settings):
         compare(model, network, entry.example(seed=1, **sizes))
 
 
-@pytest.mark.parametrize("name", ["spacetime", "hilo"])
+@pytest.mark.parametrize("name", ["hilo", pytest.param("spacetime", marks=pytest.mark.slow)])
 def test_first_form_through_export(name):
     through_export(ARCHITECTURES[name], next(iter(ARCHITECTURES[name].forms), None), **SMALLER.get(name, {}))
 
 
-@pytest.mark.parametrize("name", ["matmul_free", "casvit"])
+@pytest.mark.parametrize("name", ["matmul_free", pytest.param("casvit", marks=pytest.mark.slow)])
 def test_first_form_through_onnx(name, tmp_path):
     through_onnx(ARCHITECTURES[name], next(iter(ARCHITECTURES[name].forms), None), tmp_path, **SMALLER.get(name, {}))
 

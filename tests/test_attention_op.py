@@ -28,6 +28,7 @@ def operands(layout, groups, mask):
     return arrays + masks[mask]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mask", ["none", "float", "bool"])
 @pytest.mark.parametrize(
     ("layout", "groups", "attrs"),

@@ -101,6 +101,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", runnable())
 @pytest.mark.parametrize(("sizes", "options"), CASES)
 def test_the_kernel_at_awkward_sizes(sizes, options, target):

@@ -16,6 +16,7 @@ from tcompile.autotune.corpus import CORPUS, sample
 from tcompile.autotune.corpus_workloads import convolution, gemm
 from tcompile.autotune.cost_model import AnalyticModel, Candidate, KernelFeatures
 from tcompile.autotune.learned import PRETRAINED, LearnedModel, default_model, family
+from tcompile.autotune.measure import Measurement, steady
 from tcompile.autotune.tir_features import tir_features
 from tcompile.compiler.errors import UsageError
 from tcompile.compiler.tvm import IRBuilder, T
@@ -169,3 +170,11 @@ def test_the_example_of_the_docs(capsys):
     exec(page.partition("```python\n")[2].partition("```")[0], {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["analytic", "learned"] and all("GemmSchedule(mr=" in line for line in lines)
+
+
+def test_times_of_turns_on_a_machine_that_changes_its_speed():
+    """Rounds of half the speed, one of them cut short by a disturbance of one contestant: shares of a round are what counts."""
+    speed = np.array([1.0, 2.0, 2.0, 1.0, 2.0])
+    samples = np.outer([10.0, 12.0, 20.0], speed)
+    samples[0, 3] = 500.0
+    np.testing.assert_allclose(steady([Measurement(tuple(row)) for row in samples]), [10.0, 12.0, 20.0])

@@ -48,6 +48,7 @@ def space(func):
     return list(GemmAmx().space(GemmAmx().workload(func, frozenset([1])), RAPIDS))
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize(("lead", "m", "k", "n"), SIZES)
 def test_int8_products_are_exact(lead, m, k, n):
@@ -246,3 +247,12 @@ def test_programs_choose_tiles(compression, tmp_path):
     with torch.no_grad():
         for ours, theirs in zip(tcompile.load(tmp_path / "layers.tcm")(*feeds), layers(*feeds), strict=True):
             assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.999
+
+
+def test_few_rows_go_by_vectors():
+    """Weights that are passed once come from memory, and hardware prefetchers do not follow loads of tiles."""
+    feeds = (torch.randn(4, 768),)
+    compiled = tcompile.compile(
+        torch.nn.Linear(768, 3072).eval(), example_inputs=feeds, target="cpu:sapphirerapids", quantize="int8", calibration=[feeds]
+    )
+    assert [row["template"] for row in compiled.report()["kernels"] if "u8s8" in row["workload"]] == ["gemm"]

@@ -13,6 +13,7 @@ from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import analyze
 from tcompile.targets.common.ops_linear import matmul
+from tcompile.targets.cpu.emit import register_tiles
 from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
@@ -111,3 +112,11 @@ def test_weights_are_prefetched(machine, k, rows, prefetched):
     found = tir_features(kernel.func)
     plain = tir_features(Gemm().build(func, workload, GemmSchedule(4, 3, 8, 0), replace(target, l2_bytes=0)).func)
     assert found.depth == plain.depth and found.loop_steps == plain.loop_steps
+
+
+def test_tiles_load_little_where_loads_are_short():
+    """Two column vectors are for outputs of no more, and for machines that load at least as often as they multiply."""
+    assert {nv for _, nv in register_tiles(Target.parse("cpu:sapphirerapids"), (1, 2, 3, 4), 12)} == {3, 4}
+    assert {nv for _, nv in register_tiles(Target.parse("cpu:sapphirerapids"), (1, 2, 3, 4), 2)} == {2}
+    assert {nv for _, nv in register_tiles(Target.parse("cpu:znver4"), (1, 2, 3, 4), 12)} == {2, 3, 4}
+    assert {nv for _, nv in register_tiles(Target.parse("cpu:haswell"), (1, 2, 3, 4), 12)} == {2, 3, 4}

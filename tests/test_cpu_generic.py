@@ -178,6 +178,7 @@ def test_pooling(channels):
 ROWS = (1, 3, 5), (3, 7, 197), (2, 1, 33), (4, 128), (2, 5, 1000), (1, 1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 def test_rows(shape):
     x, width = data(*shape), shape[-1]

@@ -116,6 +116,7 @@ def test_awkward_sizes(lead, m, k, n, pick, target):
     check(func, "none", space[int(pick * (len(space) - 1))], target)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("epilogue", ["dequantize", "residual", "requantize", "residual8"])
 @pytest.mark.parametrize(("m", "k", "n"), [(7, 30, 50), ("rows", 18, 33)])
 @pytest.mark.parametrize("target", runnable())

@@ -65,6 +65,7 @@ def test_bell_shaped_weights_add_four():
     assert products_in_16_bits([weight_codes(RANDOM.standard_normal((768, 64)).astype(np.float32), False).codes]) == 1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("fit", "instruction"), [(1, "vpmaddwd"), (2, "vpmaddubsw"), (4, "vpmaddubsw")])
 @pytest.mark.parametrize("k", [1, 5, 8, 12, 67])
 def test_products_at_the_edge(fit, instruction, k):
@@ -85,6 +86,7 @@ def test_products_at_the_edge(fit, instruction, k):
         np.testing.assert_array_equal(out.numpy(), x.astype(np.int32) @ weight.astype(np.int32))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("fit", [2, 4])
 @pytest.mark.parametrize("index", [0, 1, 2, 5, 7, 9, 10, 11, 13])
 def test_convolutions_at_the_edge(fit, index):

@@ -49,6 +49,7 @@ def check(template, func, epilogue, target, m, keep, r, c, pick, seed=0):
         np.testing.assert_array_equal(out.numpy(), want)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("lead", "m", "k", "n"), SIZES)
 @pytest.mark.parametrize("template", [GemmBlocks(), GemmColumns()], ids=lambda template: template.name)
 @pytest.mark.parametrize("target", runnable())

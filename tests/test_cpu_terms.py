@@ -54,6 +54,7 @@ def check_gemm(func: Any, schedule: Any, terms: int, rows: int = 0) -> None:
     assert (error <= BOUNDS[terms] * scale).all(), (error / scale).max()
 
 
+@pytest.mark.sweep
 @runs
 @TERMS
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_products_of_every_width(symmetric, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @needs_gxx
 def test_a_model_agrees_with_the_cpu_target():
     torch.manual_seed(3)

@@ -14,7 +14,11 @@ BLOCK = re.compile(r"^```python example\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = {page.name: "\n".join(BLOCK.findall(page.read_text())) for page in sorted(DOCS.glob("*.md"))}
 
 
-@pytest.mark.parametrize("page", [name for name, code in PAGES.items() if code])
+#: pages whose examples take longer than ten seconds
+LONG = {"fpga.md", "quantization.md", "sparsity.md", "token-pruning.md"}
+
+
+@pytest.mark.parametrize("page", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name, code in PAGES.items() if code])
 def test_example_runs(page, tmp_path):
     done = subprocess.run([sys.executable, "-c", PAGES[page]], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -52,6 +52,7 @@ def taken(shape, device):
     return found
 
 
+@pytest.mark.slow
 def test_a_rehearsal_ends_in_a_model_that_ranks_better_on_workloads_that_it_has_not_seen(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- cuda latency: begin -->\n<!-- cuda latency: end -->\nafter\n")

@@ -53,6 +53,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", CASES, ids=str)
 @pytest.mark.parametrize("cache", ["none", "inside", "outside"])
 def test_windows_and_caches(options: dict, cache: str) -> None:
@@ -64,6 +65,7 @@ def test_windows_and_caches(options: dict, cache: str) -> None:
     check(arrays, 3 if cache == "inside" else 1, **options)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["float", "bool", "short"])
 def test_scores_and_masks(kind: str, mode: int) -> None:

@@ -120,6 +120,7 @@ def test_einsum_with_ellipses_and_diagonals(equation: str):
     np.testing.assert_allclose(tcompile.compile(graph)(*operands), np.einsum(equation, *operands), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "equation", ["ij,jk,kl->il", "i,i,i->i", "i,j,k->kij", "ij,j,i->", "ab,bc,cd,da->bd", "bij,bjk,bk->bi", "ij->j", "ij->", "ij->ji"]
 )

@@ -35,6 +35,7 @@ STEPS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", STEPS)
 def test_caches(kind: str) -> None:
     inputs = step(*STEPS[kind])

@@ -85,6 +85,7 @@ def test_scales_computed_at_run_time(opset: int, mode: str) -> None:
         np.testing.assert_allclose(np.asarray(compiled(*feeds.values())), session.run(None, feeds)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("image", "places", "mode", "padding", "align"),
     [
@@ -214,6 +215,7 @@ def test_losses_with_constant_weights(op: str, inputs: list[str]) -> None:
     against_onnxruntime(model, {"x": floats(4, 5, 3), "t": np.random.default_rng(2).integers(0, 5, (4, 3))})
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("op", "image", "kernel", "strides", "mode", "attributes"),
     [

@@ -20,6 +20,7 @@ def mask_of(kind: str, batch: int, queries: int, keys: int) -> np.ndarray | None
     }[kind]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["none", "ends", "keys", "pairs"])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3, "mask_filter_value": -1.0}, {"unidirectional": 1}], ids=str)
 def test_multi_head(options: dict, kind: str) -> None:

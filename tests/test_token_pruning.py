@@ -338,7 +338,7 @@ def small_bert(tmp_path_factory) -> tuple[Path, object]:
     return path, module
 
 
-@pytest.mark.parametrize("method", ["drop", pytest.param("merge", marks=pytest.mark.networks)])
+@pytest.mark.parametrize("method", [pytest.param("drop", marks=pytest.mark.slow), pytest.param("merge", marks=pytest.mark.networks)])
 def test_bert_with_open_dims_agrees_with_pytorch(small_bert, method):
     reference = _torch()
     import torch

@@ -66,7 +66,9 @@ def through_export(name, mode):
         assert len(want) == 1 or np.abs(want[0] - want[1]).max() > 1e-3 * scale
 
 
-@pytest.mark.parametrize(("name", "mode"), [("llama", "static"), ("llama", "dynamic"), ("vit", "dynamic")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("llama", "static"), *(pytest.param(name, "dynamic", marks=pytest.mark.slow) for name in ("llama", "vit"))]
+)
 def test_few(name, mode):
     through_export(name, mode)
 

@@ -68,7 +68,7 @@ class ConvWinograd:
         for m in POINTS:
             rows = tile_counts(workload, m)[0]
             strips = sorted({min(strip, rows) for strip in (1, 2, 3, 4, 8, rows)})
-            for mr, nv in register_tiles(target, (1, 2, 3), -(-workload.co // lanes)):
+            for mr, nv in register_tiles(target, (1, 2, 3, 4), -(-workload.co // lanes)):
                 if mr >= 4:
                     found += [WinogradSchedule(m, strip, mr, nv, lanes, False) for strip in strips]
                     found.append(WinogradSchedule(m, rows, mr, nv, lanes, True))

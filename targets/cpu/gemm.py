@@ -220,9 +220,8 @@ class GemmEmitter:
         """ahead, once: prefetch of packed weights by several register tiles and by one, if they are worth it."""
         self._ahead: Any = ahead
         self._once: Any = once
-        self._prefetch: Share | None = None
-        #: whether the tile at hand is the only one that passes its panel
-        self._alone = False
+        #: number of the register tile at hand and how many pass its panel (None: not known), where it asks for weights
+        self._turn: tuple[Any, int | None] | None = None
         self.fused, self.schedule, self.packed = fused, schedule, operands.packed
         self.k, self.n, self.a, self.b, self.dot = operands.k, operands.n, operands.a, operands.b, operands.dot
         self.address = operands.address
@@ -314,18 +313,18 @@ class GemmEmitter:
         # a rest of more than half a tile is worth a whole one
         whole = T.bind(T.if_then_else(m >= mr, T.floordiv(m + max(0, mr - half - 1), T.int64(mr)), T.int64(0)))
         with T.serial(whole) as io:
-            self._prefetch = self._sharing(io, None)
+            self._turn = io, None
             self._tile(batch, T.min(io * mr, m - mr), mr, jo, panel, columns, limit)
-            self._prefetch = None
+            self._turn = None
         if mr == 1:
             return
         if half > 1:
             with T.If(m >= half), T.Then(), T.serial(T.ceildiv(T.max(m - whole * mr, T.int64(0)), T.int64(half))) as io:
                 self._tile(batch, T.min(whole * mr + io * half, m - half), half, jo, panel, columns, limit)
         with T.serial(whole * mr, T.if_then_else(m < half, m, whole * mr) if half > 1 else m) as row:
-            self._alone = True  # of few rows, most often
+            self._turn = T.int64(0), 1  # of few rows, most often
             self._tile(batch, row, 1, jo, panel, columns, limit)
-            self._alone = False
+            self._turn = None
 
     def _static_rows(self, batch: Any, first: Any, rows: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """Tiles of two sizes that differ by one: a short last tile would wait for its own multiply-adds."""
@@ -334,18 +333,23 @@ class GemmEmitter:
             starts = [start for start, length in tiles if length == size]
             before = sum(start < starts[0] for start, _ in tiles)
             with T.serial(T.int64(len(starts))) as io:
-                self._prefetch, self._alone = self._sharing(io + before, len(tiles)), len(tiles) == 1
+                self._turn = io + before, len(tiles)
                 self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
-                self._prefetch, self._alone = None, False
+                self._turn = None
 
-    def _sharing(self, tile: Any, tiles: int | None) -> Share | None:
-        """What one of so many register tiles that pass a panel asks for."""
+    @property
+    def _alone(self) -> bool:
+        """Whether no other register tile passes the panel at hand."""
+        return self._turn is not None and self._turn[1] == 1
+
+    def _sharing(self) -> Share | None:
+        """What the register tile at hand asks for of the next panel."""
         known = static(self.k)
-        return None if self._ahead is None or known is None else share(tile, tiles, self.dot.words(known), self.nr)
+        return None if self._turn is None or self._ahead is None or known is None else share(*self._turn, self.dot.words(known), self.nr)
 
     def _ks(self, jo: Any, start: Any, count: Any) -> Iterator[Any]:
         """Emits the loop over `count` k from `start`: yields k where its body belongs."""
-        own, ahead = self._prefetch, self._ahead
+        own, ahead = self._sharing(), self._ahead
         if own is not None:
             line, between = own
             own = line + T.floordiv(start, T.int64(between)), between

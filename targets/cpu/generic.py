@@ -17,7 +17,8 @@ from ..common.nests import Flat, Nest, group
 from ..common.refine import refine
 from ..common.stages import Unreadable, inline, read_stages
 from .emit import ATTRS, declare
-from .loops import SERIAL_WORK, Emitter
+from .loops import Emitter
+from .loops_base import SERIAL_WORK
 
 
 @dataclass(frozen=True)
