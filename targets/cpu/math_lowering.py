@@ -13,6 +13,7 @@ from typing import Any
 from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, tirx, tvm
 from .entry import short_entry
 from .math import FUNCTIONS, MARK, NATIVE, NATIVE_LLVM, Names, constant_of, select
+from .stealing import steal_work
 
 _HAS_FEATURE = tvm.get_global_func("target.target_has_feature")
 _FMA = tvm.ir.Op.get("tirx.fma").get_attr("llvm.FLowerIntrinsic")
@@ -180,8 +181,8 @@ def _function_pass(rewrite: Callable[[Any], Any], name: str) -> Any:
 def _pipeline() -> tuple[Any, Any, Any]:
     lower, finish_host, finish_device = PIPELINE_MAP["s_tir"]()
     mark, expand = _function_pass(mark_math, "tcompile.MarkMath"), _function_pass(vector_math, "tcompile.VectorMath")
-    enter = _function_pass(short_entry, "tcompile.ShortEntry")
-    return tvm.transform.Sequential([lower, enter, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
+    share, enter = _function_pass(steal_work, "tcompile.StealWork"), _function_pass(short_entry, "tcompile.ShortEntry")
+    return tvm.transform.Sequential([share, lower, enter, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
 
 
 #: name of the lowering pipeline with vector mathematics: `relax.build(..., tir_pipeline=TIR_PIPELINE)`
