@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...compiler.tvm import structural_map, structural_walk, tirx, tvm
+from ...compiler.tvm import structural_map, tirx, tvm
 from ..common.fused import static
 
 #: ranges of a loop, at most: so many a core, and so many on machines of few cores. A claim takes some 20 cycles
