@@ -95,7 +95,13 @@ class Lowering:
 
 def tvm_target(target: Target, *, optimize: bool = True) -> Any:
     """TVM's description of the machine that code is generated for, and whether LLVM optimises."""
-    options: dict[str, Any] = {"kind": "llvm", "mcpu": target.mcpu, "mtriple": "x86_64-unknown-linux-gnu", "vector-width": target.vector_bits, "num-cores": target.cores}
+    options: dict[str, Any] = {
+        "kind": "llvm",
+        "mcpu": target.mcpu,
+        "mtriple": "x86_64-unknown-linux-gnu",
+        "vector-width": target.vector_bits,
+        "num-cores": target.cores,
+    }
     if target.disabled:
         options["mattr"] = [f"-{feature}" for feature in target.disabled]
     if not optimize:
