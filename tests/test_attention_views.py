@@ -113,6 +113,7 @@ class Block(torch.nn.Module):
         return out.transpose(1, 2).reshape(batch, tokens, width)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("kind", "dynamic"), [("vit", True), ("gpt2", True), ("neox", True), ("neox", False), ("tail", False), ("tail", True)])
 def test_parts_of_one_product_are_read_in_place(kind, dynamic):
     torch.manual_seed(0)

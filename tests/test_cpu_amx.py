@@ -79,6 +79,7 @@ def test_any_size(m, k, n, pick):
     int8_gemm.check(func, "none", found[pick % len(found)], RAPIDS, template=GemmAmx())
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize(("m", "k", "n"), [(13, 17, 31), (1, 3, 1), (129, 34, 50), (1, 1, 1), (5, 1300, 257), ("rows", 19, 45), ("rows", 64, 45)])
 @pytest.mark.parametrize("pick", [0, 0.5, 1])
@@ -88,6 +89,7 @@ def test_bfloat16_products(m, k, n, pick):
     bf16.check(func, found[int(pick * (len(found) - 1))], RAPIDS, 53 if m == "rows" else m, GemmAmx())
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize("index", range(len(int8_conv.CASES)), ids=[str(case) for case in int8_conv.CASES])
 def test_int8_convolutions_are_exact(index):

@@ -80,6 +80,7 @@ MORE = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", runnable()[:2])
 @pytest.mark.parametrize(("sizes", "kind", "options", "pick"), [*CASES, *(pytest.param(*case, marks=pytest.mark.networks) for case in MORE)])
 def test_patterns(sizes, kind, options, pick, target):

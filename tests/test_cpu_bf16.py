@@ -100,6 +100,7 @@ def test_any_size(m, k, n, pick):
     check(fused, space[pick % len(space)], target, m)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 @pytest.mark.parametrize("target", runnable())
 def test_convolutions(index, target):

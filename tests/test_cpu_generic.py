@@ -161,6 +161,7 @@ def test_extrema_of_infinities(axis):
         check(lambda emit, a: op.min(a, axis=axis), lambda a: a.amin(axis), x)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("channels", [1, 5, 64, 100])
 def test_pooling(channels):
     x = data(1, 15, 16, channels)
@@ -223,6 +224,7 @@ def test_epilogue_joins_the_row():
     assert list(rules.values()) == ["row reduction"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("size", [1, 5, 8, 37])
 def test_dynamic(size):
     n = tirx.Var("n", "int64")

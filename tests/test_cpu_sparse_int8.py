@@ -59,6 +59,7 @@ def test_awkward_sizes(lead, m, k, n, template, target):
         check(template, func, "none", target, m, keep, r, c, pick)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("epilogue", "m"), [("dequantize", 7), ("residual", "rows"), ("requantize", "rows"), ("residual8", 7)])
 @pytest.mark.parametrize("template", [GemmBlocks(), GemmColumns()], ids=lambda template: template.name)
 @pytest.mark.parametrize("target", runnable())

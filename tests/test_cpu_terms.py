@@ -67,6 +67,7 @@ def test_every_block_of_tiles(terms, lead, m, k, n):
         check_gemm(func, schedule, terms)
 
 
+@pytest.mark.sweep
 @runs
 @TERMS
 @pytest.mark.parametrize(("m", "k", "n"), [(40, 900, 70), (64, 416, 33), (16, 288, 32), ("rows", 1000, 90)])
@@ -178,6 +179,7 @@ class Wide(torch.nn.Module):
         return self.linear(x), self.pointwise(torch.relu(self.conv(image)))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("precision", ["bf16x2", "bf16x3"])
 def test_programs_choose_them(precision, tmp_path):
     """Where they are asked for, and there are tiles; the artifact keeps it. Elsewhere products are in float32."""

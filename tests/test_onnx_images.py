@@ -74,6 +74,7 @@ def test_crop_and_resize_with_regions_from_run_time() -> None:
     against_onnxruntime(model, feeds)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("opset", "mode"), [(10, "nearest"), (10, "linear"), (13, "cubic")])
 def test_scales_computed_at_run_time(opset: int, mode: str) -> None:
     node = helper.make_node("Resize", ["x", "scales"] if opset < 11 else ["x", "", "scales"], ["y"], mode=mode)
