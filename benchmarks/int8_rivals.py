@@ -21,13 +21,12 @@ def qdq(weights: dict[str, np.ndarray], attrs: dict[str, Any]) -> tuple[list[onn
     convolution, zeros = w.ndim == 4, np.zeros(scale.size, np.int8)
     found = {"w": w, "s": scale, "zw": zeros, "b": bias, "one": np.asarray(ONE), "zx": np.uint8(0), "step": np.asarray(STEP)}
     nodes = [
-        helper.make_node("DequantizeLinear", ["x", "one", "zx"], ["real"]),
+        helper.make_node("DequantizeLinear", ["x" if convolution else "codes", "one", "zx"], ["real"]),
         helper.make_node("DequantizeLinear", ["w", "s", "zw"], ["weight"], axis=0),
     ]
     if not convolution:
         # OpenVINO would transpose other weights in every call, and multiply in float32 where nothing is quantized: by a step of 1 it leaves that out
         rounding = [helper.make_node("Cast", ["x"], ["float"], to=FLOATS), helper.make_node("QuantizeLinear", ["float", "one", "zx"], ["codes"])]
-        nodes[0].input[0] = "codes"
         return [*rounding, *nodes, helper.make_node("Gemm", ["real", "weight", "b"], ["y"], transB=1)], found | {"w": np.ascontiguousarray(w.T)}
     nodes += [
         helper.make_node("Conv", ["real", "weight", "b"], ["p"], **attrs),
@@ -47,10 +46,9 @@ def onednn(place: Path, x: np.ndarray) -> Callable[[], np.ndarray]:
     if data["w"].ndim == 2:
         packed = ops.qlinear_prepack(data["w"].T.contiguous(), list(x.shape))
         return lambda: ops.qlinear_pointwise(codes, 1.0, 0, packed, data["scale"], zeros, data["b"], 1.0, 0, torch.float32, "none", [], "").numpy()
-    stride, padding, groups = ([int(value)] * 2 for value in data["window"])
-    image = codes.contiguous(memory_format=torch.channels_last)
-    packed = ops.qconv_prepack(data["w"], data["scale"], 1.0, 0, stride, padding, [1, 1], groups[0], list(x.shape))
-    shape = (stride, padding, [1, 1], groups[0])
+    stride, padding, groups = (int(value) for value in data["window"])
+    image, shape = codes.contiguous(memory_format=torch.channels_last), ([stride] * 2, [padding] * 2, [1, 1], groups)
+    packed = ops.qconv_prepack(data["w"], data["scale"], 1.0, 0, *shape, list(x.shape))
     return lambda: ops.qconv2d_pointwise(
         image, 1.0, 0, packed, data["scale"], zeros, data["b"], *shape, float(STEP), 0, torch.uint8, "relu", [], ""
     ).numpy()
