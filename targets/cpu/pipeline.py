@@ -15,6 +15,7 @@ from ...compiler.roofline import layers
 from ...compiler.tvm import relax, tirx
 from ...passes.fusion import FuseEpilogues
 from ...passes.memory import PlanMemory
+from ...passes.siblings import MergeSiblings
 from ..common import legalize as definitions
 from ..common.float8 import held
 from . import build as cpu_build
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 
 def lower(steps: Steps) -> Lowered:
     """From a graph of Relax operators to an executable. Raises UnsupportedModel when an operator has no lowering."""
-    graph = steps.program
-    fuse(steps)
+    graph = fuse(steps)
     choices: list[cpu_lower.Choice] = []
 
     def kernels(current: Program, context: PassContext) -> Program:
@@ -84,11 +84,14 @@ def cost_model(steps: Steps) -> CostModel:
     return TunedModel(Database(path, create=False), model, hardware=hardware(steps.target), threads=steps.target.cores)
 
 
-def fuse(steps: Steps) -> None:
-    """Up to the module in which every kernel is one function that still has its choice of templates and schedules."""
+def fuse(steps: Steps) -> Program:
+    """Up to the module in which every kernel is one function that still has its choice of templates and schedules. Returns the graph of Relax operators that the kernels compute."""
+    steps.step("merge_siblings", MergeSiblings().run)
+    graph = steps.program
     steps.step("guard", cpu_guards.guard)
     steps.step("legalize", lambda p, _: p.with_module(_legalize(p, steps.target)))
     steps.step("fuse_epilogues", FuseEpilogues().run)
+    return graph
 
 
 def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]], graph: Program, scheduled: Program) -> None:
