@@ -75,7 +75,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/networks.py $(BENCH) --batch 1,8 --output benchmarks/results --docs docs/performance.md
 	$(BIN)/python benchmarks/networks.py $(BENCH) --batch 1,8 --precision bf16 --output benchmarks/results --docs docs/performance.md
-	$(BIN)/python benchmarks/quantized.py $(INT8) --threads 1,2 --docs docs/performance.md
+	$(BIN)/python benchmarks/quantized.py $(INT8) --threads 1,2 --batch 1,8 --docs docs/performance.md
 	$(BIN)/python benchmarks/attention.py --docs docs/performance.md
 	$(BIN)/python benchmarks/attention.py --queries 1 --docs docs/performance.md
 

@@ -1,6 +1,6 @@
 """What quantization costs and gains on real networks: accuracy on text and images that packages carry, and times beside float32 and onnxruntime.
 
-python benchmarks/quantized.py [NETWORK ...] [--threads 1,2] [--rounds N] [--nncf PYTHON] [--work FOLDER] [--docs docs/performance.md]
+python benchmarks/quantized.py [NETWORK ...] [--threads 1,2] [--batch 1,8] [--rounds N] [--nncf PYTHON] [--work FOLDER] [--docs docs/performance.md]
 python benchmarks/quantized.py --accuracy minilm,ocr,smollm2 [--formats w8,w4,w4a8] [--threads N] [--work FOLDER]
 
 Networks of the zoo: milliseconds of float32, int8, onnxruntime and OpenVINO, onnxruntime on its own QDQ int8 model, and OpenVINO on what NNCF makes, if `--nncf` names the interpreter of an
@@ -14,6 +14,7 @@ on the Lee corpus, float32 and `--formats`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -177,7 +178,7 @@ def _is_transformer(path: Path) -> bool:
     return any(node.op_type == "LayerNormalization" for node in onnx.load(str(path), load_external_data=False).graph.node)
 
 
-def speed(name: str, calls: dict[str, Callable[[], object]], threads: int, options: argparse.Namespace) -> list[Any]:
+def speed(name: str, calls: dict[str, Callable[[], object]], batch: int, threads: int, options: argparse.Namespace) -> list[Any]:
     """Print the times of all contestants, which run in turns; a row of the table."""
     # with one thread processor time is the time of the call, and neighbours on the machine hardly count
     times = interleaved(calls, rounds=options.rounds, clock=time.process_time if threads == 1 else time.perf_counter)
@@ -185,42 +186,44 @@ def speed(name: str, calls: dict[str, Callable[[], object]], threads: int, optio
     for label, timing in times.items():
         ratio, least = timing.median / ours.median, timing.min / ours.min
         print(
-            f"{name} {threads} threads  {label:<16} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
+            f"{name} batch {batch} {threads} threads  {label:<16} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
             flush=True,
         )
     ms = {label: timing.median * 1e3 for label, timing in times.items()}
     rivals = [ms[label] for label in COLUMNS[4:] if label in ms]
     fastest = f"{min(rivals) / ms['int8']:.2f}" if rivals else "-"
-    return [name, threads, *(f"{ms[label]:.2f}" if label in ms else "-" for label in COLUMNS), f"{ms['float32'] / ms['int8']:.2f}", fastest]
+    return [name, batch, threads, *(f"{ms[label]:.2f}" if label in ms else "-" for label in COLUMNS), f"{ms['float32'] / ms['int8']:.2f}", fastest]
 
 
 def network(name: str, work: Path, options: argparse.Namespace) -> list[list[Any]]:
-    """One row per number of threads."""
+    """One row per batch and number of threads. Every engine is calibrated on four inputs of the network or more; what the others make of them serves all batches."""
     entry = ZOO[name]
     samples = [entry.example_inputs(seed=seed) for seed in range(4)]
-    shapes = {key: tuple(value.shape) for key, value in samples[0].items()}
     path = entry.onnx_path()
     qdq = onnxruntime_int8(path, work / f"{name}_qdq.onnx", samples)
     xml = nncf_int8(path, work / f"{name}_nncf.xml", samples, _is_transformer(path), options.nncf) if options.nncf else None
     rows = []
-    for threads in map(int, options.threads.split(",")):
+    for batch, threads in itertools.product(map(int, options.batch.split(",")), map(int, options.threads.split(","))):
+        calibration = samples if batch == 1 else [entry.example_inputs(seed=seed, batch=batch) for seed in range(-(-len(samples) // batch))]
+        feeds, suffix = calibration[0], "" if batch == 1 else f"_b{batch}"
+        shapes = {key: tuple(value.shape) for key, value in feeds.items()}
         models = {
             label: kept(
-                work / f"{name}{suffix}_{threads}.tcm",
+                work / f"{name}{suffix}{kind}_{threads}.tcm",
                 threads,
-                lambda more=more, threads=threads: tcompile.compile(path, shapes=shapes, threads=threads, **more),
+                lambda more=more, threads=threads, shapes=shapes: tcompile.compile(path, shapes=shapes, threads=threads, **more),
             )
-            for label, suffix, more in (("float32", "", {}), ("int8", "_int8", {"quantize": "int8", "calibration": samples}))
+            for label, kind, more in (("float32", "", {}), ("int8", "_int8", {"quantize": "int8", "calibration": calibration}))
         }
-        outputs = [model(**samples[0]) for model in models.values()]
+        outputs = [model(**feeds) for model in models.values()]
         first = [np.ravel(output[0] if isinstance(output, tuple) else output).astype(np.float64) for output in outputs]
         print(f"{name} int8: cosine of the first output to float32 {first[0] @ first[1] / np.linalg.norm(first[0]) / np.linalg.norm(first[1]):.5f}")
-        calls: dict[str, Callable[[], object]] = {label: (lambda model=model: model(**samples[0])) for label, model in models.items()}
-        calls |= {peer: prepare(peer, path, samples[0], threads) for peer in ("onnxruntime", "openvino")}
-        calls["onnxruntime QDQ"] = prepare("onnxruntime", qdq, samples[0], threads)
+        calls: dict[str, Callable[[], object]] = {label: (lambda model=model, feeds=feeds: model(**feeds)) for label, model in models.items()}
+        calls |= {peer: prepare(peer, path, feeds, threads) for peer in ("onnxruntime", "openvino")}
+        calls["onnxruntime QDQ"] = prepare("onnxruntime", qdq, feeds, threads)
         if xml is not None:
-            calls["openvino NNCF"] = PEERS["openvino"](xml, samples[0], threads)
-        rows.append(speed(name, calls, threads, options))
+            calls["openvino NNCF"] = PEERS["openvino"](xml, feeds, threads)
+        rows.append(speed(name, calls, batch, threads, options))
     return rows
 
 
@@ -230,6 +233,7 @@ def main() -> None:
     parser.add_argument("--accuracy", default="", metavar="NAME,...")
     parser.add_argument("--work", type=Path, default=Path("build/quantized"))
     parser.add_argument("--threads", default="1")
+    parser.add_argument("--batch", default="1")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--nncf", type=Path, metavar="PYTHON")
     parser.add_argument("--docs", type=Path)
@@ -243,7 +247,7 @@ def main() -> None:
         accuracy[name](options.work, options)
     rows = [row for name in options.names or (() if options.accuracy else NETWORKS) for row in network(name, options.work, options)]
     if rows:
-        head = ["network", "threads", *(f"{label} ms" for label in COLUMNS), "float32 / int8", "fastest int8 peer / int8"]
+        head = ["network", "batch", "threads", *(f"{label} ms" for label in COLUMNS), "float32 / int8", "fastest int8 peer / int8"]
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows)]
         print("\n".join(lines))
         if options.docs:

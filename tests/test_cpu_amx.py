@@ -26,7 +26,7 @@ from tcompile.targets.cpu.conv_amx import ConvAmx
 from tcompile.targets.cpu.conv_amx_rows import ConvAmxRows
 from tcompile.targets.cpu.gemm_amx import GemmAmx
 from tcompile.targets.cpu.host import host_features
-from test_cpu_conv import Case, reference
+from test_cpu_conv import Case, fused_conv, reference
 
 RAPIDS = Target.parse("cpu:sapphirerapids")
 runs = pytest.mark.skipif(
@@ -131,12 +131,23 @@ ROWS = [
     Case((1, 6, 5, 64), 70, (2, 1), pad=(1, 0, 0, 0)),
     Case((1, 8, 9, 128), 40, (3, 3), pad=(1, 1, 1, 1)),
 ]
+#: rows of windows that are no whole tiles
+CODES = [
+    Case((2, 21, 22, 3), 33, (7, 7), stride=(2, 2), pad=(3, 3, 3, 3)),
+    Case((1, 12, 15, 3), 16, (3, 3), stride=(2, 2), pad=(0, 0, 1, 1)),
+    Case((1, 7, 9, 5), 20, (3, 3), pad=(1, 1, 1, 1)),
+    Case((2, 6, 7, 24), 24, (3, 3)),
+    Case((1, 9, 12, 40), 19, (3, 3), stride=(2, 2), pad=(1, 1, 1, 1)),
+    Case((2, 11, 7, 72), 24, (3, 3), stride=(2, 1), pad=(0, 1, 1, 0)),
+    Case((1, 13, 11, 10), 16, (5, 4), stride=(3, 2)),
+    Case((1, 5, 9, 1), 17, (2, 5), stride=(1, 3)),
+]
 
 
 @runs
-@pytest.mark.parametrize("case", ROWS, ids=str)
+@pytest.mark.parametrize("case", [*ROWS, *CODES], ids=str)
 def test_windows_in_place(case):
-    """Stride 1, with padding on some or all sides and without: every sixth schedule, and one of each form with slices of K."""
+    """With padding on some or all sides and without, strides, rows that go on into the next pixels: every sixth schedule, and one of each form with slices of K."""
     rng = np.random.default_rng(0)
     fused, template = int8_conv.fused_conv(case, requantize=False), ConvAmxRows()
     x, w = rng.integers(0, 256, case.x).astype(np.uint8), rng.integers(-128, 128, (*case.k, case.x[3], case.co)).astype(np.int8)
@@ -148,6 +159,13 @@ def test_windows_in_place(case):
         out = tvm.runtime.tensor(np.zeros(want.shape, np.int32))
         int8_conv.compiled(kernel, RAPIDS)["kernel"](tvm.runtime.tensor(x), tvm.runtime.tensor(kernel.packings[0].pack(w)), out)
         np.testing.assert_array_equal(out.numpy(), want, err_msg=str(schedule))
+
+
+def test_windows_are_copied_where_more_would_be_read():
+    """What is read behind a window is multiplied by zero weights: codes alone have no infinities."""
+    for case in CODES:
+        with pytest.raises(Unfusable, match="whole tiles"):
+            ConvAmxRows(terms=2).workload(fused_conv(case), frozenset([1]))
 
 
 @runs

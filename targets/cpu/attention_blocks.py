@@ -11,7 +11,7 @@ The lists are made from the mask's values, for the tiles of the schedule (`commo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from .attention import Attention, AttentionSchedule, AttentionWorkload
 from .attention_emit import AttentionEmitter
 from .dot import Dot, dot_for, vector
 from .emit import ATTRS, balanced, splat
+from .llvm_text import defining
 from .sparse_weights import Constants
 from .template import Kernel, Packing
 
@@ -147,7 +148,7 @@ def _kernel(
             else:
                 T.arg(param.name, param)
         assert lists is not None
-        with T.attr(T.int32(0), "pragma_import_llvm", dot.llvm) if dot.llvm else nullcontext():
+        with defining(dot.llvm):
             yield builder, buffers, lists
 
 

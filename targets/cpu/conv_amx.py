@@ -47,20 +47,20 @@ class ConvAmx:
             raise Unfusable("no tiles on this machine")
         rows = _pixels(workload)
         dot = tile_dot(workload.kind)
-        return amx_schedules.space(rows, workload.co, amx.steps(depth(workload), dot) * amx.ROW_BYTES, True, target, dot.terms)
+        return amx_schedules.space(rows, workload.co, amx.steps(self.depth(workload), dot) * amx.ROW_BYTES, True, target, dot.terms)
 
     def features(self, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> KernelFeatures:
         n, height, width = workload.sizes()
-        dot, k = tile_dot(workload.kind), depth(workload)
+        dot, k = tile_dot(workload.kind), self.depth(workload)
         run = workload.kw * workload.ci * dot.activation_bytes / amx.ROW_BYTES
         gathering = 8.0 + workload.kh * (6.0 + copying(dot) * run)
         return amx_schedules.features(n * height * width, k, workload.co, schedule, dot, gathering, target)
 
     def build(self, fused: Fused, workload: ConvWorkload, schedule: AmxSchedule, target: Target) -> Kernel:
         x, w = fused.inputs
-        dot, k, position = tile_dot(workload.kind), depth(workload), fused.param_index(w)
+        dot, k, position = tile_dot(workload.kind), self.depth(workload), fused.param_index(w)
         assert position is not None
-        packing = pack_tiles(position, k, workload.co, schedule, dot)
+        packing = pack_tiles(position, k, workload.co, schedule, dot, workload.kh)
         with kernel(fused, {position: packing.shape}, dot) as (builder, buffers):
             flat = T.decl_buffer((product(x.shape),), dot.operand, data=buffers[x].data)
             rows, source = self.source(fused, workload, flat, dot)
@@ -71,12 +71,11 @@ class ConvAmx:
         """The rows of the product by their leading dims, and where they come from. x: all elements of the input in a row."""
         pixels = list(fused.output.shape[:3])
         gatherer = _Gatherer(workload, fused.inputs[0].shape, pixels, x, dot)
-        return pixels, Gathered(gatherer.gather, amx.whole(depth(workload), dot), dot)
+        return pixels, Gathered(gatherer.gather, amx.whole(self.depth(workload), dot), dot)
 
-
-def depth(workload: ConvWorkload) -> int:
-    """Elements that one output is a sum over."""
-    return workload.kh * workload.kw * workload.ci
+    def depth(self, workload: ConvWorkload) -> int:
+        """Elements that one output is a sum over, with what stands between them."""
+        return workload.kh * workload.kw * workload.ci
 
 
 def _pixels(workload: ConvWorkload) -> int | None:
@@ -92,7 +91,7 @@ class _Gatherer:
 
     def gather(self, room: Room, slot: Any, row: Any) -> None:
         """Emits one row; zeros fill its last tile."""
-        workload, k = self.workload, depth(self.workload)
+        workload, k = self.workload, self.workload.kh * self.workload.kw * self.workload.ci
         n, oh, ow = self.rows.indices(T.bind(row))
         top, left, bottom, right = workload.padding
         taps, channels = T.int64(workload.kw), workload.ci

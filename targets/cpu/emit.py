@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from ...compiler.tvm import IRBuilder, T
 from ..base import Target
 from ..common.fused import Fused, is_identity, loads, product, same_dims, static, variables_of
 from .dot import F32, Dot, splat, vector
+from .llvm_text import defining
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tcompile.scheduled": True}
@@ -42,7 +43,7 @@ def kernel(
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_attr(dict(ATTRS))
         buffers = declare(fused.params, replaced, dict.fromkeys(replaced, dot.word) | (dtypes or {}))
-        with T.attr(T.int32(0), "pragma_import_llvm", dot.llvm) if dot.llvm else nullcontext():
+        with defining(dot.llvm):
             yield builder, buffers
 
 

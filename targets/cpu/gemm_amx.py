@@ -117,20 +117,22 @@ def copying(dot: Dot) -> float:
     return 2.0 if dot.terms == 1 else 10.0 * dot.terms - 6.0
 
 
-def pack_tiles(position: int, k: int, n: int, schedule: AmxSchedule, dot: Dot) -> Packing:
-    """The packing of constant weights [.., K, N] into panels whose words are whole tiles, the terms of a step behind each other."""
+def pack_tiles(position: int, k: int, n: int, schedule: AmxSchedule, dot: Dot, runs: int = 1) -> Packing:
+    """The packing of constant weights [.., K, N] into panels whose words are whole tiles, the terms of a step behind each other. runs: parts of K, each of which is filled up with zeros to its
+    share of `k`."""
     width, terms = amx.whole(k, dot), dot.terms
     packing = pack_gemm(position, terms * width, n, amx.ROWS * schedule.tiles.columns, dot)
     shape = width // amx.step_elements(dot), amx.step_elements(dot), n
 
     def pack(weight: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
         padded = np.zeros((width, n), weight.dtype)
-        padded[:k] = weight.reshape(k, n)
+        rows = weight.reshape(runs, -1, n)
+        padded[:k].reshape(runs, -1, n)[:, : rows.shape[1]] = rows
         if terms > 1:
             padded = np.stack([term.reshape(shape) for term in summands(padded, terms)], 1).reshape(terms * width, n)
         return packing.pack(padded)
 
-    return Packing(position, packing.shape, pack, f"{packing.key}tiles")
+    return Packing(position, packing.shape, pack, f"{packing.key}tiles{runs}")
 
 
 def summands(weight: np.ndarray, terms: int) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, tirx, tvm
 from .entry import short_entry
+from .llvm_text import with_functions
 from .math import FUNCTIONS, MARK, NATIVE, NATIVE_LLVM, Names, constant_of, select
 from .stealing import steal_work
 
@@ -141,7 +142,7 @@ def vector_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
     body = structural_map(func.body, [((tirx.Bind, tirx.BufferStore), _expand), (tirx.SeqStmt, _flatten)])
     body = _store_values(body)
     if _calls_native(func.body):
-        body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.expr.StringImm(NATIVE_LLVM), body)
+        body = with_functions(body, NATIVE_LLVM)
     return func if body.same_as(func.body) else func.with_body(body)
 
 

@@ -17,6 +17,7 @@ from .dot import QUADS, dot_for, splat, vector
 from .emit import ATTRS, Accumulators
 from .gemm_amx import tile_dot
 from .host import host
+from .llvm_text import defining
 from .lower import tvm_target
 from .math_lowering import TIR_PIPELINE
 
@@ -42,7 +43,7 @@ def operations_per_second(dtype: str = "float32") -> float:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({**ATTRS, "global_symbol": "peak"})
         words, out = T.arg("words", T.buffer((distinct, lanes * dot.parts), dot.word)), T.arg("out", T.buffer((rows, lanes), dot.accumulator))
-        with T.attr(T.int32(0), "pragma_import_llvm", dot.llvm):
+        with defining(dot.llvm):
             acc, everything = Accumulators(rows, 1, lanes, dot), vector(T.int64(0), lanes)
             acc.fill()
             operands = [dot.weights(lambda place: words[j, place], lanes, 0, lanes) for j in range(distinct)]  # noqa: B023

@@ -17,6 +17,7 @@ from typing import Any
 
 from ...compiler.tvm import structural_map, tirx, tvm
 from ..common.fused import static
+from .llvm_text import with_functions
 
 #: ranges of a loop, at most: so many a core, and so many on machines of few cores. A claim takes some 20 cycles
 _PER_CORE, _FEWEST = 8, 32
@@ -36,7 +37,7 @@ def steal_work(func: Any) -> Any:
     body = structural_map(func.body, (tirx.For, lambda loop: _claimed(loop, most)))
     if body.same_as(func.body):
         return func
-    return func.with_body(tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(_LLVM), body))
+    return func.with_body(with_functions(body, _LLVM))
 
 
 def _claimed(loop: Any, most: int) -> Any:
