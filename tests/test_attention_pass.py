@@ -108,6 +108,7 @@ def inputs(program):
     return [rng.random(spec.shape) > 0.3 if spec.dtype == "bool" else rng.standard_normal(spec.shape).astype("float32") for spec in program.inputs]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form):
     define, masks, attrs = FORMS[form]
@@ -260,6 +261,7 @@ def test_any_chain_of_changes(chain, seed):
     np.testing.assert_allclose(execute(result, arrays), execute(program, arrays), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("shapes", "mask", "options"), [
     (((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)), None, {"is_causal": True}),
     (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)), (5, 7), {"enable_gqa": True}),
@@ -328,6 +330,7 @@ COUNTS = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "through_torch"), [("ppocr-rec", False), ("minilm", False), ("minilm", True), ("vit-s16", False)])
 def test_counts_in_small_networks(name, through_torch):
     assert found(name, through_torch)[0] == COUNTS[name]

@@ -151,6 +151,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", FORMS)
 def test_a_dequantized_cache_is_read_as_codes(form):
     scales, options = FORMS[form]

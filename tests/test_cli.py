@@ -190,6 +190,7 @@ def test_an_internal_fault_is_one_line_unless_debug(call, monkeypatch):
     assert code == 1 and "Traceback" in err
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["code generation", "writing"])
 def test_interrupted_compilation_leaves_nothing(tmp_path, name, moment):

@@ -108,6 +108,7 @@ class Chain(nn.Module):
         return torch.sigmoid(self.norm2(self.up(z.mean(2))))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("options", "kind", "tolerance"), [({}, "", 1e-5), ({"quantize": "int8"}, "u8s8", 0.03), ({"precision": "bf16"}, "bf16", 0.01)]
 )

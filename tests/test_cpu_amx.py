@@ -144,6 +144,7 @@ CODES = [
 ]
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize("case", [*ROWS, *CODES], ids=str)
 def test_windows_in_place(case):
@@ -168,6 +169,7 @@ def test_windows_are_copied_where_more_would_be_read():
             ConvAmxRows(terms=2).workload(fused_conv(case), frozenset([1]))
 
 
+@pytest.mark.sweep
 @runs
 @pytest.mark.parametrize("index", [index for index, case in enumerate(bf16.CASES) if case.groups == 1], ids=str)
 def test_bfloat16_convolutions(index):
@@ -250,6 +252,7 @@ class Layers(torch.nn.Module):
         return self.second(torch.relu(self.first(x))), self.pointwise(torch.relu(self.conv(image)))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("compression", [{"precision": "bf16"}, {"quantize": "int8"}], ids=str)
 def test_programs_choose_tiles(compression, tmp_path):
     """Products of many rows take tiles, also in code for another machine, and the artifact says what it needs; where this host has tiles, results are close to float32."""

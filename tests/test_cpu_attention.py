@@ -141,6 +141,7 @@ def test_any_sizes(batch, heads, queries, keys, depth, width, mask, causal, befo
     check(operands(batch, *heads, queries, keys, depth, width, mask), HASWELL, pick=pick, received=received, **window)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", runnable())
 def test_symbolic_lengths(target):
     """One kernel for all lengths, those below a tile of keys and below a vector of queries too."""

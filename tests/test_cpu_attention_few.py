@@ -68,6 +68,7 @@ def check(arrays, target, **attrs):
         np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", runnable())
 @pytest.mark.parametrize(("sizes", "mask", "dtype", "attrs"), [
     ((1, 1, 1, 1, 1, 16, 16), "none", "bfloat16", {}),

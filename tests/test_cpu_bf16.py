@@ -76,6 +76,7 @@ def check(fused: Fused, candidate: Any, target: Target, m: int, template: Any = 
     assert (error <= 3e-7 * scale + (exact / 256 if short else 0)).all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("m", "k", "n"), [(13, 17, 31), (1, 3, 1), (129, 34, 50), (1, 1, 1), (5, 1300, 257)])
 @pytest.mark.parametrize("pick", [0, 0.7])
 @pytest.mark.parametrize("target", runnable())
@@ -85,6 +86,7 @@ def test_awkward_sizes(m, k, n, pick, target):
     check(fused, space[int(pick * (len(space) - 1))], target, m)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("m", [1, 11, "rows"])
 @pytest.mark.parametrize("target", runnable())
 def test_run_time_rows_and_short_results(m, target):

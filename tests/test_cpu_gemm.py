@@ -47,6 +47,7 @@ def compiled(kernel, target):
     return tvm.compile(kernel.func.with_attr("global_symbol", "f"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("lead", "m", "k", "n", "batched"),
     [

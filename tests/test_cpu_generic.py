@@ -81,6 +81,7 @@ def test_broadcast(a, b):
     check(lambda emit, x, y: op.add(x, y), lambda x, y: x + y, data(*a), data(*b))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 2, 3, 1), (0, 3, 1, 2), (3, 2, 1, 0), (1, 0, 2, 3)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 5, 3, 7), (2, 32, 12, 64), (1, 17, 19, 23)], ids=str)
 def test_transpose(shape, order):
@@ -125,6 +126,7 @@ def test_gather_and_resize():
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("keepdims", [True, False])
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("shape", [(5, 13, 77), (1, 3, 5), (64, 2, 8)], ids=str)
@@ -132,6 +134,7 @@ def test_sum(shape, axis, keepdims):
     check(lambda emit, x: op.sum(x, axis=axis, keepdims=keepdims), lambda x: x.sum(axis, keepdim=keepdims), data(*shape), tolerance=1e-4)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_other_reductions(axis):
     x = data(5, 13, 77)

@@ -67,6 +67,7 @@ def owners(ends, rows):
     return np.array([next((e for e, end in enumerate(ends) if end > row), len(ends)) for row in range(rows)], "int32")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("rows", "experts", "k", "n", "pick"),
     [(1, 1, 1, 1, 0), (11, 4, 3, 5, 0.5), (37, 5, 401, 33, 1), (67, 3, 16, 24, 0.7), (2, 8, 29, 70, 0.6), (131, 2, 7, 48, 1)],

@@ -105,6 +105,7 @@ def check(func, epilogue, schedule, target, m=0, template=None):
         np.testing.assert_allclose(out.numpy(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("lead", "m", "k", "n"), [((), 13, 17, 31), ((), 1, 3, 1), ((2, 3), 7, 64, 100), ((), 129, 33, 50), ((), 1, 1, 1), ((), 5, 130, 257)]
 )

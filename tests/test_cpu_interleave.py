@@ -41,6 +41,7 @@ def built(func, target):
         return tvm.compile(schedule(func, target).func.with_attr("global_symbol", "kernel"), target=tvm_target(target), tir_pipeline=TIR_PIPELINE)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", runnable())
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(1, 3, 16, 20), (2, 3, 5, 7), (1, 2, 9, 33), (3, 4, 6, 11), (1, 3, 1, 3), (1, 5, 6, 8), (2, 3, 2, 16)], ids=str)

@@ -117,6 +117,7 @@ def test_power():
     assert ulps(evaluate(T.pow, x, y), expected).max() <= 1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, -1.0, -2.0, 0.3])
 def test_constant_power(exponent):
     x = whole_range()

@@ -123,6 +123,7 @@ def test_codes_become_floats_in_registers(machine, bits, instruction):
     assert not re.search(r"\tvmov\w+\t%[yz]mm\d+, [-\d]*\(%rsp", hot)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("machine", "m", "ahead"), [("sapphirerapids", 1, True), ("sapphirerapids", "rows", True), ("haswell", 1, False)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_asked_for_ahead_where_one_tile_passes_them(machine, m, ahead, bits):

@@ -56,6 +56,7 @@ def check(m, k, n, made, target):
             assert (np.abs(out.numpy() - want) <= 2.0**-22 * (groups + 2) * (np.abs(want) + np.abs(most) + 1e3)).all(), schedule
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("target", runnable())
 def test_against_the_reference(case, target):
@@ -105,6 +106,7 @@ def test_codes_are_multiplied_as_bytes(machine, bits, instruction, nv):
     assert len(re.findall(r"\tvmov\w+\t%[yz]mm\d+, [-\d]*\(%rsp", hot)) <= nv
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("quantize", "loss"), [("w8a8", 0.02), (Quantize("w4a8", group=8), 0.15), ("w4fp8", 0.25)])
 def test_a_model_by_rows_in_few_bits(quantize, loss):
     torch.manual_seed(3)

@@ -46,6 +46,7 @@ def network(name: str):
     return import_model(module, example_inputs=feeds), feeds, [value.numpy() for value in values]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("machine", "name"), [pytest.param("haswell", "ppocr-cls", marks=pytest.mark.networks), ("haswell", "bert-base"), ("skylake-avx512", "bert-base")]
 )

@@ -49,6 +49,7 @@ def each(cases):
     return build, inputs, expected
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("precision", "tolerance"),
     [("fp32", 6e-6), pytest.param("tf32", 3e-4, marks=pytest.mark.networks), ("bf16", 2e-2), pytest.param("fp16", 2e-3, marks=pytest.mark.networks)],

@@ -81,6 +81,7 @@ def check(cases, precision):
     return [row for row in lowered.report["kernels"] if row["template"] == "attention hopper"]
 
 
+@pytest.mark.sweep
 @needs_gxx
 @pytest.mark.parametrize("cases", [CASES[::2], pytest.param(CASES[1::2], marks=pytest.mark.networks)])
 def test_awkward_sizes(monkeypatch, cases, precision="bf16"):
@@ -89,6 +90,7 @@ def test_awkward_sizes(monkeypatch, cases, precision="bf16"):
 
 
 @needs_gxx
+@pytest.mark.slow
 def test_blocks_take_several_pieces_of_work(monkeypatch, precision="fp16"):
     """Three warp groups that multiply, as few stages as there may be; heads of several batches and lengths by two blocks, in turns."""
     forced(monkeypatch, groups=3, stages=3, cores=2)

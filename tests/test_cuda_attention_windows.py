@@ -69,6 +69,7 @@ def check(cases, precision=None, target="cuda:sm_80"):
     return [row for row in lowered.report["kernels"] if row["template"].startswith("attention")]
 
 
+@pytest.mark.sweep
 @needs_gxx
 @pytest.mark.parametrize("precision", [None, pytest.param("bf16", marks=pytest.mark.networks)])
 def test_by_mma_sync(precision):

@@ -172,6 +172,7 @@ def pruned(k, n, pattern="block64x64:0.5", seed=3):
     return weight * wanted.mask(np.abs(weight), wanted.level)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("target", "precision", "pattern", "kind", "width"),
     [

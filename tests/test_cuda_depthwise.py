@@ -94,6 +94,7 @@ def test_depthwise_of_short_numbers():
 GROUPED = [(1, 7, 9, 12, 24, 3, 3, 1, 1), (2, 6, 5, 32, 16, 2, 1, 1, 0), (1, 9, 8, 16, 68, 4, 3, 2, 1)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
 def test_grouped_convolutions_are_products_of_groups(kind):
     cases = [case for case in GROUPED if kind != "uint8" or case[3] // case[5] % 4 == 0]

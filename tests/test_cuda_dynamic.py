@@ -136,6 +136,7 @@ def by_bytes(rows):
     return program, lambda x: (weight_only(x, codes, scales, bits=3, group=group),), lambda b, n: (RANDOM.integers(-128, 128, (b, n, k), "int8"),)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("case", "target", "kinds"),
     [

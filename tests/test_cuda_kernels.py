@@ -48,6 +48,7 @@ def each_attention(cases):
 SIZES = [(1, 1, 1), (1, 129, 30), (17, 7, 19), (31, 33, 64), (64, 64, 64), (65, 48, 50), (130, 96, 36)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 3e-7), ("tf32", 1.2e-3), ("fp16", 1.2e-3), ("bf16", 1e-2)])
 def test_gemm_of_awkward_sizes_by_precision(precision, tolerance):
     inputs, sizes = {}, SIZES if precision == "fp32" else SIZES[1:3]

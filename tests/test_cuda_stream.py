@@ -31,6 +31,7 @@ def schedule(monkeypatch, *numbers):
     monkeypatch.setattr(Gemm, "best", lambda self: TileSchedule(*numbers))
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation of a GPU needs g++")
 @pytest.mark.parametrize(
     ("m", "k", "n", "shares"),

@@ -91,6 +91,7 @@ def dump(library, folder, *flags):
     return subprocess.run([tool, *flags, path], capture_output=True, text=True, env=environment, check=True).stdout
 
 
+@pytest.mark.sweep
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize(("precision", "arch"), [("fp32", "sm_80"), ("fp32", "sm_90a"), ("bf16", "sm_80"), ("fp16", "sm_90a")])

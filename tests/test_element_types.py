@@ -48,6 +48,7 @@ def awkward_floats():
     return np.concatenate([coarse, np.nextafter(coarse[::5], np.float32(0)), np.nextafter(coarse[::7], np.float32(np.inf))])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind,saturate", [(kind, saturate) for kind in FLOATS for saturate in ([1, 0] if kind in SMALL_FLOATS else [1])])
 def test_casts_from_float_round_as_the_standard_says(kind, saturate):
     x = awkward_floats()
@@ -134,6 +135,7 @@ def test_torch_tensors_of_storage_types():
     torch.testing.assert_close(found, x.abs(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("block,axis,size", [(0, 1, 5), (3, 1, 7), (2, 0, 3), (0, 0, 1)])
 @pytest.mark.parametrize("kind", [T.INT4, T.UINT4, T.INT8, T.UINT16, T.FLOAT8E4M3FN, T.FLOAT4E2M1], ids=T.DataType.Name)
 def test_quantization_by_tensor_axis_and_block(kind, block, axis, size):
@@ -157,6 +159,7 @@ def test_quantization_by_tensor_axis_and_block(kind, block, axis, size):
         np.testing.assert_allclose(have.astype(np.float64), want.astype(np.float64), rtol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", [T.FLOAT16, T.BFLOAT16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("op,attributes", [("Exp", {}), ("ReduceSum", {"keepdims": 0}), ("MatMul", {}), ("Div", {}), ("Erf", {})])
 def test_narrow_types_are_computed_in_float32_and_rounded_once(kind, op, attributes):

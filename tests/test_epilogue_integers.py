@@ -50,6 +50,7 @@ TAILS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("tail", "groups"), [*((tail, 16) for tail in TAILS), ("selu", 1), ("bounded", 1)])
 def test_against_onnxruntime(tail, groups):
     """Between two pointwise convolutions, so that it stays channels-last and fuses."""

@@ -28,6 +28,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NETWORKS)
 def test_integer_network_is_near_the_float_one(name):
     """The whole of it in integers, weights and activations in 8 bits; the difference to torch is what the report says."""

@@ -102,6 +102,7 @@ def through_torch(name, static):
         check_or_as_close_as_fp32_gets(model(*inputs), want if isinstance(want, tuple) else (want,), entry, feeds)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "static"), [("magika", True), ("magika", False), pytest.param("mobilenetv3-l", True, marks=pytest.mark.networks)])
 def test_small_networks(name, static):
     through_onnx(name, static)

@@ -83,6 +83,7 @@ def execute(program: Program, x: np.ndarray) -> np.ndarray:
     return relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("function", CASES, ids=lambda function: function.__name__)
 def test_recognized(function):
     kind, operator = CASES[function]

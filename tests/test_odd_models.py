@@ -125,6 +125,7 @@ def test_a_very_tall_product_is_scheduled_without_listing_its_tiles():
     assert time.process_time() - started < 30  # tile by tile it would be hours
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name):
     proto = onnx_models.small(*COMPILED[name])

@@ -64,6 +64,7 @@ def accumulate(reads_weight: str = "w") -> onnx.GraphProto:
     return graph(nodes, {"state": FLOAT, "slice": FLOAT}, {"next": FLOAT, "twice": FLOAT})
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("backward", [0, 1])
 @pytest.mark.parametrize(("axis", "out_axis"), [(0, 0), (1, -1), (-1, 1)])
 def test_scan(axis, out_axis, backward):

@@ -229,6 +229,7 @@ def test_random_numbers_are_refused():
         tcompile.compile(model("RandomUniformLike", {"x": (FLOAT, [3])}))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("rank", "axis"), [(2, 0), (3, 0), (4, 0), (4, 2), (4, 3), (5, 1)])
 @pytest.mark.parametrize("exclusive", [0, 1])
 def test_running_sums_of_tensors_with_open_sizes(rank: int, axis: int, exclusive: int):

@@ -56,6 +56,7 @@ def test_a_prompt_is_a_window_without_a_mask(window: int, before: int) -> None:
 FEW = ("ragged", "growing", "prompt into a fixed cache")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", [kind if kind in FEW else pytest.param(kind, marks=pytest.mark.networks) for kind in STEPS])
 def test_rotary_embedding(kind: str) -> None:
     tables = {7: floats(12, 8), 8: floats(12, 8, seed=5)}
@@ -69,6 +70,7 @@ def test_rotary_embedding(kind: str) -> None:
 QUANTIZED = [(kind, bits) for kind in ("fixed", "growing", "several tokens", "prompt into a fixed cache") for bits in (8, 4)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("kind", "bits"), [pytest.param(*case, marks=() if case in QUANTIZED[1:5:2] else pytest.mark.networks) for case in QUANTIZED]
 )
@@ -91,6 +93,7 @@ def test_part_of_a_head_is_turned() -> None:
     check("GroupQueryAttention", [*inputs, floats(12, 8), floats(12, 8, seed=5)], "y k v", do_rotary=1, **SIZES)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["prompt", "ragged"])
 def test_scores(kind: str) -> None:
     queries, _, _, total = STEPS[kind]

@@ -33,6 +33,7 @@ def resize(shape: list, sizes=None, scales=None, kind: str = "f", **attributes: 
     return small([node], {"x": (shape, KINDS[kind])}, [("y", KINDS[kind])], constants, opset=19)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("shape", "new", "attributes"),
     [
@@ -131,6 +132,7 @@ POOLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("op", "shape", "attributes"), POOLS)
 def test_pools(op: str, shape: tuple, attributes: dict) -> None:
     outputs = ["y", "places"] if op == "MaxPool" else ["y"]
@@ -168,6 +170,7 @@ def test_col2im(fixed: bool) -> None:
 REGIONS = np.array([[0.3, 1.2, 7.9, 6.1], [4, 4, 4.2, 4.1], [-3, -2, 30, 20], [6, 5, 2, 1]], np.float32)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("opset", "attributes"),
     [

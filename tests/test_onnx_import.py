@@ -94,6 +94,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("op", ONE_INPUT)
 def test_one_input(op: str) -> None:
     check(model([helper.make_node(op, ["x"], ["y"])], {"x": [None, None, None]}, ["y"]), {"x": X})

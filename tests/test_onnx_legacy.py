@@ -34,6 +34,7 @@ def floats(*shape: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("constant", [(), (1,), (0, 1)], ids=["computed", "constant", "folded"])
 @pytest.mark.parametrize(
     ("right", "axis", "spread"),

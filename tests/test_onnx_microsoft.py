@@ -87,6 +87,7 @@ def test_embeddings(full: bool) -> None:
         check("EmbedLayerNormalization", inputs, "y index", constant=(2, 3), kinds={"index": TensorProto.INT32}, dims={0: ["b", "s"]})
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize("part", [0, 4])
 def test_rotary_embedding(part: int, interleaved: int) -> None:
@@ -109,6 +110,7 @@ def test_standard_rotary_embedding(interleaved: int) -> None:
             np.testing.assert_allclose(tcompile.compile(model)(**feeds), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("bits", "zero_points"), [(bits, kind) for bits in (2, 4, 8) for kind in ("none", "packed", "floats")][:-1])
 def test_matmul_nbits(bits: int, zero_points: str) -> None:
     k, n, block = 70, 7, 16

@@ -56,6 +56,7 @@ def test_operands_of_other_forms() -> None:
     check("MultiHeadAttention", [parts[0], floats(2, HEADS, 7, 8), floats(2, HEADS, 7, 8, seed=9)], num_heads=HEADS)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["none", "ends", "both", "keys", "pairs"])
 @pytest.mark.parametrize("causal", [0, 1])
 def test_attention_of_one_input(causal: int, kind: str) -> None:

@@ -19,6 +19,7 @@ def vectorizer(dims: list, **attributes: object):
     return small([node], {"x": (dims, TensorProto.INT64)}, ["y"], opset=17)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "attributes",
     [

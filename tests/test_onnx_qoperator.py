@@ -63,6 +63,7 @@ def within_a_step(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert np.count_nonzero(have != want) <= max(1, have.size // 20)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("run_time", [1, -1])
 @pytest.mark.parametrize(("a", "b"), [("uint8", "uint8"), ("uint8", "int8"), ("int8", "int8")])
 def test_integer_products(a: str, b: str, run_time: int) -> None:
@@ -85,6 +86,7 @@ def test_zero_points_per_row(left: str, right: str) -> None:
         np.testing.assert_array_equal(tcompile.compile(model)(**{name: arrays[name] for name in run_time}), want)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "options",
     [{}, {"pads": [1, 0, 2, 1], "strides": [2, 1]}, {"group": 3, "dilations": [2, 1], "pads": [1, 1, 1, 1]}, {"auto_pad": "SAME_UPPER"}],
@@ -104,6 +106,7 @@ def test_integer_convolutions(zeros: str, options: dict) -> None:
     np.testing.assert_array_equal(*compare(model, feeds))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("run_time", [1, -1])
 @pytest.mark.parametrize("a", ["uint8", "int8"])
 def test_qlinear_matmul(a: str, run_time: int) -> None:
@@ -114,6 +117,7 @@ def test_qlinear_matmul(a: str, run_time: int) -> None:
     within_a_step(run("QLinearMatMul", per_column, run_time, domain=""))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("run_time", [1, -1])
 @pytest.mark.parametrize("a", ["uint8", "int8"])
 @pytest.mark.parametrize("last", [0, 1])
@@ -158,6 +162,7 @@ def test_products_that_give_floats() -> None:
     np.testing.assert_allclose(*within, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("dtype", "run_time"), [("uint8", 1), ("int8", 1), ("int8", -1)])
 def test_element_wise(dtype: str, run_time: int) -> None:
     x, y = codes(dtype, 3, 5, 7), codes(dtype, 5, 1)
@@ -177,6 +182,7 @@ def test_softmax(opset: int, axis: int, dtype: str) -> None:
     within_a_step(run("QLinearSoftmax", [codes(dtype, 3, 5, 7), f(0.05), codes(dtype), f(1 / 256), np.array(low, dtype)], opset=opset, axis=axis))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("last", [0, 1])
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])
 def test_pools(dtype: str, last: int) -> None:

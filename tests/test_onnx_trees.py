@@ -67,6 +67,7 @@ def rows(count: int) -> np.ndarray:
     return x
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("function", ["AVERAGE", "MIN", "MAX"])
 def test_regressors(function: str):
     attributes = random_forest("target", 2, MODES[:2])
@@ -75,6 +76,7 @@ def test_regressors(function: str):
         np.testing.assert_allclose(compiled(rows(count)), session.run(None, {"x": rows(count)})[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", MODES)
 def test_each_way_to_branch(mode: str):
     attributes = random_forest("target", 1, (mode,))

@@ -87,6 +87,7 @@ def last_scale(path: Path) -> float:
     return max(scales)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("build", "matches"), [(mlp, {"matmul": 3}), (convolutions, {"conv2d": 4})])
 @pytest.mark.parametrize(("per_channel", "activations"), [(False, QuantType.QUInt8), (True, QuantType.QInt8)])
 def test_static_models_of_onnxruntime(build: Any, matches: dict[str, int], per_channel: bool, activations: QuantType, tmp_path: Path) -> None:

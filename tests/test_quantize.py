@@ -91,6 +91,7 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
 def test_mlp(observer: str) -> None:
     samples = data((5, 20))
@@ -226,6 +227,7 @@ def test_none_is_the_identity() -> None:
     assert Quantize("none").run(program, PassContext(CPU)) is program  # type: ignore[arg-type]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("quantize", "loss"), [("w8", 0.01), ("w4", 0.15), ("w3", 0.3), ("w1", 0.8), (Quantize("w4", group=8, symmetric=False), 0.1)]
 )

@@ -88,12 +88,14 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("sizes", "options"), CASES, ids=[f"{'-'.join(map(str, sizes))}-{index}" for index, (sizes, _) in enumerate(CASES)])
 def test_layers_match_onnxruntime(sizes, options):
     model, feeds = layer(*sizes, **options)
     agree(tcompile.compile(model)(*feeds.values()), runtime(model, feeds))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("op", "steps", "batch"), [("LSTM", 5, 3), ("GRU", 1, 11)])
 def test_steps_and_batch_may_be_known_at_run_time_only(op, steps, batch):
     model, feeds = layer(op, steps, batch, 4, 7, given=ALL, dynamic=True, **TWO)

@@ -140,6 +140,7 @@ def test_squeeze_and_unsqueeze():
         squeeze.compiled(data(1, 3, 1, 5), ints(1))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "wrap"])
 def test_pad_widths(mode: str):
     pair = Pair("Pad", {"x": (FLOAT, [3, "n"]), "pads": (INT64, [4])}, mode=mode)

@@ -50,6 +50,7 @@ def compiled(module, given, target="cpu", **options):
     return model, step
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("mask", "given"),
     [
@@ -69,6 +70,7 @@ def test_the_prefix_is_read_once(mask, given):
     np.testing.assert_allclose(model(*given), module(*given).numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("mask", "given", "reason"),
     [("whole", inputs(mask=P + T), "not known at compile time"), ("none", inputs(prefix=16), "too short"), ("none", inputs(batch=1), "")],

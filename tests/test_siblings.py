@@ -58,6 +58,7 @@ def reference(x: np.ndarray, weights: list[np.ndarray]) -> list[np.ndarray]:
     return [value.reshape(1, x.shape[1], -1, 4).transpose(0, 2, 1, 3) for value in found]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("columns", [(24, 24, 24), (24, 8, 8), (4, 20), (68, 12, 4, 16)])
 @pytest.mark.parametrize("rows", [1, 7, "s"])
 def test_results_are_those_of_separate_products(columns: tuple[int, ...], rows: int | str):

@@ -300,6 +300,7 @@ def _torch():
     return pytest.importorskip("token_pruning_reference")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("method", "pool"), [pytest.param("drop", "token", marks=pytest.mark.networks), ("drop", "avg"), ("merge", "token")])
 def test_vit_agrees_with_pytorch(method, pool):
     reference = _torch()

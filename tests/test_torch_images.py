@@ -22,6 +22,7 @@ def check(function, shape, dtype=torch.float32, **options):
         np.testing.assert_allclose(np.asarray(have), right.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("axes", "options"),
     [
@@ -40,6 +41,7 @@ def test_average_pool_without_a_batch():
     check(F.avg_pool2d, (3, 7, 8), kernel_size=3, ceil_mode=True)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=["float32", "int64"])
 @pytest.mark.parametrize("shape", [(2, 3, 7, 8), (3, 7, 8)])
 def test_maximum_and_its_place(shape, dtype):
@@ -56,12 +58,14 @@ def test_a_factor_that_is_no_ratio_is_refused():
         check(F.interpolate, (1, 1, 7, 7), scale_factor=1.7, mode="nearest")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("corners", [False, True])
 @pytest.mark.parametrize("size", [(5, 5), (8, 12), (3, 2), (1, 9)])
 def test_bilinear(size, corners):
     check(F.interpolate, (2, 3, 4, 6), size=size, mode="bilinear", align_corners=corners)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("mode", "corners"), [("bilinear", False), ("bicubic", False), ("bicubic", True)])
 @pytest.mark.parametrize("size", [(3, 2), (1, 17), (8, 6)])
 def test_smoothed(size, mode, corners):

@@ -148,6 +148,7 @@ MODULES = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name):
     torch.manual_seed(0)
@@ -163,6 +164,7 @@ def _mask(kind: str, queries: int, keys: int) -> torch.Tensor | None:
     return rand(2, 1, queries, keys) if kind == "float" else None
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["none", "bool", "float", "causal"])
 @pytest.mark.parametrize(("heads", "keys"), [(4, 5), (2, 5), (4, 7)])
 def test_attention(kind, heads, keys):
@@ -221,6 +223,7 @@ CASES = [(name, "sdpa") for name in NETWORKS] + [(name, "eager") for name, optio
 FEW = [("bert-base", "sdpa"), ("resnet50", "sdpa")]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "attention"), [case if case in FEW else pytest.param(*case, marks=pytest.mark.networks) for case in CASES])
 def test_networks_with_dynamic_dims(name, attention):
     """Reduced depth and width; traced at one size, run at others."""
@@ -413,6 +416,7 @@ def test_misuse_is_explained():
         import_torch(Function(lambda x: x.relu() if x.sum() > 0 else x).eval(), example_inputs=[rand(2)])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_positions_below_zero_raise_as_in_torch(dtype):
     """Other than in x[i]."""

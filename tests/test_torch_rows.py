@@ -25,6 +25,7 @@ def test_distances():
     check([lambda x, p=p: F.pdist(x, p) for p in orders] + [lambda x: F.pdist(x[:1]), lambda x: torch.cdist(x[:, :0], x[:2, :0])], numbers(6, 3))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_embedding_bags(mode):
     """Bags without ids at the start, in the middle and at the end, also where the end of the last one is given."""

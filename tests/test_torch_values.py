@@ -15,6 +15,7 @@ NAN, INF = math.nan, math.inf
 ROWS = [[1, NAN, 3, 3, NAN], [5, 5, 1, 2, 2], [-1, -2, -2, -1, 0], [INF, -NAN, -0.0, 0.0, -INF]]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
 def test_order(dtype):
     x = torch.tensor(ROWS).nan_to_num(7, 9, -9).to(dtype) if dtype in (torch.int64, torch.bool) else torch.tensor(ROWS, dtype=dtype)

@@ -79,6 +79,7 @@ def _small(name: str, **options) -> Entry:
     return small
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "options"),
     [("bert-base", {"layers": 1, "hidden": 32, "heads": 2}), ("vit-s16", {"depth": 1, "embed_dim": 48, "num_heads": 3})],
