@@ -12,7 +12,8 @@ from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload, conv_workload, vector_lanes
 from .dot import dot_for
 from .emit import Rows, kernel
-from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm_emit import GemmEmitter, GemmOperands
 from .prefetch import panels_ahead, passed_once
 from .short_sums import with_sums
 from .template import Kernel

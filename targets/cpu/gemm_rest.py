@@ -33,7 +33,8 @@ from .conv_common import ConvWorkload
 from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
 from .dot import PAIRS, WIDE, dot_for, splat, vector
 from .emit import Accumulators, tasks, with_columns
-from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm_emit import GemmEmitter, GemmOperands
 from .short_sums import fitting
 from .sparse_columns import transpose
 from .sparse_emit import StreamBuffers, sparse_kernel

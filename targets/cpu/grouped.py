@@ -28,7 +28,8 @@ from ..common.fused import Fused, Unfusable, static
 from ..common.ops_linear import grouped_operands
 from .dot import dot_for, dot_kind
 from .emit import Accumulators, kernel
-from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm_emit import GemmEmitter, GemmOperands
 from .selection import Number
 from .template import Kernel, Packing
 

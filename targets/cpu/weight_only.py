@@ -31,7 +31,8 @@ from ..common.fused import Fused, Unfusable, product, static
 from ..common.ops_linear import weight_only_operands
 from .dot import F32, fma, splat, vector
 from .emit import Accumulators, kernel
-from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
+from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_panels
+from .gemm_emit import GemmEmitter, GemmOperands
 from .prefetch import passed_once
 from .template import Kernel, Packing
 

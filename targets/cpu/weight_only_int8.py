@@ -28,7 +28,8 @@ from ..common.ops_linear import weight_only_operands
 from ..common.words import packed_words, planes
 from .dot import F32, MADD, VNNI, add_pairs, byte_pairs, fma, integer_dot, splat, vector
 from .emit import Accumulators, kernel
-from .gemm import Gemm, GemmEmitter, GemmOperands, GemmSchedule, GemmWorkload, pack_panels
+from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_panels
+from .gemm_emit import GemmEmitter, GemmOperands
 from .template import Kernel, Packing
 from .weight_only import WeightOnlyWorkload, fields
 
