@@ -60,7 +60,7 @@ class Program:
 
     module: `main` takes the inputs in the order of `inputs` and returns one tensor, or a tuple in the order of `outputs`. Weights are Relax constants
     while passes work (TVM's own passes see only constants); lowering lifts them out into the artifact's weight file.
-    origins: name of a binding variable -> name of the source node that made it; passes keep the names of what they rewrite.
+    origins: name of a binding variable -> name of the source node that made it, or of several, " + " between them; passes keep the names of what they rewrite.
     """
 
     module: tvm.IRModule
