@@ -196,17 +196,18 @@ def speed(name: str, calls: dict[str, Callable[[], object]], batch: int, threads
 
 
 def network(name: str, work: Path, options: argparse.Namespace) -> list[list[Any]]:
-    """One row per batch and number of threads. Every engine is calibrated on four inputs of the network or more; what the others make of them serves all batches."""
+    """One row per batch and number of threads. Every engine is calibrated on four inputs of the network or more; onnxruntime's model serves all batches."""
     entry = ZOO[name]
     samples = [entry.example_inputs(seed=seed) for seed in range(4)]
     path = entry.onnx_path()
     qdq = onnxruntime_int8(path, work / f"{name}_qdq.onnx", samples)
-    xml = nncf_int8(path, work / f"{name}_nncf.xml", samples, _is_transformer(path), options.nncf) if options.nncf else None
     rows = []
     for batch, threads in itertools.product(map(int, options.batch.split(",")), map(int, options.threads.split(","))):
         calibration = samples if batch == 1 else [entry.example_inputs(seed=seed, batch=batch) for seed in range(-(-len(samples) // batch))]
         feeds, suffix = calibration[0], "" if batch == 1 else f"_b{batch}"
         shapes = {key: tuple(value.shape) for key, value in feeds.items()}
+        # a model of fixed sizes
+        xml = nncf_int8(path, work / f"{name}{suffix}_nncf.xml", calibration, _is_transformer(path), options.nncf) if options.nncf else None
         models = {
             label: kept(
                 work / f"{name}{suffix}{kind}_{threads}.tcm",
