@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..compiler.dialect import attention, attention_int8, attention_quantized
+from ..compiler.dialect import attention, attention_quantized
 from ..compiler.program import Program
 from ..compiler.tvm import is_constant, mutator, relax
 from .base import Pass, PassContext
@@ -19,7 +19,8 @@ from .rewriting import emit_as
 #: what may follow a product within its kernel, element by element
 BINARY = ("relax.add", "relax.subtract", "relax.multiply", "relax.divide", "relax.maximum", "relax.minimum")
 UNARY = ("relax.astype", "relax.round", "relax.clip")
-ATTENTION = (attention.NAME, attention_int8.NAME, attention_quantized.NAME)
+#: what reads parts of a tensor where they lie; scores in int8 would copy them
+ATTENTION = (attention.NAME, attention_quantized.NAME)
 #: what moves elements anyway, so that it may as well take them out of a larger tensor
 MOVES = ("relax.permute_dims", "relax.split", "relax.strided_slice", "relax.concat")
 #: with more zeros than this a weight may have a kernel of its own pattern
