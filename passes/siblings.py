@@ -115,7 +115,7 @@ def _addend(step: Any, before: Any, columns: int) -> Any:
         return None
     other = step.args[1] if step.args[0].same_as(before) else step.args[0]
     value = constant_value(other)
-    if value is None or value.ndim > step.ty.ndim:
+    if value is None or value.ndim > before.ty.ndim:
         return None
     return value.reshape(-1) if value.size == 1 or value.size == value.shape[-1] == columns else None
 

@@ -101,3 +101,28 @@ def test_stays_apart(case: str):
         onnx_model.graph.output.append(helper.make_tensor_value_info("a0", TensorProto.FLOAT, None))
     model = tcompile.compile(onnx_model)
     assert not merged(model)
+
+
+def test_a_bias_that_adds_a_dimension_ends_the_chain():
+    """[5, 24] plus [1, 1, 24] is [1, 5, 24]: its transposition is of three dimensions, merged or not."""
+    weights, biases = ([RNG.standard_normal(shape).astype("float32") for _ in range(2)] for shape in ((24, 24), (1, 1, 24)))
+    nodes = [
+        node
+        for i in range(2)
+        for node in (
+            helper.make_node("MatMul", ["x", f"w{i}"], [f"m{i}"]),
+            helper.make_node("Add", [f"m{i}", f"b{i}"], [f"a{i}"]),
+            helper.make_node("Transpose", [f"a{i}"], [f"y{i}"], perm=[1, 0, 2]),
+        )
+    ]
+    held = [numpy_helper.from_array(value, f"{kind}{i}") for kind, values in (("w", weights), ("b", biases)) for i, value in enumerate(values)]
+    x, outputs = (
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 24]),
+        [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(2)],
+    )
+    model = tcompile.compile(
+        helper.make_model(helper.make_graph(nodes, "g", [x], outputs, held), opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    )
+    data = RNG.standard_normal((5, 24)).astype("float32")
+    for result, weight, bias in zip(model(data), weights, biases, strict=True):
+        np.testing.assert_allclose(result, (data @ weight + bias).transpose(1, 0, 2), rtol=1e-4, atol=1e-5)

@@ -69,9 +69,9 @@ class ConvAmx:
 
     def source(self, fused: Fused, workload: ConvWorkload, x: Any, dot: Dot) -> tuple[list[Any], Source]:
         """The rows of the product by their leading dims, and where they come from. x: all elements of the input in a row."""
-        pixels = list(fused.output.shape[:3])
-        gatherer = _Gatherer(workload, fused.inputs[0].shape, pixels, x, dot)
-        return pixels, Gathered(gatherer.gather, amx.whole(self.depth(workload), dot), dot)
+        pixels, k = list(fused.output.shape[:3]), self.depth(workload)
+        gatherer = _Gatherer(workload, fused.inputs[0].shape, pixels, k, x, dot)
+        return pixels, Gathered(gatherer.gather, amx.whole(k, dot), dot)
 
     def depth(self, workload: ConvWorkload) -> int:
         """Elements that one output is a sum over, with what stands between them."""
@@ -84,14 +84,14 @@ def _pixels(workload: ConvWorkload) -> int | None:
 
 
 class _Gatherer:
-    """Copies what an output pixel is computed from to a row of its own."""
+    """Copies what an output pixel is computed from, k elements, to a row of its own."""
 
-    def __init__(self, workload: ConvWorkload, shape: Sequence[Any], pixels: list[Any], x: Any, dot: Dot):
-        self.workload, self.shape, self.rows, self.x, self.dot = workload, shape, Rows(pixels), x, dot
+    def __init__(self, workload: ConvWorkload, shape: Sequence[Any], pixels: list[Any], k: int, x: Any, dot: Dot):
+        self.workload, self.shape, self.rows, self.k, self.x, self.dot = workload, shape, Rows(pixels), k, x, dot
 
     def gather(self, room: Room, slot: Any, row: Any) -> None:
         """Emits one row; zeros fill its last tile."""
-        workload, k = self.workload, self.workload.kh * self.workload.kw * self.workload.ci
+        workload, k = self.workload, self.k
         n, oh, ow = self.rows.indices(T.bind(row))
         top, left, bottom, right = workload.padding
         taps, channels = T.int64(workload.kw), workload.ci
