@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ..compiler.program import Program
 from ..compiler.tvm import mutator, relax, structural_walk, tirx, tvm
 from .base import Pass, PassContext
+from .observing import returning
 from .origins import kernel_origins
 
 #: attribute of a kernel: names of the source nodes it computes
@@ -30,12 +31,30 @@ class FuseEpilogues(Pass):
         before = _kernel_calls(program)
         annotated = _Spread(transform.AnnotateTIROpPattern()(program.module)).apply()
         with tvm.transform.PassContext(config={"relax.FuseOps.max_depth": self.depth}):
-            grouped = _after_their_sizes(transform.FuseOps()(annotated))
+            grouped = _after_their_sizes(_fuse(program.with_module(annotated)))
         nodes = kernel_origins(annotated, grouped, program.origins)
         module = transform.DeadCodeElimination()(transform.FuseTIR()(grouped))
         fused = program.with_module(_with_nodes(module, nodes))
         context.matched(kernels_before=before, kernels_after=_kernel_calls(fused))
         return fused
+
+
+def _fuse(program: Program) -> Any:
+    """Relax's grouping, in which a tensor of short numbers that a sum with another product reads widened is a result of its kernel: the widening would go with the product that makes it, and the
+    tensor between both kernels would be the wide one."""
+    short = _Spread(program.module).short_results()
+    if not short:
+        return relax.transform.FuseOps()(program.module)
+    count = len(program.main.ret_ty.fields) if isinstance(program.main.ret_ty, relax.TupleType) else 0
+    # results of the program are results of their kernels
+    grouped = program.with_module(relax.transform.FuseOps()(returning(program, short).module))
+    main = grouped.main
+    *blocks, last = main.body.blocks
+    values = last.bindings[-1].value.fields
+    bound = last.bindings[:-1]
+    result = relax.Tuple(values[:count]) if count else values[0]
+    body = relax.SeqExpr([*blocks, type(last)(bound)] if bound else blocks, result)
+    return grouped.with_main(relax.Function(main.params, body, program.main.ret_ty, attrs=main.attrs)).module
 
 
 #: Relax's pattern kinds
@@ -52,17 +71,33 @@ class _Spread(relax.PyExprMutator):
         self.module = module
         self.calls: dict[Any, Any] = {}
         self.apart: set[Any] = set()
+        relax.analysis.post_order_visit(module["main"], self._collect)
 
     def apply(self) -> Any:
-        main = self.module["main"]
-        relax.analysis.post_order_visit(main, self._collect)
         for call in list(self.calls.values()):
             if self._kind(call) <= BROADCAST:
                 self.apart.update(self.calls[arg] for arg in call.args[1].fields if self._spread(arg, call) and self._comes_from_a_core(arg))
         if not self.apart:
             return self.module
-        self.builder_.update_func(self.module.get_global_var("main"), self.visit_expr(main))
+        self.builder_.update_func(self.module.get_global_var("main"), self.visit_expr(self.module["main"]))
         return relax.transform.DeadCodeElimination()(self.builder_.get())
+
+    def short_results(self) -> list[Any]:
+        """Variables of bfloat16 made behind a product, whose float32 alone is read, by an operator that reads another product as well."""
+        readers: dict[Any, list[Any]] = {}
+        for var, call in self.calls.items():
+            for arg in call.args[1].fields:
+                readers.setdefault(arg, []).append(var)
+        found = []
+        for var in self.calls:
+            if str(getattr(var.ty, "dtype", "")) != "bfloat16" or len(wide := readers.get(var, [])) != 1 or not self._comes_from_a_core(var):
+                continue
+            joins = readers.get(wide[0], [])
+            if str(wide[0].ty.dtype) == "float32" and self._kind(self.calls[wide[0]]) == ELEMENTWISE and len(joins) == 1:
+                others = [arg for arg in self.calls[joins[0]].args[1].fields if not arg.same_as(wide[0])]
+                if any(self._comes_from_a_core(arg) for arg in others):
+                    found.append(var)
+        return found
 
     def _collect(self, expr: Any) -> None:
         for block in expr.blocks if isinstance(expr, relax.SeqExpr) else ():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tcompile.compiler.tvm import tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Unfusable
-from tcompile.targets.cpu import amx
+from tcompile.targets.cpu import amx, amx_emit
 from tcompile.targets.cpu.amx import Tiles
 from tcompile.targets.cpu.amx_schedules import AmxSchedule
 from tcompile.targets.cpu.attention_amx import AttentionAmx
@@ -48,9 +48,16 @@ def space(func):
     return list(GemmAmx().space(GemmAmx().workload(func, frozenset([1])), RAPIDS))
 
 
+@pytest.fixture(params=[True, False], ids=["blocks by panels", "panels by blocks"])
+def order(request, monkeypatch):
+    """Both orders of blocks and panels, whatever the size of the weights."""
+    monkeypatch.setattr(amx_emit, "NEAR", 1 << 30 if request.param else 0)
+
+
 @pytest.mark.sweep
 @runs
-@pytest.mark.parametrize(("lead", "m", "k", "n"), SIZES)
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize(("lead", "m", "k", "n"), [*SIZES, ((), 77, 40, 200)])
 def test_int8_products_are_exact(lead, m, k, n):
     func = int8_gemm.fused(lead, m, k, n)
     found = {schedule.tiles: schedule for schedule in space(func)}
@@ -60,8 +67,9 @@ def test_int8_products_are_exact(lead, m, k, n):
 
 @pytest.mark.sweep
 @runs
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("epilogue", ["dequantize", "residual", "requantize", "residual8"])
-@pytest.mark.parametrize(("m", "k", "n"), [(7, 30, 50), ("rows", 18, 33), ("rows", 64, 80)])
+@pytest.mark.parametrize(("m", "k", "n"), [(7, 30, 50), ("rows", 18, 33), ("rows", 64, 180)])
 @pytest.mark.parametrize("rows", [11, 77])
 def test_epilogues(epilogue, m, k, n, rows):
     func = int8_gemm.fused((2,) if m == 7 else (), m, k, n, epilogue)
@@ -72,7 +80,7 @@ def test_epilogues(epilogue, m, k, n, rows):
 
 @runs
 @settings(max_examples=12, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 140), st.integers(1, 90), st.integers(0, 10**6))
+@given(st.integers(1, 80), st.integers(1, 140), st.integers(1, 200), st.integers(0, 10**6))
 def test_any_size(m, k, n, pick):
     func = int8_gemm.fused((), m, k, n)
     found = space(func)

@@ -10,7 +10,7 @@ from ...compiler.program import Program, TensorSpec
 from ...compiler.tvm import mutator, relax
 from ..products import Graph, Site
 from ..rewriting import emit_as
-from .formats import Covering
+from .formats import Affine, Covering
 from .schemes import Codes, Scheme
 
 op = relax.op
@@ -33,6 +33,7 @@ class Quantizer(relax.PyExprMutator):
         super().__init__(graph.program.module)
         self.graph, self.scheme, self.ranges, self.chained, self.flags = graph, scheme, ranges, chained, flags
         self.sites = {(site.total if flags is None else site.var): site for site in chosen}
+        self.coded = {site.var for site in chosen}
         self.codes: dict[Any, Codes] = {}
         self.rounded: dict[Any, Any] = {}
         self.name = ""
@@ -90,8 +91,17 @@ class Quantizer(relax.PyExprMutator):
                 inner = self.scheme.codes(self.emit, self._plain(pooled), self.ranges[source])
                 self.codes[x] = replace(inner, expr=self.emit(relax.Call(call.op, [inner.expr], call.attrs)))
             else:
-                self.codes[x] = self.scheme.codes(self.emit, self._plain(x), self.ranges[source])
+                self.codes[x] = self.scheme.codes(self.emit, self._plain(self._unclipped(x)), self.ranges[source])
         return self.codes[x]
+
+    def _unclipped(self, x: Any) -> Any:
+        """What a ReLU reads whose result is read as codes of no negative numbers alone: these clip as well."""
+        relu = self.graph.defining(x, "relax.nn.relu")
+        covering = self.ranges.get(x)
+        if relu is None or not isinstance(covering, Affine) or covering.zero or not isinstance(relu.args[0], relax.Var):
+            return x
+        coded = x in self.chained or all(reader in self.coded for reader in self.graph.all_readers(x))
+        return relu.args[0] if coded and self.flags is None else x
 
     def _pooled(self, x: Any) -> Any:
         """What a max-pool reads when nobody else does: the largest code is the code of the largest, so a quarter of the bytes are read."""

@@ -32,6 +32,9 @@ from .emit import Rows, flat_rows, i64, store_row, streamed, tasks, when, with_c
 from .prefetch import prefetch, soon
 from .vectors import element_bits
 
+#: bytes of weights that stay in a first-level cache of 48 KiB beside what a block reads and writes
+NEAR = 1 << 15
+
 
 class Source(Protocol):
     """The rows that are multiplied."""
@@ -123,15 +126,40 @@ class AmxEmitter:
             self.apart = T.int64(1) if self.slices == 1 else self.blocks
             if rest == 0:
                 self.tiles.configure(self.memory)
-            with T.serial(own) as panel:
-                jo = T.bind(group * T.int64(each) + panel)
-                self._panel(panel, jo, size, rest)
+            if self._near(each):
+                self._blocks_by_panels(group * T.int64(each), own, size, rest)
+            else:
+                with T.serial(own) as panel:
+                    jo = T.bind(group * T.int64(each) + panel)
+                    self._panel(panel, jo, size, rest)
             with T.If(self.blocks > 0), T.Then():
                 panel = T.bind(group * T.int64(each) + own - 1)
                 with T.serial(self.apart) as left:
                     number = T.bind(self.blocks - self.apart + left)
                     self._finish(_Block(panel, number, self._place((own - 1) * self.blocks + number)), T.int64(0), self.height)
             amx.release()
+
+    def _near(self, panels: int) -> bool:
+        """Whether the first-level cache holds so many panels of weights beside what a block reads and writes."""
+        return self.slices == 1 and panels > 1 and panels * self.steps * self.dot.terms * ROWS * 4 * self.nr <= NEAR
+
+    def _blocks_by_panels(self, group: Any, own: Any, size: Any, rest: int | None) -> None:
+        """All blocks of a chunk, each against one panel after the other: what belongs to a row is read and written at one time."""
+        if rest != 0:
+            with T.If(self.blocks > 0), T.Then():
+                self.tiles.configure(self.memory)
+        with T.serial(self.blocks) as block, T.serial(own) as panel:
+            jo = T.bind(group + panel)
+            turn = T.bind(block * own + panel)
+            now = _Block(jo, block, self._place(turn))
+            starts = panel == T.int64(0)
+            before = _Block(
+                T.bind(tirx.Select(starts, group + own - 1, jo - 1)), T.bind(tirx.Select(starts, block - 1, block)), self._place(turn + 1)
+            )
+            self._products(self.tiles, T.bind(block * self.height), now, None, None, self._between(now, before, turn))
+        if rest != 0:
+            with T.serial(own) as panel:
+                self._rest(own * self.blocks, T.bind(group + panel), size, rest)
 
     def _kept(self, rows: int | None) -> int:
         """Blocks of sums that the memory holds: two, or with slices twice those of a chunk of so many rows, and one for the rows that are left."""
@@ -155,17 +183,13 @@ class AmxEmitter:
                 else:
                     panel_before, block_before = jo - 1, block
                 before = _Block(T.bind(panel_before), T.bind(block_before), self._place(turn + self.apart))
-                few = -(-self.height // self.steps)
-
-                def between(step: Any) -> None:
-                    self._expect(now, step * T.int64(few), few)
-                    with T.If(turn >= self.apart), T.Then():
-                        self._finish(before, step * T.int64(few), few, few * self.steps > self.height)
-
                 blocks = 8 if self.rows_of_chunk is None else self.rows_of_chunk // self.height
-                self._products(self.tiles, T.bind(block * self.height), now, (block, max(1, blocks)), part, between)
-        if rest == 0:
-            return
+                self._products(self.tiles, T.bind(block * self.height), now, (block, max(1, blocks)), part, self._between(now, before, turn))
+        if rest != 0:
+            self._rest((panel + 1) * self.blocks, jo, size, rest)
+
+    def _rest(self, turn: Any, jo: Any, size: Any, rest: int | None) -> None:
+        """The rows of a chunk that do not fill a block against one panel, in the turn behind that of the last block. rest: as many, None where that is not known."""
         behind = T.bind(self.blocks * self.height)
         left = T.bind(size - behind)
         for rows in range(1, self.tiles.rows + 1):
@@ -176,11 +200,22 @@ class AmxEmitter:
             with T.If(left > 0 if rest is not None else T.And(left > most - ROWS, left <= most)), T.Then():
                 fewer.configure(self.memory, rest - most + ROWS if rest is not None else left - (most - ROWS))
                 # a place that no block waits in for its epilogue
-                odd = _Block(jo, self.blocks, self._place((panel + 1) * self.blocks) if self.slices == 1 else T.bind(2 * self.blocks))
+                odd = _Block(jo, self.blocks, self._place(turn) if self.slices == 1 else T.bind(2 * self.blocks))
                 self._products(
                     fewer, behind, odd, (T.int64(0), 1) if self.rows_of_chunk is None or self.rows_of_chunk < self.height else None, None, None
                 )
                 self._finish(odd, T.int64(0), rest if rest is not None else left)
+
+    def _between(self, now: _Block, before: _Block, turn: Any) -> Callable[[Any], None]:
+        """What is emitted behind a step of a block: requests for what its epilogue needs, and its share of the epilogue of the block before."""
+        few = -(-self.height // self.steps)
+
+        def between(step: Any) -> None:
+            self._expect(now, step * T.int64(few), few)
+            with T.If(turn >= self.apart), T.Then():
+                self._finish(before, step * T.int64(few), few, few * self.steps > self.height)
+
+        return between
 
     def _place(self, turn: Any) -> Any:
         """Where a block is kept that is the turn-th of its task: blocks that are `apart` or fewer from each other do not share it."""

@@ -14,6 +14,7 @@ from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, ti
 from .entry import short_entry
 from .llvm_text import with_functions
 from .math import FUNCTIONS, MARK, NATIVE, NATIVE_LLVM, Names, constant_of, select
+from .rounding import round_while_casting
 from .stealing import steal_work
 
 _HAS_FEATURE = tvm.get_global_func("target.target_has_feature")
@@ -130,7 +131,7 @@ def mark_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
         return tirx.call_pure_extern(call.ty.dtype, MARK + native.get(name, name), *call.args)
 
     structural_walk(func.body, (tvm.ir.Call, guard))
-    body = structural_map(func.body, (tvm.ir.Call, mark))
+    body = structural_map(round_while_casting(func.body), (tvm.ir.Call, mark))
     return func if body.same_as(func.body) else func.with_body(body)
 
 
