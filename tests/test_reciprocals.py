@@ -1,0 +1,83 @@
+"""Divisions by constants that become multiplications, and those that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tcompile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.standard_normal((24, 33)).astype("float32")
+
+
+def model(nodes: list[tuple[str, list[str], str]], **constants: Any) -> ModelProto:
+    """x [5, 24] -> y; `w` is the weight of a product."""
+    held = [numpy_helper.from_array(np.asarray(value, "float32"), name) for name, value in {"w": WEIGHT, **constants}.items()]
+    x, y = helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 24]), helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, [output], name=f"{op}_{output}") for op, inputs, output in nodes], "quotients", [x], [y], held
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def replaced(compiled: Any) -> int:
+    return next(step["matches"] for step in compiled.report()["passes"] if step["name"] == "reciprocals").get("divisions", 0)
+
+
+HARD_SWISH = [
+    ("MatMul", ["x", "w"], "p"),
+    ("Add", ["p", "three"], "a"),
+    ("Clip", ["a", "zero", "six"], "c"),
+    ("Mul", ["p", "c"], "m"),
+    ("Div", ["m", "six"], "y"),
+]
+
+
+def test_hard_swish_written_out() -> None:
+    compiled = tcompile.compile(model(HARD_SWISH, zero=0, three=3, six=6))
+    assert replaced(compiled) == 1
+    (kernel,) = compiled.report()["kernels"]
+    assert "divide" not in kernel["kernel"]
+    x = RNG.standard_normal((5, 24)).astype("float32")
+    p = x.astype("float64") @ WEIGHT
+    np.testing.assert_allclose(compiled(x), p * np.clip(p + 3, 0, 6) / 6, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.floats(2.0**-100, 2.0**100, width=32), st.booleans())
+def test_any_divisor(divisor: float, negative: bool) -> None:
+    """Two bits in the last place of the quotient of the very same sums."""
+    divisor = -divisor if negative else divisor
+    compiled, sums = (
+        tcompile.compile(model([("MatMul", ["x", "w"], "p"), ("Div", ["p", "c"], "y")], c=divisor)),
+        tcompile.compile(model([("MatMul", ["x", "w"], "y")])),
+    )
+    assert replaced(compiled) == 1
+    x = RNG.standard_normal((5, 24)).astype("float32")
+    np.testing.assert_array_max_ulp(compiled(x), sums(x) / np.float32(divisor), 2)
+
+
+@pytest.mark.parametrize("constant", [0.0, np.inf, 1e-40, 3e38, np.nan], ids=str)
+def test_constants_without_a_reciprocal(constant: float) -> None:
+    compiled = tcompile.compile(model([("MatMul", ["x", "w"], "p"), ("Div", ["p", "c"], "y")], c=constant))
+    assert replaced(compiled) == 0
+    x = RNG.standard_normal((5, 24)).astype("float32")
+    x[0] = 0
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        np.testing.assert_allclose(compiled(x), (x.astype("float64") @ WEIGHT).astype("float32") / np.float32(constant), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rounding", ["Floor", "Ceil", "Round"])
+def test_whole_numbers_stay_exact(rounding: str) -> None:
+    """49 * (1 / 49) is less than 1: counts and positions would come out one too small, and codes at the middle between two."""
+    values = np.tile(np.arange(24, dtype="float32") * 49, (5, 1))
+    compiled = tcompile.compile(model([("Div", ["x", "c"], "q"), (rounding, ["q"], "y")], c=49))
+    assert replaced(compiled) == 0
+    np.testing.assert_array_equal(compiled(values), values / 49)
+    behind = tcompile.compile(model([("MatMul", ["x", "w"], "p"), ("Div", ["p", "c"], "q"), (rounding, ["q"], "y")], c=49))
+    assert replaced(behind) == 0
