@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -46,8 +47,11 @@ def lee(name: str, count: int) -> list[str]:
 
 
 def kept(path: Path, threads: int, make: Callable[[], Any]) -> Any:
-    """The compiled model at `path`, made and saved there the first time."""
-    if not path.exists():
+    """The compiled model at `path`, made and saved there the first time, and again when the compiler has changed since."""
+    folders = (Path(tcompile.__file__).parent / name for name in ("compiler", "passes", "targets", "autotune"))
+    changed = max(source.stat().st_mtime for folder in folders for source in folder.rglob("*.py"))
+    if not path.exists() or path.stat().st_mtime < changed:
+        shutil.rmtree(path, ignore_errors=True)
         make().save(path)
     return tcompile.load(path, threads=threads)
 

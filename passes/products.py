@@ -14,6 +14,20 @@ from ..compiler.tvm import is_constant, relax, tirx
 #: operators that only rename elements: codes pass through them unchanged, and they cost nothing
 VIEWS = ("relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze")
 
+#: what goes on element by element from a product
+FOLLOWING = (
+    "relax.add",
+    "relax.subtract",
+    "relax.multiply",
+    "relax.divide",
+    "relax.clip",
+    "relax.maximum",
+    "relax.minimum",
+    "relax.astype",
+    "relax.nn.relu",
+)
+PRODUCTS = ("relax.matmul", "relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d", "relax.nn.conv2d_transpose")
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -120,6 +134,18 @@ def operator(call: Any) -> str:
 
 def constant_value(expr: Any) -> np.ndarray | None:
     return expr.value.numpy() if is_constant(expr) else None
+
+
+def of_products(graph: Graph, var: Any, known: dict[Any, bool]) -> bool:
+    """Whether a value is made of sums of products, element by element. known: answers so far."""
+    if not isinstance(var, relax.Var) or is_constant(var):
+        return False
+    if var not in known:
+        known[var] = False
+        call = graph.bindings.get(var)
+        name = operator(call)
+        known[var] = name in PRODUCTS or (name in FOLLOWING and any(of_products(graph, arg, known) for arg in call.args))
+    return known[var]
 
 
 def variables(expr: Any) -> Iterator[Any]:

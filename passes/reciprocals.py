@@ -8,24 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..compiler.program import Program
-from ..compiler.tvm import is_constant, mutator, relax
+from ..compiler.tvm import mutator, relax
 from .base import Pass, PassContext
-from .products import Graph, analyze, constant_value, operator
+from .products import analyze, constant_value, of_products, operator
 from .rewriting import emit_as
 
-#: what goes on element by element from a product
-FOLLOWING = (
-    "relax.add",
-    "relax.subtract",
-    "relax.multiply",
-    "relax.divide",
-    "relax.clip",
-    "relax.maximum",
-    "relax.minimum",
-    "relax.astype",
-    "relax.nn.relu",
-)
-PRODUCTS = ("relax.matmul", "relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d", "relax.nn.conv2d_transpose")
 #: steps by which the last bit of a quotient may be seen
 ROUNDING = ("relax.round", "relax.floor", "relax.ceil", "relax.trunc", "relax.astype")
 
@@ -45,7 +32,7 @@ class Reciprocals(Pass):
             for var, value in graph.bindings.items()
             if operator(value) == "relax.divide"
             and (reciprocal := _reciprocal(value.args[1])) is not None
-            and _of_products(graph, value.args[0], known)
+            and of_products(graph, value.args[0], known)
             and not any(operator(graph.bindings.get(reader)) in ROUNDING for reader in graph.all_readers(var))
         }
         if not found:
@@ -64,18 +51,6 @@ def _reciprocal(divisor: Any) -> np.ndarray | None:
         result = (1 / value.astype(np.float64)).astype(np.float32)
     sizes = np.abs(np.stack([value, result]))
     return result if value.size and np.all((sizes >= limits.tiny) & (sizes <= limits.max)) else None
-
-
-def _of_products(graph: Graph, var: Any, known: dict[Any, bool]) -> bool:
-    """Whether a value is made of sums of products, element by element."""
-    if not isinstance(var, relax.Var) or is_constant(var):
-        return False
-    if var not in known:
-        known[var] = False
-        call = graph.bindings.get(var)
-        name = operator(call)
-        known[var] = name in PRODUCTS or (name in FOLLOWING and any(_of_products(graph, arg, known) for arg in call.args))
-    return known[var]
 
 
 @mutator

@@ -13,6 +13,7 @@ from ...compiler.feeds import random_feeds
 from ...compiler.progress import stage
 from ...compiler.roofline import layers
 from ...compiler.tvm import relax, tirx
+from ...passes.denormals import FlushDenormals
 from ...passes.fusion import FuseEpilogues
 from ...passes.memory import PlanMemory
 from ...passes.reciprocals import Reciprocals
@@ -88,6 +89,7 @@ def cost_model(steps: Steps) -> CostModel:
 
 def fuse(steps: Steps) -> Program:
     """Up to the module in which every kernel is one function that still has its choice of templates and schedules. Returns the graph of Relax operators that the kernels compute."""
+    steps.step("flush_denormals", FlushDenormals().run)
     steps.step("reciprocals", Reciprocals().run)
     steps.step("merge_siblings", MergeSiblings().run)
     steps.step("short_shortcuts", ShortShortcuts().run)
