@@ -14,9 +14,9 @@ from ...compiler.progress import stage
 from ...compiler.roofline import layers
 from ...compiler.tvm import relax, tirx
 from ...passes.denormals import FlushDenormals
+from ...passes.factors import MergeFactors
 from ...passes.fusion import FuseEpilogues
 from ...passes.memory import PlanMemory
-from ...passes.reciprocals import Reciprocals
 from ...passes.shortcuts import ShortShortcuts
 from ...passes.siblings import MergeSiblings
 from ..common import legalize as definitions
@@ -90,7 +90,7 @@ def cost_model(steps: Steps) -> CostModel:
 def fuse(steps: Steps) -> Program:
     """Up to the module in which every kernel is one function that still has its choice of templates and schedules. Returns the graph of Relax operators that the kernels compute."""
     steps.step("flush_denormals", FlushDenormals().run)
-    steps.step("reciprocals", Reciprocals().run)
+    steps.step("merge_factors", MergeFactors().run)
     steps.step("merge_siblings", MergeSiblings().run)
     steps.step("short_shortcuts", ShortShortcuts().run)
     graph = steps.program

@@ -1,4 +1,4 @@
-"""Divisions by constants that become multiplications, and those that stay."""
+"""Constant factors behind products: divisions that become multiplications, factors that become one, and those that stay."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ def model(nodes: list[tuple[str, list[str], str]], **constants: Any) -> ModelPro
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
+def matches(compiled: Any) -> dict[str, int]:
+    return next(step["matches"] for step in compiled.report()["passes"] if step["name"] == "merge_factors")
+
+
 def replaced(compiled: Any) -> int:
-    return next(step["matches"] for step in compiled.report()["passes"] if step["name"] == "reciprocals").get("divisions", 0)
+    return matches(compiled).get("divisions", 0)
 
 
 HARD_SWISH = [
@@ -69,7 +73,7 @@ def test_constants_without_a_reciprocal(constant: float) -> None:
     x = RNG.standard_normal((5, 24)).astype("float32")
     x[0] = 0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        np.testing.assert_allclose(compiled(x), (x.astype("float64") @ WEIGHT).astype("float32") / np.float32(constant), rtol=1e-4)
+        np.testing.assert_array_equal(compiled(x), tcompile.compile(model([("MatMul", ["x", "w"], "y")]))(x) / np.float32(constant))
 
 
 @pytest.mark.parametrize("rounding", ["Floor", "Ceil", "Round"])
@@ -81,3 +85,37 @@ def test_whole_numbers_stay_exact(rounding: str) -> None:
     np.testing.assert_array_equal(compiled(values), values / 49)
     behind = tcompile.compile(model([("MatMul", ["x", "w"], "p"), ("Div", ["p", "c"], "q"), (rounding, ["q"], "y")], c=49))
     assert replaced(behind) == 0
+
+
+def test_factors_become_one() -> None:
+    """A scale per column, a division and a number: one multiplication, and none of it where the value between is read as well, or the product of factors would be none."""
+    scales = RNG.uniform(0.5, 2, 33).astype("float32")
+    nodes = [("MatMul", ["x", "w"], "p"), ("Mul", ["p", "s"], "a"), ("Div", ["a", "d"], "b"), ("Mul", ["three", "b"], "y")]
+    compiled = tcompile.compile(model(nodes, s=scales, d=7, three=3))
+    assert matches(compiled) == {"divisions": 1, "merged": 2}
+    x = RNG.standard_normal((5, 24)).astype("float32")
+    want = (x.astype("float64") @ WEIGHT) * scales / 7 * 3
+    np.testing.assert_allclose(compiled(x), want, rtol=1e-5, atol=1e-5)
+    (kernel,) = compiled.report()["kernels"]
+    assert kernel["kernel"].count("multiply") == 1
+
+    read = tcompile.compile(model([*nodes[:2], ("Mul", ["a", "three"], "b"), ("Add", ["a", "b"], "y")], s=scales, three=3))
+    assert matches(read) == {}
+    np.testing.assert_allclose(read(x), (x.astype("float64") @ WEIGHT) * scales * 4, rtol=1e-5, atol=1e-5)
+    large = tcompile.compile(model([*nodes[:2], ("Mul", ["a", "three"], "y")], s=1e-30, three=1e-30))
+    assert matches(large) == {}
+    np.testing.assert_array_equal(large(x), 0)
+
+
+def test_a_factor_of_a_sum_goes_to_its_terms() -> None:
+    """The residual sum between layers in int8. Not where a term is read elsewhere."""
+    sums = [("MatMul", ["x", "w"], "p"), ("Mul", ["p", "s"], "a"), ("MatMul", ["x", "v"], "q"), ("Mul", ["q", "t"], "b"), ("Add", ["a", "b"], "c")]
+    constants = {"v": RNG.standard_normal((24, 33)), "s": RNG.uniform(0.5, 2, 33), "t": 0.7, "r": 3.1}
+    compiled = tcompile.compile(model([*sums, ("Mul", ["c", "r"], "y")], **constants))
+    assert matches(compiled) == {"merged": 1}
+    x = RNG.standard_normal((5, 24)).astype("float32")
+    a, b = (x.astype("float64") @ WEIGHT) * constants["s"], (x @ constants["v"]) * 0.7
+    np.testing.assert_allclose(compiled(x), (a + b) * 3.1, rtol=1e-5, atol=1e-4)
+    read = tcompile.compile(model([*sums, ("Mul", ["c", "r"], "m"), ("Sub", ["m", "b"], "y")], **constants))
+    assert matches(read) == {}
+    np.testing.assert_allclose(read(x), (a + b) * 3.1 - b, rtol=1e-5, atol=1e-4)
