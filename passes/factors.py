@@ -1,4 +1,4 @@
-"""Constant factors of what products give: divisions as multiplications, and one multiplication for several."""
+"""Constant factors of what products give: quotients as products, and one factor for several where short numbers are made of them."""
 
 from __future__ import annotations
 
@@ -10,69 +10,106 @@ import numpy as np
 from ..compiler.program import Program
 from ..compiler.tvm import mutator, relax
 from .base import Pass, PassContext
-from .products import Graph, analyze, constant_value, of_products, operator
+from .products import FOLLOWING, Graph, analyze, constant_value, of_products, operator
 from .rewriting import emit_as
 
 #: steps by which the last bit of a quotient may be seen
 ROUNDING = ("relax.round", "relax.floor", "relax.ceil", "relax.trunc", "relax.astype")
-LIMITS = np.finfo(np.float32)
+SHORT = ("bfloat16", "uint8", "int8")
+#: what a factor may be, so that its parts are normal numbers of float32
+LEAST, MOST = 2.0**-100, 2.0**126
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """x * value. value: float64; divided: the model divides."""
+
+    x: Any
+    value: np.ndarray
+    divided: bool = False
+
+    def times(self, other: Factor) -> Factor:
+        return Factor(self.x, self.value * other.value, self.divided or other.divided)
+
+    @property
+    def fits(self) -> bool:
+        sizes = np.abs(self.value)
+        return bool(np.all((sizes >= LEAST) & (sizes <= MOST)))
 
 
 @dataclass(frozen=True)
 class MergeFactors(Pass):
-    """x / c becomes x * (1 / c), and x * a * b becomes x * (a b), which may differ in the last bit, where x is made of sums of products, which are rounded already. A division of sixteen numbers takes
-    as long as 32 multiply-adds; hard-swish, written out, has one (x * clip(x + 3, 0, 6) / 6). Between two layers in int8, the scale of the sums meets that of the next codes, behind a residual sum, too:
-    (x * a + y * b) * c becomes x * (a c) + y * (b c). Other quotients may be
-    indices or counts and stay exact, and so do those that are rounded to whole numbers."""
+    """x / c becomes x * h + x * l, where h and l are the upper and the lower half of 1 / c, and so does x / c * a: a multiplication and a multiply-add, as exact as the quotient. A division of sixteen
+    numbers takes as long as 32 multiply-adds; hard-swish, written out, has one (x * clip(x + 3, 0, 6) / 6). What only numbers of 16 or 8 bits are made of has one factor for several, in one half: the scale of int8's
+    sums and that of the next codes, behind a residual sum, too. (With one half everywhere, PP-OCR's detector was off by three times as much.) Only where x is made of sums of products, which are
+    rounded already: other quotients may be indices or counts, and stay, as do those that are rounded to whole numbers."""
 
     name: ClassVar[str] = "merge_factors"
 
     def run(self, program: Program, context: PassContext) -> Program:
         graph = analyze(program)
         known: dict[Any, bool] = {}
-        factors: dict[Any, tuple[Any, np.ndarray]] = {}
+        ends: dict[Any, bool] = {}
+        factors: dict[Any, Factor] = {}
         changed: dict[Any, list[tuple[Any, np.ndarray]]] = {}
         divisions = merged = 0
         for var, call in graph.bindings.items():
-            found = _factor(graph, var, call)
-            if found is None or not of_products(graph, found[0], known):
+            own = _factor(graph, var, call)
+            if own is None or not of_products(graph, own.x, known):
                 continue
-            x, factor = found
-            divided = operator(call) == "relax.divide"
-            terms = _terms(graph, x, var, factors)
-            together = [(inner, both) for inner, own in terms if (both := _merged(own, factor)) is not None]
-            if together and len(together) == len(terms):
-                changed[var] = together
-                merged += 1
-            elif divided:
-                changed[var] = [(x, factor)]
-            divisions += divided
-            products = changed.get(var, [(x, factor)])
+            short = _becomes_short(graph, var, ends)
+            terms = _merged(_terms(graph, var, own, factors), own, short)
+            merged += bool(terms)
+            divisions += own.divided
+            products = terms or [own]
             if len(products) == 1:
                 factors[var] = products[0]
+            if terms or own.divided:
+                changed[var] = [(product.x, part) for product in products for part in _parts(product.value, short)]
         if not changed:
             return program
         context.matched(divisions=divisions, merged=merged)
         return _Rewriter(program, changed).apply()
 
 
-def _factor(graph: Graph, var: Any, call: Any) -> tuple[Any, np.ndarray] | None:
-    """The variable and the constant of float32 whose product `call` is, or may be taken for."""
+def _factor(graph: Graph, var: Any, call: Any) -> Factor | None:
+    """What `call` is, or may be taken for, if it is a variable of float32 by a constant."""
     name = operator(call)
     if name == "relax.multiply":
         for x, other in ((call.args[0], call.args[1]), (call.args[1], call.args[0])):
             value = constant_value(other)
             if value is not None and value.dtype == np.float32 and isinstance(x, relax.Var):
-                return x, value
-    if name == "relax.divide" and not any(operator(graph.bindings.get(reader)) in ROUNDING for reader in graph.all_readers(var)):
-        reciprocal = _reciprocal(call.args[1])
-        if reciprocal is not None and isinstance(call.args[0], relax.Var):
-            return call.args[0], reciprocal
+                return Factor(x, value.astype(np.float64))
+    if name == "relax.divide" and isinstance(call.args[0], relax.Var):
+        value = constant_value(call.args[1])
+        if value is None or value.dtype != np.float32 or any(operator(graph.bindings.get(reader)) in ROUNDING for reader in graph.all_readers(var)):
+            return None
+        with np.errstate(divide="ignore"):
+            quotient = Factor(call.args[0], 1 / value.astype(np.float64), divided=True)
+        return quotient if quotient.fits else None
     return None
 
 
-def _terms(graph: Graph, x: Any, reader: Any, factors: dict[Any, tuple[Any, np.ndarray]]) -> list[tuple[Any, np.ndarray]]:
-    """The one or two products whose sum `x` is, which `reader` alone reads; none where it is something else."""
+def _becomes_short(graph: Graph, var: Any, ends: dict[Any, bool]) -> bool:
+    """Whether a value goes on, element by element, to numbers of 16 or 8 bits alone. ends: answers so far."""
+    if var not in ends:
+        ends[var] = False
+        readers = list(graph.all_readers(var))
+        ends[var] = bool(readers) and all(_short_reader(graph, reader, ends) for reader in readers)
+    return ends[var]
+
+
+def _short_reader(graph: Graph, reader: Any, ends: dict[Any, bool]) -> bool:
+    call = graph.bindings.get(reader)
+    name = operator(call)
+    if name == "relax.round" or (name == "relax.astype" and str(call.attrs.dtype) in SHORT):
+        return True
+    return name in FOLLOWING and _becomes_short(graph, reader, ends)
+
+
+def _terms(graph: Graph, reader: Any, own: Factor, factors: dict[Any, Factor]) -> list[Factor]:
+    """The one or two products whose sum `own` multiplies, if `reader`, which it defines, alone reads them; none where it multiplies something else."""
+    x = own.x
     if graph.single_reader(x) != reader:
         return []
     if x in factors:
@@ -83,31 +120,28 @@ def _terms(graph: Graph, x: Any, reader: Any, factors: dict[Any, tuple[Any, np.n
     return [factors[arg] for arg in operands] if alone else []
 
 
-def _reciprocal(divisor: Any) -> np.ndarray | None:
-    """1 / a constant of float32, where neither of them is zero, infinite or denormal."""
-    value = constant_value(divisor)
-    if value is None or value.dtype != np.float32:
-        return None
-    with np.errstate(divide="ignore", over="ignore"):
-        result = (1 / value.astype(np.float64)).astype(np.float32)
-    return result if value.size and _normal(value) and _normal(result) else None
+def _merged(terms: list[Factor], own: Factor, short: bool) -> list[Factor]:
+    """The terms with a factor of their sum put in, where that saves an operation; none otherwise."""
+    if not short and (len(terms) != 1 or not (own.divided or terms[0].divided)):
+        return []
+    products = [term.times(own) for term in terms]
+    smaller = all(product.value.size == max(term.value.size, own.value.size) for product, term in zip(products, terms, strict=True))
+    return products if smaller and all(product.fits for product in products) else []
 
 
-def _merged(one: np.ndarray, other: np.ndarray) -> np.ndarray | None:
-    """The product of two factors, unless it has more elements than either of them or leaves the range of normal numbers."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        both = np.asarray(one.astype(np.float64) * other).astype(np.float32)
-    return both if both.size == max(one.size, other.size) and _normal(one) and _normal(other) and _normal(both) else None
-
-
-def _normal(values: np.ndarray) -> bool:
-    sizes = np.abs(values)
-    return bool(np.all((sizes >= LIMITS.tiny) & (sizes <= LIMITS.max)))
+def _parts(value: np.ndarray, short: bool) -> list[np.ndarray]:
+    """The factor in float32: for short numbers the nearest, otherwise the lower and the upper half, of one sign, so that an infinite number stays one."""
+    nearest = value.astype(np.float32)
+    if short:
+        return [nearest]
+    upper = np.where(np.abs(nearest) > np.abs(value), np.nextafter(nearest, np.float32(0)), nearest)
+    lower = (value - upper).astype(np.float32)
+    return [lower, upper] if lower.any() else [upper]
 
 
 @mutator
 class _Rewriter(relax.PyExprMutator):
-    """changed: by variable, the products whose sum it becomes."""
+    """changed: by variable, the products whose sum it becomes; the last one is that of a multiply-add."""
 
     def __init__(self, program: Program, changed: dict[Any, list[tuple[Any, np.ndarray]]]):
         super().__init__(program.module)
