@@ -60,7 +60,7 @@ def test_no_instruction_rounds(dtype):
 
 
 @pytest.mark.usefixtures("each_machine")
-@pytest.mark.parametrize("other", ["zero point", "no bounds", "fractional bound"])
+@pytest.mark.parametrize("other", ["zero point", "no bounds", "fractional bound", "infinite bound"])
 def test_others_round_by_themselves(other):
     """A zero point behind rounding makes a difference for ties; without bounds of whole numbers a code is not the low byte of a sum."""
 
@@ -70,6 +70,8 @@ def test_others_round_by_themselves(other):
         rounded = T.nearbyint(x)
         if other == "fractional bound":
             rounded = T.max(T.min(rounded, T.float32(254.5)), T.float32(0))
+        if other == "infinite bound":
+            rounded = T.max(T.min(rounded, T.float32(255)), T.float32(-np.inf))
         return tirx.Cast(dtype, rounded)
 
     code = build("uint8", 1024, expression).inspect_source("asm")

@@ -42,7 +42,7 @@ def _clipped(value: Any, bound: dict[Any, Any]) -> Any:
     while isinstance(value, (tirx.Max, tirx.Min)):
         limit, other = (value.a, value.b) if constant_of(value.a) is not None else (value.b, value.a)
         number = constant_of(limit)
-        if number is None or number != int(number) or not -128 <= number <= 255:
+        if number is None or not -128 <= number <= 255 or number != int(number):
             return None
         limits.append((type(value), limit))
         value = _resolved(other, bound)
