@@ -10,7 +10,7 @@ import numpy as np
 from ..compiler.program import Program
 from ..compiler.tvm import is_constant, mutator, relax
 from .base import Pass, PassContext
-from .products import PRODUCTS, analyze, of_products, operator
+from .products import PRODUCTS, graph_of, of_products, operator
 from .rewriting import emit_as
 
 #: what adds and scales per channel behind a product
@@ -26,7 +26,7 @@ class FlushDenormals(Pass):
     name: ClassVar[str] = "flush_denormals"
 
     def run(self, program: Program, context: PassContext) -> Program:
-        graph = analyze(program)
+        graph = graph_of(program)
         known: dict[Any, bool] = {}
         rewriter = _Rewriter(program)
         for var, call in graph.bindings.items():

@@ -10,7 +10,7 @@ import numpy as np
 from ..compiler.program import Program
 from ..compiler.tvm import mutator, relax
 from .base import Pass, PassContext
-from .products import FOLLOWING, Graph, analyze, constant_value, of_products, operator
+from .products import FOLLOWING, Graph, constant_value, graph_of, of_products, operator
 from .rewriting import emit_as
 
 #: steps by which the last bit of a quotient may be seen
@@ -47,7 +47,7 @@ class MergeFactors(Pass):
     name: ClassVar[str] = "merge_factors"
 
     def run(self, program: Program, context: PassContext) -> Program:
-        graph = analyze(program)
+        graph = graph_of(program)
         known: dict[Any, bool] = {}
         ends: dict[Any, bool] = {}
         factors: dict[Any, Factor] = {}

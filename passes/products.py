@@ -168,8 +168,8 @@ def variables(expr: Any) -> Iterator[Any]:
             yield from relax_vars
 
 
-def analyze(program: Program) -> Graph:
-    """The graph of a program with its sites in the order of execution."""
+def graph_of(program: Program) -> Graph:
+    """The bindings of a program and who reads what, without its sites, each of which has a copy of its weight."""
     graph = Graph(program)
     for block in program.main.body.blocks:
         for binding in block.bindings:
@@ -179,6 +179,12 @@ def analyze(program: Program) -> Graph:
                 graph.readers.setdefault(var, []).append(binding.var)
     for var in variables(program.main.body.body):
         graph.readers.setdefault(var, []).append("output")
+    return graph
+
+
+def analyze(program: Program) -> Graph:
+    """The graph of a program with its sites in the order of execution."""
+    graph = graph_of(program)
     for var, value in graph.bindings.items():
         site = _site(graph, var, value, program.origins)
         if site is not None:

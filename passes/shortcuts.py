@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..compiler.program import Program
 from ..compiler.tvm import mutator, relax
 from .base import Pass, PassContext
-from .products import Graph, analyze, operator
+from .products import Graph, graph_of, operator
 
 #: what may stand between a convolution and the sum, element by element
 BETWEEN = ("relax.add", "relax.subtract", "relax.multiply", "relax.astype", "relax.nn.relu")
@@ -26,7 +26,7 @@ class ShortShortcuts(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         if "bfloat16" not in context.target.formats:
             return program
-        graph = analyze(program)
+        graph = graph_of(program)
         places = {var: place for place, var in enumerate(graph.bindings)}
         first: dict[Any, Any] = {}
         for var, value in graph.bindings.items():

@@ -13,7 +13,7 @@ from ..compiler.dialect import attention, attention_quantized
 from ..compiler.program import Program
 from ..compiler.tvm import is_constant, mutator, relax
 from .base import Pass, PassContext
-from .products import VIEWS, Graph, analyze, constant_value, operator
+from .products import VIEWS, Graph, constant_value, graph_of, operator
 from .rewriting import emit_as
 
 #: what may follow a product within its kernel, element by element
@@ -38,7 +38,7 @@ class MergeSiblings(Pass):
     name: ClassVar[str] = "merge_siblings"
 
     def run(self, program: Program, context: PassContext) -> Program:
-        graph = analyze(program)
+        graph = graph_of(program)
         groups: dict[Hashable, list[_Chain]] = defaultdict(list)
         for var, value in graph.bindings.items():
             chain = _chain(graph, var, value)
