@@ -21,7 +21,7 @@ from tcompile.autotune.tir_features import tir_features
 from tcompile.compiler.errors import UsageError
 from tcompile.compiler.tvm import IRBuilder, T
 from tcompile.targets.base import Target
-from tcompile.targets.cpu.gemm import GemmSchedule
+from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.tasks import tasks
 from tcompile.targets.cpu.template import machine
 

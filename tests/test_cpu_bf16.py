@@ -19,7 +19,8 @@ from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Fused
 from tcompile.targets.common.legalize import legalize
-from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
+from tcompile.targets.cpu.gemm import Gemm
+from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE

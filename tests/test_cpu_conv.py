@@ -19,7 +19,7 @@ from tcompile.targets.cpu.conv_depthwise import ConvDepthwise, DepthwiseSchedule
 from tcompile.targets.cpu.conv_direct import ConvDirect, DirectSchedule
 from tcompile.targets.cpu.conv_pointwise import ConvPointwise
 from tcompile.targets.cpu.conv_winograd import ConvWinograd, WinogradSchedule
-from tcompile.targets.cpu.gemm import GemmSchedule
+from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.template import KernelTemplate, machine
 
 AVX2, AVX512 = Target.parse("cpu:haswell"), Target.parse("cpu:skylake-avx512")

@@ -14,7 +14,8 @@ from tcompile.targets.base import Target
 from tcompile.targets.common.fused import analyze
 from tcompile.targets.common.ops_linear import matmul
 from tcompile.targets.cpu.emit import register_tiles
-from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
+from tcompile.targets.cpu.gemm import Gemm
+from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 

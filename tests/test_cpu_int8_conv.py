@@ -14,7 +14,7 @@ from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Fused
 from tcompile.targets.cpu.conv_depthwise import DepthwiseSchedule
 from tcompile.targets.cpu.conv_direct import DirectSchedule
-from tcompile.targets.cpu.gemm import GemmSchedule
+from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from test_cpu_conv import Case, reference, schedules, template_for

@@ -12,7 +12,8 @@ from kernels import only_kernel
 from machines import runnable, widest
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
-from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
+from tcompile.targets.cpu.gemm import Gemm
+from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from machines import HASWELL
 from tcompile.compiler.tvm import tvm
 from tcompile.passes.quantization.integers import weight_codes
-from tcompile.targets.cpu.gemm import Gemm, GemmSchedule
+from tcompile.targets.cpu.gemm import Gemm
+from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.short_sums import products_in_16_bits
 from tcompile.targets.cpu.sparse_weights import Constants
 from test_cpu_conv import reference, schedules, template_for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...autotune.cost_model import KernelFeatures
@@ -12,8 +13,10 @@ from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload, conv_workload, vector_lanes
 from .dot import dot_for
 from .emit import Rows, kernel
-from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_gemm
-from .gemm_emit import GemmEmitter, GemmOperands
+from .gemm import Gemm, GemmWorkload, pack_gemm
+from .gemm_blocked import emitter
+from .gemm_emit import GemmOperands
+from .gemm_schedules import GemmSchedule, suited
 from .prefetch import panels_ahead, passed_once
 from .short_sums import with_sums
 from .template import Kernel
@@ -33,9 +36,7 @@ class ConvPointwise:
 
     def space(self, workload: ConvWorkload, target: Target) -> Sequence[GemmSchedule]:
         lanes = vector_lanes(max(workload.co, dot_for(workload.kind, target).min_lanes()), target)
-        return [
-            GemmSchedule(s.mr, s.nv, lanes, s.mc) for s in Gemm().space(gemm_of(workload), target) if s.nv == 1 or (s.nv - 1) * lanes < workload.co
-        ]
+        return [replace(s, lanes=lanes) for s in suited(gemm_of(workload), target) if s.nv == 1 or (s.nv - 1) * lanes < workload.co]
 
     def features(self, workload: ConvWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
         return Gemm().features(gemm_of(workload), schedule, target)
@@ -52,7 +53,7 @@ class ConvPointwise:
             address = pixel_reader(workload, x, pixels)
             operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), flat, address, buffers[w], True, dot)
             ahead, once = panels_ahead(packing.shape, buffers[w], dot, target), passed_once(buffers[w], target)
-            GemmEmitter(fused, buffers, schedule, operands, ahead, once).emit()
+            emitter(fused, buffers, schedule, operands, ahead, once).emit()
         return Kernel(builder.get(), (packing,))
 
 

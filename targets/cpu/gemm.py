@@ -9,7 +9,7 @@
 
 u8 x s8 -> int32 and bfloat16 -> float32 are the same nest over groups of k: K / 4 words of four codes, one `vpdpbusd` per accumulator and step (see dot.py).
 
-The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2 (the loop order of BLIS without its K blocking, which gained nothing at these sizes).
+The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2; where K is too long for that, K goes by blocks (gemm_blocked.py).
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind
-from .emit import chunk_sizes, kernel, register_tiles
-from .gemm_emit import GemmEmitter, GemmOperands
+from .emit import chunk_sizes, kernel
+from .gemm_blocked import emitter
+from .gemm_emit import GemmOperands
+from .gemm_schedules import GemmSchedule, suited
 from .prefetch import panels_ahead, passed_once
 from .short_sums import with_sums
 from .template import Kernel, Packing
@@ -51,16 +53,6 @@ class GemmWorkload:
         return f"gemm {kind}{self.batch}x{self.m}x{self.k}x{self.n}{' packed' if self.packed else ''}"
 
 
-@dataclass(frozen=True)
-class GemmSchedule:
-    """mr rows x nv vectors of `lanes` columns in registers; mc rows of A per task (0: all of them)."""
-
-    mr: int
-    nv: int
-    lanes: int
-    mc: int
-
-
 class Gemm:
     """See the module."""
 
@@ -81,20 +73,7 @@ class Gemm:
         return with_sums(GemmWorkload(*sizes, packed, fused.epilogue_text(), kind), fused, constants)
 
     def space(self, workload: GemmWorkload, target: Target) -> Sequence[GemmSchedule]:
-        lanes = target.lanes()
-        vectors = None if workload.n is None else -(-workload.n // lanes)
-        shapes = register_tiles(target, (1, 2, 3, 4, 6, 8, 12), vectors, dot_for(workload.kind, target))
-        m = workload.m
-        chunks = [0] if m is None or m <= 64 else [0, 64, 128, 256, 512]
-        found = []
-        for mr, nv in shapes:
-            if m is not None and mr > m:
-                continue
-            for mc in chunks:
-                rounded = mc // mr * mr
-                if mc == 0 or (m is not None and rounded < m):
-                    found.append(GemmSchedule(mr, nv, lanes, rounded))
-        return found
+        return suited(workload, target)
 
     def features(self, workload: GemmWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
         batch, m, k, n = (workload.batch or 1), (workload.m or 128), (workload.k or 128), (workload.n or 128)
@@ -116,7 +95,7 @@ class Gemm:
                     fma += steps * busy
                     load += steps * (rows * broadcast + vectors * dot.parts) / 2.0
                     latency += steps * max(4.0, busy)
-        chunks = -(-m // mc)
+        chunks, groups = -(-m // mc), -(-panels // schedule.nc)
         weight_bytes = float(dot.weight_bytes * dot.group * words)
         panel_bytes = weight_bytes * nv * lanes
         a_bytes = size * mc * k
@@ -124,7 +103,7 @@ class Gemm:
         a_passes = panels if a_bytes < target.l2_bytes / 2 else 0
         l2 += batch * a_passes * chunks * a_bytes * (1 if size * k * mr < target.l1_bytes / 2 else 2)
         l2 += sum(batch * panels * words * count * conflict_bytes(rows, int(size) * k, target) for rows, count in tiles.items())
-        l3 = batch * chunks * weight_bytes * n + (0 if a_passes else batch * panels * chunks * a_bytes)
+        l3 = batch * chunks * weight_bytes * n + (0 if a_passes else batch * groups * chunks * a_bytes)
         dram = weight_bytes * n if workload.packed else 0.0
         return KernelFeatures(
             flops=2.0 * batch * m * k * n,
@@ -135,7 +114,7 @@ class Gemm:
             l3_bytes=l3,
             dram_bytes=dram,
             scalar_elements=batch * m * (n % lanes),
-            tasks=batch * panels * chunks,
+            tasks=batch * groups * chunks,
         )
 
     def build(self, fused: Fused, workload: GemmWorkload, schedule: GemmSchedule, target: Target) -> Kernel:
@@ -152,7 +131,7 @@ class Gemm:
             weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
             operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], flat, lambda row: lambda k: (row, k), weights, workload.packed, dot)
             ahead, once = (panels_ahead(packings[0].shape, weights, dot, target), passed_once(weights, target)) if packings else (None, None)
-            GemmEmitter(fused, buffers, schedule, operands, ahead, once).emit()
+            emitter(fused, buffers, schedule, operands, ahead, once).emit()
         return Kernel(builder.get(), packings)
 
 

@@ -13,7 +13,7 @@ from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, store
 from .prefetch import Ahead, Once, Share, asking, share
 
 if TYPE_CHECKING:
-    from .gemm import GemmSchedule
+    from .gemm_schedules import GemmSchedule
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from .conv_common import ConvWorkload
 from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
 from .dot import PAIRS, WIDE, dot_for, splat, vector
 from .emit import Accumulators, tasks, with_columns
-from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm import Gemm, GemmWorkload, pack_gemm
 from .gemm_emit import GemmEmitter, GemmOperands
+from .gemm_schedules import GemmSchedule, every
 from .short_sums import fitting
 from .sparse_columns import transpose
 from .sparse_emit import StreamBuffers, sparse_kernel
@@ -100,7 +101,7 @@ class GemmRest:
             blocks += 1  # vectors of a block reach beyond the last row
         height = _share(rows, blocks)
         vectors = -(-height // lanes) if rows >= lanes else 0
-        return [RestSchedule(s.mr, s.nv, s.lanes, height, vectors) for s in Gemm().space(gemm, target) if not s.mc and s.mr <= height]
+        return [RestSchedule(s.mr, s.nv, s.lanes, height, vectors) for s in every(gemm, target) if not s.mc and s.mr <= height]
 
     def features(self, workload: RestWorkload, schedule: RestSchedule, target: Target) -> KernelFeatures:
         gemm, vectors, lanes = workload.gemm, schedule.vectors, schedule.lanes

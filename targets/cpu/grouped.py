@@ -28,8 +28,9 @@ from ..common.fused import Fused, Unfusable, static
 from ..common.ops_linear import grouped_operands
 from .dot import dot_for, dot_kind
 from .emit import Accumulators, kernel
-from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_gemm
+from .gemm import Gemm, GemmWorkload, pack_gemm
 from .gemm_emit import GemmEmitter, GemmOperands
+from .gemm_schedules import GemmSchedule, every
 from .selection import Number
 from .template import Kernel, Packing
 
@@ -80,7 +81,7 @@ class GroupedGemm:
         return GroupedWorkload(experts, static(x.shape[0]), k, n, fused.epilogue_text(), dot_kind((x, weight), fused.accumulator))
 
     def space(self, workload: GroupedWorkload, target: Target) -> Sequence[GemmSchedule]:
-        return Gemm().space(GemmWorkload(1, workload.m, workload.k, workload.n, True, workload.epilogue, workload.kind), target)
+        return every(GemmWorkload(1, workload.m, workload.k, workload.n, True, workload.epilogue, workload.kind), target)
 
     def features(self, workload: GroupedWorkload, schedule: GemmSchedule, target: Target) -> KernelFeatures:
         found = Gemm().features(workload.dense(), replace(schedule, mc=0), target)

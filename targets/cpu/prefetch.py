@@ -47,9 +47,12 @@ def panels_ahead(shape: Sequence[int], weights: Any, dot: Dot, target: Target) -
 
     A panel behind the last one may be asked for: a prefetch never faults.
     """
+    return None if 2 * math.prod(shape[1:]) * 4 > target.l2_bytes or dot.grouped else lines_of(shape, weights)
+
+
+def lines_of(shape: Sequence[int], weights: Any) -> Ahead:
+    """Prefetch of packed words, of lines that there may not be, too."""
     panels, size = shape[0], math.prod(shape[1:])
-    if 2 * size * 4 > target.l2_bytes or dot.grouped:
-        return None
     flat, last = T.decl_buffer((panels, size), weights.dtype, data=weights.data), -(-size // _LINE) - 1
 
     def ahead(panel: Any, line: Any) -> None:

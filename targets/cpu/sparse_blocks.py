@@ -24,8 +24,8 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from .dot import dot_for, vector
 from .emit import SUM_BLOCK, Accumulators, chunk_sizes, register_tiles, store_tile
-from .gemm import GemmSchedule
 from .gemm_emit import GemmEmitter, GemmOperands
+from .gemm_schedules import GemmSchedule
 from .sparse_emit import SparseWorkload, row_chunks, sparse_kernel, sparse_workload, stream_packing
 from .sparse_weights import DENSE
 from .template import Kernel

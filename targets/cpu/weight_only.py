@@ -31,8 +31,9 @@ from ..common.fused import Fused, Unfusable, product, static
 from ..common.ops_linear import weight_only_operands
 from .dot import F32, fma, splat, vector
 from .emit import Accumulators, kernel
-from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_panels
+from .gemm import Gemm, GemmWorkload, pack_panels
 from .gemm_emit import GemmEmitter, GemmOperands
+from .gemm_schedules import GemmSchedule, every
 from .prefetch import passed_once
 from .template import Kernel, Packing
 
@@ -110,7 +111,7 @@ class WeightOnly:
         return WeightOnlyWorkload(*fields(fused, constants, "float32"))
 
     def space(self, workload: WeightOnlyWorkload, target: Target) -> Sequence[WeightOnlySchedule]:
-        dense = Gemm().space(workload.dense(), target)
+        dense = every(workload.dense(), target)
         found = (
             []
             if workload.m is not None and workload.m < FEW_ROWS

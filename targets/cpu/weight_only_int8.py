@@ -28,8 +28,9 @@ from ..common.ops_linear import weight_only_operands
 from ..common.words import packed_words, planes
 from .dot import F32, MADD, VNNI, add_pairs, byte_pairs, fma, integer_dot, splat, vector
 from .emit import Accumulators, kernel
-from .gemm import Gemm, GemmSchedule, GemmWorkload, pack_panels
+from .gemm import Gemm, GemmWorkload, pack_panels
 from .gemm_emit import GemmEmitter, GemmOperands
+from .gemm_schedules import GemmSchedule, every
 from .template import Kernel, Packing
 from .weight_only import WeightOnlyWorkload, fields
 
@@ -76,7 +77,7 @@ class WeightOnlyInt8:
     def space(self, workload: IntegerWorkload, target: Target) -> Sequence[GemmSchedule]:
         vnni = integer_dot(target) is VNNI
         found = []
-        for tiles in Gemm().space(workload.dense(), target):
+        for tiles in every(workload.dense(), target):
             # without VNNI, sums of 16 bits are in registers beside those of 32; totals wait in memory
             busy = tiles.mr * (tiles.nv + 1) * (1 if vnni else 2) + tiles.nv
             if tiles.mc == 0 and busy <= target.vector_registers - 2 and tiles.nv <= 8:
