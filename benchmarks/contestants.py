@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,7 @@ def _torch(entry: Entry, feeds: Mapping[str, np.ndarray], threads: int, bf16: bo
 def _deepsparse(python: Path, model: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Callable[[], list[np.ndarray]] | None:
     """DeepSparse 1.8.0 in its own process: it wants older packages than the other engines. Every call costs a message there and back (about 0.05 ms)."""
     folder = Path(tempfile.mkdtemp(prefix="deepsparse"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # it holds a copy of the model
     np.savez(folder / "feeds.npz", **feeds)  # pyright: ignore[reportArgumentType]
     command = [str(python), str(_SERVER), str(model), str(folder), str(threads)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1)

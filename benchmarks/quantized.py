@@ -35,7 +35,7 @@ from tcompile.models.zoo import ZOO
 from tcompile.passes.quantization.quantize import Quantize
 
 Feeds = dict[str, np.ndarray]
-NETWORKS = ("bert-base", "minilm", "vit-s16", "swin-t", "resnet50", "mobilenetv3-l", "efficientformer-l1", "ppocr-det", "ppocr-rec")
+NETWORKS = ("bert-base", "minilm", "gpt2", "vit-s16", "deit-t", "swin-t", "resnet50", "mobilenetv3-l", "efficientformer-l1", "ppocr-det", "ppocr-rec")
 #: contestants of whole networks, those in int8 after tcompile's own
 COLUMNS = ["float32", "onnxruntime", "openvino", "int8", "onnxruntime QDQ", "openvino NNCF"]
 
