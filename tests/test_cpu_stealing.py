@@ -48,3 +48,29 @@ def test_every_iteration_runs_once(extent, cores):
 def test_threads_claim_ranges():
     assert "xchg" in counter(100).inspect_source("asm")
     assert "xchg" not in counter(1).inspect_source("asm")
+
+
+def test_rows_of_a_buffer_outside_of_the_loop_stay_apart():
+    """Every iteration fills its row, works for a while and reads it again: threads must not meet in one row, to which TVM would cut a buffer that the loop alone uses."""
+    rows, columns = 8, 64
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        sums, steps = T.arg("sums", T.buffer((rows,), "float32")), T.arg("steps", T.buffer((1,), "int32"))
+        with T.sblock("root"):
+            kept = T.alloc_buffer((rows, columns), "float32")
+            with T.parallel(T.int64(rows)) as i:
+                with T.serial(T.int64(columns)) as j:
+                    T.buffer_store(kept, T.Cast("float32", i), [i, j])
+                T.buffer_store(work := T.alloc_buffer((1,), "float32"), T.float32(1), [0])
+                with T.serial(steps[0]):
+                    T.buffer_store(work, T.sqrt(work[0] + T.float32(1)), [0])
+                T.buffer_store(sums, T.min(work[0], T.float32(0)), [i])
+                with T.serial(T.int64(columns)) as j:
+                    T.buffer_store(sums, sums[i] + kept[i, j], [i])
+    run = tvm.build(tvm.IRModule({"main": builder.get()}), tvm_target(HASWELL), TIR_PIPELINE)["main"]
+    pool.use(4, config_threadpool)
+    found = tvm.runtime.tensor(np.zeros(rows, np.float32))
+    for _ in range(20):
+        run(found, tvm.runtime.tensor(np.array([200_000], np.int32)))
+        np.testing.assert_array_equal(found.numpy(), columns * np.arange(rows))
+    pool.use(1, config_threadpool)

@@ -211,6 +211,19 @@ def test_the_kernel_matches_the_reference(data):
     agree(found, [part.astype(np.float32) for part in reference(*arrays, **optional, kind=cell, **attrs)])
 
 
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_tiles_of_a_gru_keep_their_intermediate_states_apart(direction):
+    """Two rounds a step, and tiles of rows beside each other: they do not divide the batch, which Hypothesis came upon."""
+    rng, directions = np.random.default_rng(31), 2 if direction == "bidirectional" else 1
+    shapes = (3, 6, directions * 93), (directions, 31, 93), (directions, 6, 31)
+    arrays = [(rng.standard_normal(shape) / 2).astype(np.float32) for shape in shapes]
+    attrs = {"direction": direction, "activations": spell([Activation("sigmoid"), Activation("tanh")]), "reset_after": False}
+    attrs |= {"x_order": "TB", "y_order": "TDBH"}
+    for cores in (1, 2):
+        found = kernel_results(arrays, {}, replace(HASWELL, cores=cores), kind="gru", **attrs)
+        agree(found, [part.astype(np.float32) for part in reference(*arrays, kind="gru", **attrs)])
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_large_state_is_shared_among_threads(cell):
     """Blocks of one step in parallel: a batch of one, and a step above the threshold."""

@@ -184,7 +184,8 @@ def _pipeline() -> tuple[Any, Any, Any]:
     lower, finish_host, finish_device = PIPELINE_MAP["s_tir"]()
     mark, expand = _function_pass(mark_math, "tcompile.MarkMath"), _function_pass(vector_math, "tcompile.VectorMath")
     share, enter = _function_pass(steal_work, "tcompile.StealWork"), _function_pass(short_entry, "tcompile.ShortEntry")
-    return tvm.transform.Sequential([share, lower, enter, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
+    # claims after lowering: TVM cuts buffers to what the variables of loops inside reach, and a claimed iteration is none, so that all threads would share one iteration's part
+    return tvm.transform.Sequential([lower, share, enter, mark]), lambda: tvm.transform.Sequential([finish_host(), expand]), finish_device
 
 
 #: name of the lowering pipeline with vector mathematics: `relax.build(..., tir_pipeline=TIR_PIPELINE)`
