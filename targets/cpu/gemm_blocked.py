@@ -23,9 +23,7 @@ from .dot import splat, vector
 from .emit import Accumulators, store_tile, tasks, with_columns
 from .gemm_emit import GemmEmitter, GemmOperands
 from .gemm_schedules import GemmSchedule
-from .prefetch import Ahead, Once, asking, lines_of, share
-
-_LINE = 16
+from .prefetch import LINE, Ahead, Once, asking, lines_of, share
 
 
 def emitter(
@@ -76,7 +74,7 @@ class BlockedEmitter(GemmEmitter):
         more = self.jo + 1 < self.count
         panel = T.bind(jo + 1 if self.last else T.if_then_else(more, jo + 1, self.first))
         ko = T.bind(T.if_then_else(more, self.ko, T.int64(0) if self.last else self.ko + 1))
-        return lambda line: self.ahead(panel, ko * (self.schedule.kc * self.nr // _LINE) + line)
+        return lambda line: self.ahead(panel, ko * (self.schedule.kc * self.nr // LINE) + line)
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes, nv = self.schedule.lanes, -(-columns // self.schedule.lanes)

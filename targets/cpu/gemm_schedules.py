@@ -69,9 +69,9 @@ def suited(workload: GemmWorkload, target: Target) -> list[GemmSchedule]:
     far = target.vector_bits >= 512 and target.fma_per_cycle >= 2
     if m is None or k is None or n is None or not workload.packed or workload.kind != "f32" or not far:
         return found
-    large = [schedule for schedule in found if schedule.mr * schedule.nv >= _SUMS] if m > _FEWEST else []
-    tiles = dict.fromkeys(replace(schedule, mc=0) for schedule in large or found)
-    return [schedule for tile in tiles if (schedule := _chunked(tile, m, k, n, target)) is not None] or found
+    tiles = [schedule for schedule in found if schedule.mc == 0]
+    large = [tile for tile in tiles if tile.mr * tile.nv >= _SUMS] if m > _FEWEST else []
+    return [schedule for tile in large or tiles if (schedule := _chunked(tile, m, k, n, target)) is not None] or found
 
 
 def _chunked(tile: GemmSchedule, m: int, k: int, n: int, target: Target) -> GemmSchedule | None:

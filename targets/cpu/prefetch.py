@@ -18,7 +18,7 @@ from .dot import Dot
 from .vectors import element_bits
 
 #: words of a cache line
-_LINE = 16
+LINE = 16
 #: register tiles that pass a panel, at least: one alone waits for its own panel already, and more requests delay it
 FEWEST_TILES = 2
 #: steps of k between two lines asked for, at most. They are unrolled: leaving a loop over so few would be predicted wrongly every time, at the cost of a tenth; and bursts of many lines
@@ -53,10 +53,10 @@ def panels_ahead(shape: Sequence[int], weights: Any, dot: Dot, target: Target) -
 def lines_of(shape: Sequence[int], weights: Any) -> Ahead:
     """Prefetch of packed words, of lines that there may not be, too."""
     panels, size = shape[0], math.prod(shape[1:])
-    flat, last = T.decl_buffer((panels, size), weights.dtype, data=weights.data), -(-size // _LINE) - 1
+    flat, last = T.decl_buffer((panels, size), weights.dtype, data=weights.data), -(-size // LINE) - 1
 
     def ahead(panel: Any, line: Any) -> None:
-        prefetch(flat[panel, T.min(line, T.int64(last)) * T.int64(_LINE)], level=2)
+        prefetch(flat[panel, T.min(line, T.int64(last)) * T.int64(LINE)], level=2)
 
     return ahead
 
@@ -73,7 +73,7 @@ def soon(weights: Any) -> Once:
     flat = T.decl_buffer((math.prod(int(dim) for dim in weights.shape),), weights.dtype, data=weights.data)
 
     def ask(first: Any, count: int) -> None:
-        for place in range(0, count, 4 * _LINE // size):
+        for place in range(0, count, 4 * LINE // size):
             prefetch(flat[first + T.int64(SOON // size + place)], level=2)
 
     return ask
@@ -107,4 +107,4 @@ def asking(count: Any, share: Share | None, ask: Callable[[Any], None]) -> Itera
 
 def steps(tiles: Any, nr: int) -> int:
     """Steps of k between two lines, so that `tiles` register tiles (None: not known) ask for a whole panel of rows of `nr` words."""
-    return STEPS if tiles is None else max(1, min(STEPS, _LINE * tiles // nr))
+    return STEPS if tiles is None else max(1, min(STEPS, LINE * tiles // nr))
