@@ -54,6 +54,17 @@ class Provenance:
     producer: str = ""
 
 
+def node_of(name: str, origins: Mapping[str, str]) -> str:
+    """The source node, or nodes, behind a variable, its own name where none is known. origins: see `Program`.
+
+    What passes put in a variable's place is called as it was, with numbers behind; importers give no names that end in one.
+    """
+    short = name
+    while short not in origins and short[-1:].isdigit():
+        short = short[:-1]
+    return origins.get(short, name)
+
+
 @dataclass(frozen=True)
 class Program:
     """A Relax module with `main`, and what the world outside needs to know of it.
@@ -81,6 +92,10 @@ class Program:
         module = self.module.clone()
         module.update_func(module.get_global_var("main"), main)
         return self.with_module(module)
+
+    def node(self, name: str) -> str:
+        """The source node, or nodes, behind a variable of this name, see `node_of`."""
+        return node_of(name, self.origins)
 
     @property
     def main(self) -> relax.Function:

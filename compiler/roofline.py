@@ -93,7 +93,7 @@ def layers(program: Program, target: Target, sizes: Mapping[str, int] | None = N
     known = {name: default_size(bounds) for name, bounds in program.dims.items()} | dict(sizes or {})
     groups: dict[str, list[Any]] = {}
     for binding in (binding for block in program.main.body.blocks for binding in block.bindings):
-        groups.setdefault(program.origins.get(binding.var.name, binding.var.name), []).append(binding)
+        groups.setdefault(program.node(binding.var.name), []).append(binding)
     maker = {binding.var: name for name, group in groups.items() for binding in group}
     outside = set(_operands(program.main.body.body))
     for name, group in groups.items():

@@ -10,10 +10,10 @@ from ..compiler.program import Program
 from ..compiler.tvm import mutator, relax, structural_walk, tirx, tvm
 from .base import Pass, PassContext
 from .observing import returning
-from .origins import kernel_origins
+from .origins import kernel_sources
 
-#: attribute of a kernel: names of the source nodes it computes
-NODES = "tcompile.nodes"
+#: attributes of a kernel: names of the source nodes that its calls compute, and of the variables of the graph before it was fused
+NODES, SOURCES = "tcompile.nodes", "tcompile.sources"
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class FuseEpilogues(Pass):
         annotated = _Spread(transform.AnnotateTIROpPattern()(program.module)).apply()
         with tvm.transform.PassContext(config={"relax.FuseOps.max_depth": self.depth}):
             grouped = _after_their_sizes(_fuse(program.with_module(annotated)))
-        nodes = kernel_origins(annotated, grouped, program.origins)
+        sources = kernel_sources(annotated, grouped)
         module = transform.DeadCodeElimination()(transform.FuseTIR()(grouped))
-        fused = program.with_module(_with_nodes(module, nodes))
+        fused = program.with_module(_with_sources(module, sources, program))
         context.matched(kernels_before=before, kernels_after=_kernel_calls(fused))
         return fused
 
@@ -139,15 +139,14 @@ def _one(dim: Any) -> bool:
     return dim == 1 if isinstance(dim, int) else isinstance(dim, tirx.IntImm) and int(dim) == 1
 
 
-def _with_nodes(module: Any, nodes: Mapping[str, list[str]]) -> Any:
-    """The module with the attribute `NODES` on every kernel."""
-    named = {
-        variable: func.with_attr(NODES, nodes[variable.name_hint]) for variable, func in module.functions_items() if nodes.get(variable.name_hint)
-    }
+def _with_sources(module: Any, sources: Mapping[str, list[str]], program: Program) -> Any:
+    """The module with the attributes `NODES` and `SOURCES` on every kernel."""
     module = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
-    for variable, func in named.items():
-        if isinstance(func, tirx.PrimFunc):
-            module.update_func(variable, func)
+    for variable, func in list(module.functions_items()):
+        names = sources.get(variable.name_hint)
+        if names and isinstance(func, tirx.PrimFunc):
+            nodes = list(dict.fromkeys(node for name in names if (node := program.node(name)) != name))
+            module.update_func(variable, func.with_attr(SOURCES, names).with_attr(NODES, nodes))
     return module
 
 

@@ -1,4 +1,4 @@
-"""Which source nodes a fused kernel came from.
+"""Which values of the graph a fused kernel computes.
 
 Fusion moves kernel calls into functions of their own, merges equal functions and names everything anew. This module follows the values instead: a call before
 fusion is known by its kernel and its arguments, so the same call is found again inside of the function that took it.
@@ -13,10 +13,10 @@ from typing import Any
 from ..compiler.tvm import relax
 
 
-def kernel_origins(before: Any, after: Any, origins: Mapping[str, str]) -> dict[str, list[str]]:
-    """Name of every function that `main` calls in the module `after` -> names of the source nodes behind all of its calls, in the program's order.
+def kernel_sources(before: Any, after: Any) -> dict[str, list[str]]:
+    """Name of every function that `main` calls in the module `after` -> names of the variables of `before` that its calls compute, in the program's order.
 
-    before: the module as it was when `after` was fused from it, its variables named in `origins`. Values that cannot be followed are left out.
+    before: the module as it was when `after` was fused from it. Values that cannot be followed are left out.
     """
     sources: dict[Any, Any] = {}
     same: dict[Any, Any] = {}
@@ -33,10 +33,10 @@ def kernel_origins(before: Any, after: Any, origins: Mapping[str, str]) -> dict[
         if isinstance(functions.get(name), relax.Function):
             inside = {param: _lookup(arg, known) for param, arg in zip(functions[name].params, call.args, strict=True)}
             for inner in _bindings(functions[name]):
-                inside[inner.var] = _follow(inner, inside, sources, origins, names)
+                inside[inner.var] = _follow(inner, inside, sources, names)
             known[binding.var] = _lookup(functions[name].body.body, inside)
         else:
-            known[binding.var] = _follow(binding, known, sources, origins, names)
+            known[binding.var] = _follow(binding, known, sources, names)
     return {name: list(names) for name, names in found.items()}
 
 
@@ -45,14 +45,14 @@ def _bindings(function: Any) -> Iterator[Any]:
         yield from block.bindings
 
 
-def _follow(binding: Any, known: Mapping[Any, Any], sources: Mapping[Any, Any], origins: Mapping[str, str], names: dict[str, None]) -> Any:
-    """The value before fusion that a binding stands for, None when there is none; its node's name goes into `names`."""
+def _follow(binding: Any, known: Mapping[Any, Any], sources: Mapping[Any, Any], names: dict[str, None]) -> Any:
+    """The value before fusion that a binding stands for, None when there is none; its name goes into `names`."""
     key = _lookup(binding.value, known)
     if not isinstance(key, _Computed):
         return key
     source = sources.get(key)
-    if source is not None and source.name in origins:
-        names[origins[source.name]] = None
+    if source is not None:
+        names[source.name] = None
     return source
 
 

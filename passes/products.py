@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,13 +186,13 @@ def analyze(program: Program) -> Graph:
     """The graph of a program with its sites in the order of execution."""
     graph = graph_of(program)
     for var, value in graph.bindings.items():
-        site = _site(graph, var, value, program.origins)
+        site = _site(graph, var, value, program)
         if site is not None:
             graph.sites.append(site)
     return graph
 
 
-def _site(graph: Graph, var: Any, call: Any, origins: Mapping[str, str]) -> Site | None:
+def _site(graph: Graph, var: Any, call: Any, program: Program) -> Site | None:
     kind = {"relax.matmul": "matmul", "relax.nn.conv2d": "conv2d"}.get(operator(call))
     if kind is None or not isinstance(call.args[0], relax.Var) or str(call.ty.dtype) != "float32":
         return None
@@ -210,8 +210,7 @@ def _site(graph: Graph, var: Any, call: Any, origins: Mapping[str, str]) -> Site
     add = graph.defining(reader, "relax.add") if reader is not None else None
     if add is not None and (value := product_bias(add, var, kind, weight)) is not None:
         total, bias = reader, value
-    name = origins.get(var.name, var.name)
-    return Site(name, kind, var, call, call.args[0], graph.root(call.args[0]), weight, total, bias)
+    return Site(program.node(var.name), kind, var, call, call.args[0], graph.root(call.args[0]), weight, total, bias)
 
 
 def product_bias(add: Any, var: Any, kind: str, weight: np.ndarray) -> np.ndarray | None:

@@ -174,7 +174,7 @@ class _Rewriter(relax.PyExprMutator):
         """Bind a step of all chains under the names of all their nodes."""
         names = [chain.steps[place][0].name for chain in group]
         var = self.builder_.emit(value, "_".join(names))
-        known = [self.program.origins[name] for name in names if name in self.program.origins]
+        known = [node for name in names if (node := self.program.node(name)) != name]
         if known:
             self.origins[var.name] = " + ".join(dict.fromkeys(known))
         return var

@@ -114,3 +114,34 @@ def test_exported_program(tmp_path):
     torch.export.save(exported, tmp_path / "linear.pt2")
     summary = tcompile.inspect(tmp_path / "linear.pt2")
     assert summary["total"]["flops"] >= 2 * 2 * 5 * 3 and summary["parameters"]["count"] >= 18 and summary["blockers"] == []
+
+
+def test_quantized_products_count_in_the_kernels_that_compute_them(tmp_path):
+    """Quantising takes a node apart: its product, whose name gets a number, counts where it is computed, however similar the names of the nodes are."""
+    names = ["x", "c", "c1", "c11", "y"]
+    convs = [
+        helper.make_node("Conv", [source, f"w{at}"], [result], name=f"conv{at}", pads=[1, 1, 1, 1])
+        for at, (source, result) in enumerate(zip(names, names[1:], strict=False))
+    ]
+    rng = np.random.default_rng(7)
+    channels = [16, 24, 32, 48, 64]
+    weights = {f"w{at}": rng.standard_normal((channels[at + 1], channels[at], 3, 3)).astype("float32") for at in range(4)}
+    model = small(convs, {"x": [1, 16, 13, 11]}, ["y"], weights)
+    data = rng.standard_normal((1, 16, 13, 11)).astype("float32")
+    compiled = tcompile.compile(model, quantize="int8", calibration=[data], report=str(tmp_path / "report.html"))
+    counted = {row["workload"]: row for row in compiled.report()["kernels"] if row["workload"].startswith("conv2d u8s8")}
+    assert len(counted) == 4
+    for at in range(4):
+        product = 2 * 13 * 11 * channels[at + 1] * channels[at] * 9
+        (row,) = (row for workload, row in counted.items() if f"x{channels[at]} -> {channels[at + 1]}," in workload)
+        assert product <= row["flops"] < 1.05 * product
+        assert f"conv{at}" in row["nodes"]
+
+
+def test_names_of_variables_leave_room_for_the_numbers_of_passes():
+    chain = [node("Relu", ["x"], ["r"]), node("Neg", ["r"], ["r1"]), node("Abs", ["r1"], ["r11"])]
+    program = import_model(small(chain, {"x": [3]}, ["r11"]))
+    assert set(program.origins.values()) == {"relu", "neg", "abs"}
+    for name, source in program.origins.items():
+        assert program.node(name) == program.node(f"{name}1") == program.node(f"{name}12") == source
+    assert program.node("other1") == "other1"

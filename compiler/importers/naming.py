@@ -98,5 +98,9 @@ def check_size(dims: Sequence[int | str], dtype: str) -> None:
 
 
 def _free(name: str) -> str:
-    """The builder gives functions and variables their names from one pool, in which `main` and the names of functions for drivers have to stay free."""
-    return f"v{name}" if name == "main" or name.startswith(FUNCTION_PREFIX) else name
+    """The builder gives functions and variables their names from one pool, in which `main` and the names of functions for drivers have to stay free.
+
+    No name ends in a digit: passes put numbers behind the names of what they replace, see `node_of`.
+    """
+    name = f"v{name}" if name == "main" or name.startswith(FUNCTION_PREFIX) else name
+    return f"{name}_" if name[-1:].isdigit() else name

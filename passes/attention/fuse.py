@@ -46,7 +46,7 @@ class FuseAttention(Pass):
         rewriter = _Rewriter(program.module, graph, sites)
         module = rewriter.apply() if sites else program.module
         for var, reason in missed + rewriter.missed:
-            context.note(f"attention at '{program.origins.get(var.name, var.name)}' is not fused: {reason}")
+            context.note(f"attention at '{program.node(var.name)}' is not fused: {reason}")
         context.matched(attention=rewriter.count)
         return program.with_module(relax.transform.DeadCodeElimination()(module)) if rewriter.count else program
 

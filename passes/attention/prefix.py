@@ -53,7 +53,7 @@ class SharedPrefix(Pass):
                 continue
             found = _site(graph, call, program)
             if isinstance(found, Miss):
-                context.note(f"attention at '{program.origins.get(binding.var.name, binding.var.name)}' copies its shared prefix: {found.reason}")
+                context.note(f"attention at '{program.node(binding.var.name)}' copies its shared prefix: {found.reason}")
             elif found is not None:
                 sites[binding.var] = found
         if not sites:

@@ -40,9 +40,7 @@ class QuantizedAttention(Pass):
                 continue
             found = _site(graph, call, context.target.kind == "cpu")
             if isinstance(found, Miss):
-                context.note(
-                    f"attention at '{program.origins.get(binding.var.name, binding.var.name)}' reads dequantised keys and values: {found.reason}"
-                )
+                context.note(f"attention at '{program.node(binding.var.name)}' reads dequantised keys and values: {found.reason}")
             elif found is not None:
                 sites[binding.var] = (call, *found)
         if not sites:

@@ -54,7 +54,7 @@ class Int8Scores(Pass):
             if not isinstance(call, relax.Call) or graph.name(call) != NAME:
                 continue
             if reason := _refused(call):
-                context.note(f"attention at '{program.origins.get(binding.var.name, binding.var.name)}' stays in float32: {reason}")
+                context.note(f"attention at '{program.node(binding.var.name)}' stays in float32: {reason}")
             else:
                 sites[binding.var] = call
         if not sites:

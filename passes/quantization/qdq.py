@@ -156,7 +156,7 @@ class _Recognizer(relax.PyExprMutator):
         add = self.graph.defining(reader, "relax.add") if reader is not None else None
         if add is not None and (value := product_bias(add, var, kind, shape)) is not None:
             total, bias = reader, value
-        return Site(self.graph.program.origins.get(var.name, var.name), kind, var, call, x, x, shape, total, bias)
+        return Site(self.graph.program.node(var.name), kind, var, call, x, x, shape, total, bias)
 
     def _is_codes(self, x: Any) -> bool:
         while (call := self.graph.defining(x, *_MOVES)) is not None and isinstance(call.args[0], relax.Var):

@@ -64,13 +64,12 @@ class TokenPruning(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         if self.keep == 1:
             return program
-        source = lambda name: program.origins.get(name, name)  # noqa: E731
-        found, reasons = find_blocks(program.main, source)
+        found, reasons = find_blocks(program.main, program.node)
         if not found:
             raise UnsupportedModel(reasons or [Blocker("", "", "token-pruning: the model has no attention operator, so it has no axis of tokens")])
         chosen = self._chosen(found)
         keep = Fraction(str(self.keep))
-        pruner = Pruner(program.module, chosen, keep, self.method == "merge", source)
+        pruner = Pruner(program.module, chosen, keep, self.method == "merge", program.node)
         module = pruner.apply()
         context.matched(blocks=len(found), **pruner.counts)
         for place, stage in zip((found.index(block) for block in chosen), pruner.stages[1:], strict=True):

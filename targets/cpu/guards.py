@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.dialect import recurrent
-from ...compiler.program import LARGEST_DIM, Program
+from ...compiler.program import LARGEST_DIM, Program, node_of
 from ...compiler.tvm import Constant, IRBuilder, T, mutator, relax, relax_functions, tirx
 from ...passes.base import PassContext
 from ..common.fused import product, static
@@ -59,7 +59,7 @@ class _Guards(relax.PyExprMutator):
         return self.builder_.get()
 
     def visit_var_binding_(self, binding: Any) -> None:
-        self.node = self.origins.get(binding.var.name, binding.var.name)
+        self.node = node_of(binding.var.name, self.origins)
         super().visit_var_binding_(binding)
 
     def visit_call_(self, call: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...autotune.cost_model import CostModel
 from ...compiler.tvm import BufferType, mutator, relax, relax_functions, structural_map, tirx, tvm
-from ...passes.fusion import NODES
+from ...passes.fusion import NODES, SOURCES
 from ..base import Target
 from ..common.fused import Unfusable, analyze, static
 from .candidates import offers
@@ -134,9 +134,9 @@ def schedule_kernels(module: Any, target: Target, cost_model: CostModel) -> tupl
             scheduled = generic(func, target)
             lowering.choices[name].schedule = scheduled.rule
             kernel = Kernel(scheduled.func)
-        nodes = [str(node) for node in (func.attrs or {}).get(NODES, ())]
-        lowering.choices[name].nodes = tuple(nodes)
-        kernels[name] = replace(kernel, func=kernel.func.with_attr(NODES, nodes))
+        names = {key: [str(each) for each in (func.attrs or {}).get(key, ())] for key in (NODES, SOURCES)}
+        lowering.choices[name].nodes = tuple(names[NODES])
+        kernels[name] = replace(kernel, func=kernel.func.with_attrs(names))
     return _Replace(module, kernels, lowering.choices).apply(), list(lowering.choices.values())
 
 

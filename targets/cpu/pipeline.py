@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ...autotune.cost_model import AnalyticModel, CostModel
@@ -118,7 +118,7 @@ def _measure(steps: Steps, weights: dict[str, Any], rows: list[dict[str, Any]], 
         row["measured_us"] = round(measured.get(row["kernel"], 0.0), 2)
     with stage("measuring the machine's peak rates"):
         sizes = {dim: size for spec in program.inputs for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(dim, str)}
-        add_work(rows, layers(graph, steps.target, sizes), scheduled, steps.target.cores, sizes)
+        add_work(rows, layers(replace(graph, origins={}), steps.target, sizes), scheduled, steps.target.cores, sizes)
 
 
 def _legalize(program: Program, target: Target) -> Any:

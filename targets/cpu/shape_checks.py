@@ -6,10 +6,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ...compiler.program import LARGEST_BYTES, LARGEST_DIM
+from ...compiler.program import LARGEST_BYTES, LARGEST_DIM, node_of
 from ...compiler.tvm import IRBuilder, T, relax, relax_functions, tirx, tvm
 from ...passes.fusion import NODES
-from ..common.node_names import node_of, printable
+from ..common.node_names import printable
 from ..common.stages import substitute
 
 #: calls that TVM puts before a `match_cast`, for the value that is cast; their last argument is the text of the error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.tvm import Constant, mutator, relax, relax_functions, tirx
-from ...passes.fusion import NODES
+from ...passes.fusion import NODES, SOURCES
 from ..common.call_sites import call_sites, constant_positions
 from ..common.fused import Unfusable, analyze
 from .sparse_weights import Constants, density_class
@@ -57,13 +57,13 @@ class _Mixed:
     known: dict[Any, int]
     classes: list[int]
 
-    def nodes(self, wanted: int) -> list[Any]:
-        """The source nodes of the calls of one class; of all calls where they cannot be told apart."""
-        nodes = list((self.func.attrs or {}).get(NODES, ()))
-        each, rest = divmod(len(nodes), len(self.classes))
+    def names(self, key: str, wanted: int) -> list[Any]:
+        """The source nodes or variables of the calls of one class; of all calls where they cannot be told apart. key: `NODES` or `SOURCES`."""
+        names = list((self.func.attrs or {}).get(key, ()))
+        each, rest = divmod(len(names), len(self.classes))
         if rest:
-            return nodes
-        return [node for index, node in enumerate(nodes) if self.classes[index // each] == wanted]
+            return names
+        return [name for index, name in enumerate(names) if self.classes[index // each] == wanted]
 
 
 @mutator
@@ -76,8 +76,8 @@ class _Split(relax.PyExprMutator):
     def apply(self) -> Any:
         for name, kernel in self.mixed.items():
             for wanted in sorted(set(kernel.classes)):
-                nodes = kernel.nodes(wanted)
-                func = kernel.func.with_attr(NODES, nodes) if nodes else kernel.func
+                names = {key: kernel.names(key, wanted) for key in (NODES, SOURCES)}
+                func = kernel.func.with_attrs({key: found for key, found in names.items() if found})
                 self.copies[name, wanted] = self.builder_.add_func(func, f"{name}_sparse{wanted}" if wanted else f"{name}_dense")
         for variable, function in relax_functions(self.module):
             self.builder_.update_func(variable, self.visit_expr(function))

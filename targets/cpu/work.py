@@ -8,6 +8,7 @@ from typing import Any
 
 from ...compiler.program import Program
 from ...compiler.roofline import Layer, bytes_of, default_size
+from ...passes.fusion import SOURCES
 from .lower import PACKED
 from .peak import bytes_per_second, operations_per_second
 
@@ -18,7 +19,7 @@ _NUMBERS = {"u8s8": "int8", "bf16": "bfloat16", "bf16x2": "bf16x2", "bf16x3": "b
 def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: Program, cores: int, sizes: Mapping[str, int]) -> None:
     """Put "flops", "bytes" and "limit_us" into the rows of kernels, all calls together.
 
-    layers: of the graph before it was lowered, whose arithmetic goes to the kernel that computes their node (to a template's rather than to a generic one). program: calls the
+    layers: of the graph before it was lowered, one for every variable, whose arithmetic goes to the kernel that computes it (to a template's rather than to a generic one). program: calls the
     scheduled kernels. A kernel that picks rows of a table moves those rows alone. The limit is the larger of the times that arithmetic and traffic take at this machine's measured rates with `cores`; caches can beat that of the traffic.
     """
     known = {name: default_size(bounds) for name, bounds in program.dims.items()} | dict(sizes)
@@ -28,9 +29,10 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
         if getattr(getattr(call, "op", None), "name", "") == "relax.call_tir":
             name = call.args[0].name_hint.removesuffix(PACKED)
             moved[name] = moved.get(name, 0) + sum(bytes_of(arg.ty, known) for arg in call.args[1].fields) + bytes_of(binding.var.ty, known)
+    sources = {variable.name_hint.removesuffix(PACKED): (func.attrs or {}).get(SOURCES, ()) for variable, func in program.module.functions_items()}
     owner: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row["template"] != "generic"):
-        owner |= dict.fromkeys(row["nodes"], row["kernel"])
+        owner |= dict.fromkeys(map(str, sources.get(row["kernel"], ())), row["kernel"])
     for row in rows:
         mine = [layer for layer in layers if owner.get(layer.name) == row["kernel"]]
         row["flops"], row["bytes"] = sum(layer.flops for layer in mine), moved.get(row["kernel"], 0)

@@ -14,14 +14,13 @@ from ...compiler.dialect.bitcast import NAME as BITCAST
 from ...compiler.dialect.opaque import NAME as HIDE_SHAPE
 from ...compiler.element_types import numpy_dtype
 from ...compiler.errors import Blocker, UnsupportedModel
-from ...compiler.program import Program
+from ...compiler.program import Program, node_of
 from ...compiler.tvm import Constant, relax, tirx
 from ...compiler.weights import DEVICE_ALIGNMENT
 from ...compiler.workspace import Lifetime, Workspace, aligned, plan, stacked
 from ...passes.fusion import NODES
 from ..base import Target
 from ..common.call_sites import call_sites, constant_positions
-from ..common.node_names import node_of
 from .kernel import Kernel, Packing, Plan, Unsupported, elements
 from .sizes import bind, simplified
 from .symbols import Symbols, dims_of

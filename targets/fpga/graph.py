@@ -74,7 +74,7 @@ class Walk:
             self.values[binding.var] = self._value(expr)
             return
         op = expr.op.name if isinstance(expr.op, tvm.ir.Op) else str(expr.op)
-        source = self._source(binding.var.name)
+        source = self.program.node(binding.var.name)
         operands = [self._value(arg) for arg in expr.args]
         self.values[binding.var] = None
         try:
@@ -85,13 +85,6 @@ class Walk:
             self.values[binding.var] = RULES[op](self, expr, operands, source)
         except Refused as error:
             self.blockers.append(Blocker(source, op, str(error)))
-
-    def _source(self, name: str) -> str:
-        """The model's node behind a variable; passes put numbers behind the name of the one that they replace."""
-        short = name
-        while short not in self.program.origins and short[-1:].isdigit():
-            short = short[:-1]
-        return self.program.origins.get(short, name)
 
     def _value(self, expr: Any) -> Any:
         if is_constant(expr):
