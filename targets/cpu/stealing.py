@@ -47,23 +47,22 @@ def _claimed(loop: Any, most: int) -> Any:
     known = static(extent)
     ranges = most if known is None else min(known, most)
     zero, one, count = tirx.const(0, kind), tirx.const(1, kind), tirx.const(ranges, kind)
-    claims, place = tirx.decl_buffer((ranges + 1,), "int32", "claims"), tirx.decl_buffer((1,), kind, "place")
-    first, step, within = tirx.Var("first", kind), tirx.Var("step", kind), tirx.Var("within", kind)
-    claim = tirx.call_extern("int32", _CLAIM, tirx.address_of(claims[place[0]]))
-    # read from memory, or TVM's simplifier would copy the expression into every use of the loop's variable
+    claims = tirx.decl_buffer((ranges + 1,), "int32", "claims")
+    first, step, place, within = (tirx.Var(name, kind) for name in ("first", "step", "place", "within"))
+    claim = tirx.call_extern("int32", _CLAIM, tirx.address_of(claims[place]))
     if known == ranges:
-        inner: Any = tirx.SeqStmt([tirx.Bind(loop.loop_var, loop.min + place[0]), loop.body])
+        inner: Any = tirx.SeqStmt([tirx.Bind(loop.loop_var, loop.min + place), loop.body])
     else:
-        begin, end = tirx.Var("begin", kind), tirx.floordiv((place[0] + one) * extent, count)
+        begin, end = tirx.Var("begin", kind), tirx.floordiv((place + one) * extent, count)
         work = tirx.SeqStmt([tirx.Bind(loop.loop_var, loop.min + begin + within), loop.body])
         inner = tirx.SeqStmt(
-            [tirx.Bind(begin, tirx.floordiv(place[0] * extent, count)), tirx.For(within, zero, end - begin, tirx.ForKind.SERIAL, work)]
+            [tirx.Bind(begin, tirx.floordiv(place * extent, count)), tirx.For(within, zero, end - begin, tirx.ForKind.SERIAL, work)]
         )
     free = tirx.const(0, "int32")
-    found = tirx.BufferStore(place, tirx.Select(first + step < count, first + step, first + step - count), [0])
+    found = tirx.Bind(place, tirx.Select(first + step < count, first + step, first + step - count))
     scan = tirx.For(step, zero, count, tirx.ForKind.SERIAL, tirx.SeqStmt([found, tirx.IfThenElse(claim == free, inner, None)]))
     over = tirx.BufferStore(claims, tirx.const(1, "int32"), [count])
-    turn = tirx.IfThenElse(claims[count] == free, tirx.SeqStmt([tirx.AllocBuffer(place), scan, over]), None)
+    turn = tirx.IfThenElse(claims[count] == free, tirx.SeqStmt([scan, over]), None)
     each = tirx.Var("each", kind)
     clear = tirx.For(each, zero, count + one, tirx.ForKind.SERIAL, tirx.BufferStore(claims, free, [each]))
     return tirx.SeqStmt([tirx.AllocBuffer(claims), clear, tirx.For(first, zero, count, tirx.ForKind.PARALLEL, turn)])
