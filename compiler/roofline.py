@@ -43,7 +43,8 @@ _MOVING = frozenset(
         *("reverse_sequence", "meshgrid", "layout_transform"),
     )
 )
-_GATHERS = frozenset("relax." + name for name in ("take", "gather_elements", "gather_nd", "index_tensor"))
+#: operators that read as much of their first operand as they make
+_PARTS = frozenset("relax." + name for name in ("take", "gather_elements", "gather_nd", "index_tensor", "strided_slice"))
 _OPERATIONS_OF_A_NORM = 5
 
 
@@ -64,11 +65,6 @@ class Layer:
     def intensity(self) -> float:
         """Operations per byte."""
         return self.flops / self.bytes if self.bytes else 0.0
-
-    @property
-    def picks(self) -> bool:
-        """An operand is read in parts that the data choose."""
-        return any("relax." + name in _GATHERS or name == grouped.NAME for name in self.operators)
 
 
 def default_size(bounds: DimRange) -> int:
@@ -118,7 +114,7 @@ def _layer(name: str, group: list[Any], maker: Mapping[Any, str], outside: set[A
             continue
         for position, operand in enumerate(_operands(call)):
             if maker.get(operand) != name:
-                taken = operator in _GATHERS and position == 0
+                taken = operator in _PARTS and position == 0
                 size = bytes_of(binding.var.ty if taken else operand.ty, known)
                 if operator == grouped.NAME and position == 1:
                     size = _of_owners(call, size, known)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..compiler.program import Program
-from ..compiler.tvm import mutator, relax, tvm
+from ..compiler.tvm import mutator, relax, tirx, tvm
 from .base import Pass, PassContext
 from .folding import fold_constants
 from .products import constant_value
@@ -200,10 +200,39 @@ def _fold_scale(self: _Peephole, call: Any) -> Any:
     return None
 
 
+def _slice(self: _Peephole, call: Any) -> Any:
+    """A slice along the axis of a concatenation, of the part that it lies in."""
+    concat = self._defining(call.args[0], "relax.concat")
+    if concat is None or call.ty.shape is None or not all(isinstance(arg, relax.Tuple) for arg in call.args[1:]):
+        return None
+    fields = self.lookup_binding(concat.args[0]) if isinstance(concat.args[0], relax.Var) else concat.args[0]
+    axes, begins, _, *strides = (list(arg.fields) for arg in call.args[1:])
+    rank = call.args[0].ty.ndim
+    axis = int(concat.attrs.axis) % rank
+    if not isinstance(fields, relax.Tuple) or len(axes) != 1 or int(axes[0]) % rank != axis or not isinstance(begins[0].ty, tvm.ir.PrimType):
+        return None
+    if any(not isinstance(stride, tirx.IntImm) or int(stride) != 1 for stride in (each[0] for each in strides)):
+        return None
+    analyzer, whole, length = tvm.sym.Analyzer(), call.args[0].ty.shape[axis], call.ty.shape[axis]
+    if not analyzer.can_prove(length >= 1):  # an empty one may begin anywhere
+        return None
+    first = begins[0] + whole if analyzer.can_prove(begins[0] < 0) else begins[0]
+    offset: Any = tirx.const(0, "int64")
+    for part in fields.fields:
+        size = part.ty.shape[axis]
+        begin = analyzer.simplify(first - offset)
+        if analyzer.can_prove(begin >= 0) and analyzer.can_prove(begin + length <= size):
+            self._count("slice_of_concat")
+            return part if analyzer.can_prove_equal(length, size) else relax.op.strided_slice(part, [axis], [begin], [begin + length])
+        offset = offset + size
+    return None
+
+
 _RULES: dict[str, Callable[[_Peephole, Any], Any]] = {
     **dict.fromkeys(_VIEWS, _view),
     "relax.permute_dims": _permute,
     "relax.astype": _cast,
+    "relax.strided_slice": _slice,
     "relax.add": _neutral(0.0),
     "relax.subtract": _neutral(0.0),
     "relax.multiply": _neutral(1.0),

@@ -23,6 +23,8 @@ from .rewriting import emit_as
 FORMATS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 #: operators that read the 16-bit copy of a tensor where there is one: they are computed within the kernel of a product
 JOINS = ("relax.add", "relax.subtract", "relax.multiply")
+#: queries that decoding has
+_FEW = 8
 #: the largest of rounded numbers is the largest one rounded
 MAXIMA = ("relax.nn.max_pool1d", "relax.nn.max_pool2d", "relax.nn.max_pool3d")
 FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
@@ -62,7 +64,11 @@ class Precision(Pass):
         if unknown := set(self.skip) - {site.name for site in graph.sites}:
             raise UsageError(f"precision: skip names no layer {', '.join(sorted(unknown))}; there are {', '.join(site.name for site in graph.sites)}")
         sites = [site for site in graph.sites if site.name not in self.skip]
-        attentions = [var for var, value in graph.bindings.items() if operator(value) == ATTENTION and _takes_words(value)]
+        attentions = [
+            var
+            for var, value in graph.bindings.items()
+            if operator(value) == ATTENTION and _takes_words(value) and not (context.target.kind == "cpu" and _read_once(graph, value))
+        ]
         codes = (
             [var for var, value in graph.bindings.items() if operator(value) == WEIGHT_ONLY and _in_words(value)]
             if context.target.kind == "cuda"
@@ -89,6 +95,21 @@ def _takes_words(call: Any) -> bool:
     q = call.args[0]
     depth = q.ty.shape[3]
     return str(q.ty.dtype) == "float32" and isinstance(depth, tirx.IntImm) and int(depth) % 2 == 0 and not attrs_of(call).received
+
+
+def _read_once(graph: Graph, call: Any) -> bool:
+    """Few queries over keys and values that are inputs of the program, or few as well: each is read once, so that rounding them would cost more than the attention."""
+    queries, keys = (call.args[place].ty.shape[attrs_of(call).layouts[place].index("S")] for place in (0, 1))
+    if not isinstance(queries, tirx.IntImm) or int(queries) > _FEW:
+        return False
+    return (isinstance(keys, tirx.IntImm) and int(keys) <= _FEW) or all(_is_input(graph, x) for x in call.args[1:3])
+
+
+def _is_input(graph: Graph, x: Any) -> bool:
+    """An input of the program, or a part of one."""
+    while (moved := graph.defining(x, *VIEWS, "relax.strided_slice", "relax.permute_dims")) is not None:
+        x = moved.args[0]
+    return isinstance(x, relax.Var) and x not in graph.bindings
 
 
 def _in_words(call: Any) -> bool:

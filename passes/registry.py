@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention.cache import CachedKeys
 from .attention.fuse import FuseAttention
 from .attention.prefix import SharedPrefix
 from .attention.quantized import QuantizedAttention
@@ -27,6 +28,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseAttention,
         QuantizedAttention,
         SharedPrefix,
+        CachedKeys,
         TokenPruning,
         Sparsify,
         Quantize,

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from cuda_models import compiled, emulation, program_of, run, templates
+from tcompile.compiler.compare import agree
 from tcompile.compiler.dialect.recurrent import FUNCTIONS, GATES, Activation, recurrent, reference, spell
 from tcompile.compiler.tvm import relax
 
@@ -62,7 +63,9 @@ def test_layers_of_awkward_sizes():
         with np.errstate(over="ignore"):
             exact = reference(**given, kind=kind, **attrs, operands=" ".join(list(given)[3:]))
         for want, ours in zip(exact, found, strict=False):
-            np.testing.assert_allclose(ours, want, 2e-5 if ours.dtype == np.float32 else 1e-12, 2e-5 if ours.dtype == np.float32 else 1e-12)
+            near = 2e-5 if ours.dtype == np.float32 else 1e-12  # of a layer's largest number: gates by softplus multiply what they are given
+            agreement = agree(ours, want.astype(ours.dtype), rtol=near, atol=near)
+            assert agreement.ok, (kind, attrs, agreement)
     assert set(templates(lowered)) == {"recurrent"}
 
 

@@ -45,7 +45,7 @@ def test_integer_network_is_near_the_float_one(name):
     assert difference["cosine"] > 0.999
 
 
-@pytest.mark.parametrize("name", ["cnn", "encoder"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder"])
 def test_rounded_programs_keep_their_levels(name):
     """A program that the quantize pass has rounded: the same weights and the same levels, bit for bit what its codes are."""
     compiled = tcompile.compile(

@@ -3,38 +3,24 @@
 Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes" (2024). With the queries of all sequences as rows of one, a prefix is read once:
 
     k = concat([broadcast(kp [1, Hk, P, D]), ks [B, Hk, T, D]], tokens), v likewise          attention(q [B, H, S, D], k, v)
-    = join(attention(q as [1, H, B S, D], kp, vp), attention(q, ks, vs))                     with the logarithms l of their sums of exponentials:
-    out = out_p + (out_s - out_p) w,   w = exp(l_s) / (exp(l_p) + exp(l_s)) = sigmoid(l_s - l_p)
+    = join(attention(q as [1, H, B S, D], kp, vp), attention(q, ks, vs))                     see `join`
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...compiler.dialect.attention import NAME, AttentionAttrs, AttentionDims, attention, attrs_of, dims_of
+from ...compiler.dialect.attention import NAME, AttentionAttrs, AttentionDims, attrs_of, dims_of
 from ...compiler.program import DimRange, Program
 from ...compiler.tvm import is_constant, relax, tirx
 from ..base import Pass, PassContext
-from .graph import Graph, is_unit, rebound, scalar, shape, swapped
+from .graph import Graph, is_unit, rebound, scalar, shape
+from .join import Parts, bytes_of_join, joined, pays
 from .match import Miss
-
-#: bytes of keys and values that have to be saved for each byte that the join reads and writes, and in all: what three kernels more take
-_GAIN, _LEAST = 2.0, 1 << 18
-
-
-@dataclass(frozen=True)
-class _Site:
-    """An attention: keys and values of the prefix [1, Hk, P, D], those behind it, the mask of the latter, and the length of the prefix."""
-
-    call: Any
-    prefix: tuple[Any, Any]
-    suffix: tuple[Any, Any]
-    mask: Any
-    length: int
 
 
 @dataclass(frozen=True)
@@ -59,10 +45,10 @@ class SharedPrefix(Pass):
         if not sites:
             return program
         context.matched(attention=len(sites))
-        return program.with_module(rebound(program.module, {var: partial(_joined, site) for var, site in sites.items()}))
+        return program.with_module(rebound(program.module, {var: partial(joined, site) for var, site in sites.items()}))
 
 
-def _site(graph: Graph, call: Any, program: Program) -> _Site | Miss | None:
+def _site(graph: Graph, call: Any, program: Program) -> Parts | Miss | None:
     attrs, parts = attrs_of(call), []
     for operand, layout in zip(call.args[1:3], attrs.layouts[1:3], strict=True):
         found = _parts(graph, operand, layout)
@@ -84,7 +70,7 @@ def _site(graph: Graph, call: Any, program: Program) -> _Site | Miss | None:
         return mask
     if not _pays(dims, int(length), program):
         return Miss("too short, or too few sequences, to be worth a join")
-    return _Site(call, (kp, vp), (ks, vs), mask, int(length))
+    return Parts(call, (kp, vp), (ks, vs), (None, mask), int(length), shared=True)
 
 
 def _parts(graph: Graph, operand: Any, layout: str) -> tuple[Any, Any] | None:
@@ -134,50 +120,16 @@ def _number(graph: Graph, expr: Any) -> float | None:
 
 
 def _pays(dims: AttentionDims, length: int, program: Program) -> bool:
-    """Keys and values of the prefix that are no longer read again and again, against results and sums that are written, read and joined."""
+    """Keys and values of the prefix that are no longer read again and again, against the join."""
     batch, heads, kv_heads, queries, depth, width = (
-        _expected(program, dim) for dim in (dims.batch, dims.heads, dims.kv_heads, dims.queries, dims.depth, dims.width)
+        expected(program, dim) for dim in (dims.batch, dims.heads, dims.kv_heads, dims.queries, dims.depth, dims.width)
     )
-    saved = 4 * (batch - 1) * kv_heads * length * (depth + width)
-    joined = 4 * batch * heads * queries * (2 * depth + 5 * width)
-    return saved > _GAIN * joined + _LEAST
+    return pays(4.0 * (batch - 1) * kv_heads * length * (depth + width), bytes_of_join(batch, heads, queries, depth, width))
 
 
-def _expected(program: Program, dim: Any) -> int:
+def expected(program: Program, dim: Any) -> int:
     """A size, of one that is open that which schedules are chosen for."""
     if isinstance(dim, tirx.IntImm):
         return int(dim)
     bounds = program.dims.get(getattr(dim, "name", ""), DimRange())
     return bounds.min if bounds.opt is None else bounds.opt
-
-
-def _joined(site: _Site, rewriter: Any) -> relax.Expr:
-    op, emit, attrs = relax.op, rewriter.builder_.emit, attrs_of(site.call)
-    q = rewriter.visit_expr(site.call.args[0])
-    dims = dims_of(*(shape(arg) or () for arg in site.call.args[:3]), attrs.layouts)
-    one, rows = tirx.const(1, "int64"), dims.batch * dims.queries
-    # with queries before heads, the sequences follow each other
-    by_token = q if attrs.layouts[0] == "BSHD" else swapped(emit, q)
-    folded = emit(op.reshape(by_token, [one, rows, dims.heads, dims.depth]))
-    plain = {**asdict(replace(attrs, causal=False, before=-1, after=-1)), "logsum": True}
-    layouts = attrs.layouts
-    first = emit(
-        attention(
-            folded, *map(rewriter.visit_expr, site.prefix), **{**plain, "fill": -float("inf"), "layout": ",".join(("BSHD", *layouts[1:3], "BSHD"))}
-        )
-    )
-    # the prefix is seen by all: nothing to see behind it is 0, not NaN
-    mask = None if site.mask is None else rewriter.visit_expr(site.mask)
-    ahead = attrs.window[1]
-    window = {} if ahead is None else {"causal": ahead == site.length, "after": ahead - site.length or -1}
-    own = {**plain, **window, "safe": True, "layout": ",".join((*layouts[:3], "BSHD"))}
-    second = emit(attention(q, *map(rewriter.visit_expr, site.suffix), mask, **own))
-    parts = [[emit(relax.TupleGetItem(pair, index)) for index in range(2)] for pair in (first, second)]
-    wanted = [dims.batch, dims.queries, dims.heads, dims.width]
-    before, behind = emit(op.reshape(parts[0][0], wanted)), parts[1][0]
-    # [1, H, B S] and [B, H, S] -> [B, S, H, 1]
-    log_before = emit(op.reshape(emit(op.permute_dims(parts[0][1], [0, 2, 1])), [*wanted[:3], one]))
-    log_behind = emit(op.expand_dims(emit(op.permute_dims(parts[1][1], [0, 2, 1])), -1))
-    share = emit(op.sigmoid(emit(op.subtract(log_behind, log_before))))
-    out: Any = emit(op.add(before, emit(op.multiply(emit(op.subtract(behind, before)), share))))
-    return out if layouts[3] == "BSHD" else swapped(emit, out)

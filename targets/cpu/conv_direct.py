@@ -36,7 +36,7 @@ from .conv_common import (
 )
 from .conv_cost import direct_features
 from .dot import dot_for
-from .emit import Accumulators, kernel, register_tiles, store_tile, tasks, with_columns
+from .emit import SUM_BLOCK, Accumulators, kernel, register_tiles, store_tile, tasks, with_columns
 from .prefetch import Ahead, Share, asking, panels_ahead, share
 from .short_sums import with_sums
 from .template import Kernel, Packing
@@ -180,7 +180,7 @@ class _Tile:
     def emit(self, run: TileRun | None, share: Share | None = None) -> None:
         """A tile whose padded taps are known: those of `run`, or none at all. share: of the requests for the next panel."""
         workload, self.share = self.workload, share
-        acc = self._start()
+        acc, total = self._start()
         everything = tuple(range(self.pixels))
         with T.serial(*self.taps) as kh:
             base = self._input_row(kh)
@@ -192,12 +192,14 @@ class _Tile:
                 else:
                     with T.serial(T.int64(count)) as tap:
                         self._tap(acc, kh, tap + T.int64(first), base, pixels)
-        self._finish(acc)
+            if total is not acc:
+                total.drain(acc)
+        self._finish(total)
 
     def emit_guarded(self) -> None:
         """A tile whose taps are tested at run time, per pixel where some of them fall on padding."""
         workload = self.workload
-        acc = self._start()
+        acc, total = self._start()
         everything = tuple(range(self.pixels))
         left = T.bind(self.ow * T.int64(workload.strides[1]) - T.int64(workload.padding[1]))
         with T.serial(*self.taps) as kh:
@@ -214,12 +216,20 @@ class _Tile:
                                 at = column + T.int64(i * workload.strides[1])
                                 with T.If(T.And(at >= T.int64(0), at < self.kernel.w)), T.Then():
                                     self._tap(acc, kh, tap, base, (i,))
-        self._finish(acc)
+            if total is not acc:
+                total.drain(acc)
+        self._finish(total)
 
-    def _start(self) -> Accumulators:
-        acc = Accumulators(self.pixels, self.nv, self.lanes, self.kernel.dot)
+    def _start(self) -> tuple[Accumulators, Accumulators]:
+        """Registers that products are added to, and those that hold the sums in the end: the same unless float32 would add more than `SUM_BLOCK` products one by one, rows of taps else."""
+        workload, dot = self.workload, self.kernel.dot
+        acc = Accumulators(self.pixels, self.nv, self.lanes, dot)
         acc.fill(self.kernel.first_sums(self.oh, self.ow))
-        return acc
+        if dot.grouped or workload.kh == 1 or workload.kh * workload.kw * workload.ci_group <= SUM_BLOCK:
+            return acc, acc
+        total = Accumulators(self.pixels, self.nv, self.lanes, dot)
+        total.fill()
+        return acc, total
 
     def _input_row(self, kh: Any) -> Any:
         """Offset of the first tap of pixel 0 in the input row that tap row kh reads; may point into the padding left of it."""

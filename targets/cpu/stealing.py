@@ -55,9 +55,7 @@ def _claimed(loop: Any, most: int) -> Any:
     else:
         begin, end = tirx.Var("begin", kind), tirx.floordiv((place + one) * extent, count)
         work = tirx.SeqStmt([tirx.Bind(loop.loop_var, loop.min + begin + within), loop.body])
-        inner = tirx.SeqStmt(
-            [tirx.Bind(begin, tirx.floordiv(place * extent, count)), tirx.For(within, zero, end - begin, tirx.ForKind.SERIAL, work)]
-        )
+        inner = tirx.SeqStmt([tirx.Bind(begin, tirx.floordiv(place * extent, count)), tirx.For(within, zero, end - begin, tirx.ForKind.SERIAL, work)])
     free = tirx.const(0, "int32")
     found = tirx.Bind(place, tirx.Select(first + step < count, first + step, first + step - count))
     scan = tirx.For(step, zero, count, tirx.ForKind.SERIAL, tirx.SeqStmt([found, tirx.IfThenElse(claim == free, inner, None)]))

@@ -20,7 +20,7 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
     """Put "flops", "bytes" and "limit_us" into the rows of kernels, all calls together.
 
     layers: of the graph before it was lowered, one for every variable, whose arithmetic goes to the kernel that computes it (to a template's rather than to a generic one). program: calls the
-    scheduled kernels. A kernel that picks rows of a table moves those rows alone. The limit is the larger of the times that arithmetic and traffic take at this machine's measured rates with `cores`; caches can beat that of the traffic.
+    scheduled kernels. A kernel that reads parts of a tensor moves those alone. The limit is the larger of the times that arithmetic and traffic take at this machine's measured rates with `cores`; caches can beat that of the traffic.
     """
     known = {name: default_size(bounds) for name, bounds in program.dims.items()} | dict(sizes)
     moved: dict[str, int] = {}
@@ -36,7 +36,7 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
     for row in rows:
         mine = [layer for layer in layers if owner.get(layer.name) == row["kernel"]]
         row["flops"], row["bytes"] = sum(layer.flops for layer in mine), moved.get(row["kernel"], 0)
-        if any(layer.picks for layer in mine):
+        if mine:  # operands of which a part is read
             row["bytes"] = min(row["bytes"], sum(layer.bytes for layer in mine))
         numbers = next((numbers for kind, numbers in _NUMBERS.items() if re.search(rf" {kind}\b", row["workload"])), "float32")
         seconds = max(row["flops"] / (operations_per_second(numbers) * cores), row["bytes"] / bytes_per_second())

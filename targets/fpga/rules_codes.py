@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .graph import Refused, Walk, linear, rule
-from .nodes import Function, Node, Quant, View, affine
+from .nodes import Function, Node, Quant, View, affine, clamp, joined
 
 #: kinds of nodes that round their results to levels of their own
 ROUNDING = ("input", "linear", "add", "average", "matmul", "function", "layer_norm")
@@ -60,6 +60,8 @@ def _pinned(view: View, source: str) -> View:
     if zero != round(zero) or not 0 <= zero <= 255:
         raise Refused(f"zero point {zero:g}; expected a level of 0..255")
     quant = Quant(scale, int(zero))
+    if not quant.zero and view.node.kind != "input":  # codes of no negative numbers stand for a ReLU that the pass took away
+        steps = list(joined(tuple(steps), clamp(0.0, np.inf)))
     node = View(view.node, view.index, tuple(steps)).settled()
     if node.kind not in ROUNDING or node.params.get("pinned") not in (None, quant):
         node = Node("function", [node], node.size, lambda x: x, source, {"function": affine(1.0, 0.0)})
