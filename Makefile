@@ -78,6 +78,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/quantized.py $(INT8) --threads 1,2 --batch 1,8 --docs docs/performance.md
 	$(BIN)/python benchmarks/attention.py --docs docs/performance.md
 	$(BIN)/python benchmarks/attention.py --queries 1 --docs docs/performance.md
+	$(BIN)/python benchmarks/decoding.py --docs docs/performance.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
