@@ -25,10 +25,10 @@ class Decoding(torch.nn.Module):
         return out if self.returned == "none" else (out, k if self.returned == "whole" else k[:, :, -q.shape[2] :])
 
 
-def inputs(batch=1, queries=1, cache=521, mask="none"):
+def inputs(batch=1, queries=1, cache=521, mask="none", heads=HEADS, kv=KV, depth=D):
     generator = torch.Generator().manual_seed(cache)
-    own = (batch, KV, queries, D)
-    shapes = [(batch, HEADS, queries, D), *[(2, batch, KV, cache, D)] * 2, own, own]
+    own = (batch, kv, queries, depth)
+    shapes = [(batch, heads, queries, depth), *[(2, batch, kv, cache, depth)] * 2, own, own]
     given = [torch.randn(shape, generator=generator) for shape in shapes]
     if mask == "added":
         given.append(torch.randn(batch, 1, queries, cache + queries, generator=generator))
@@ -63,6 +63,21 @@ def test_the_cache_is_read_in_place(mask, batch, queries):
     assert step["matches"] == {"attention": 1}
     assert [kernel["template"].startswith("attention") for kernel in model.report()["kernels"]].count(True) == 2
     assert model.report()["memory"]["workspace_bytes"] < given[1].nbytes / 2  # no copy of a layer's keys
+    check(model, module, given)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"heads": 7, "kv": 1, "depth": 20, "cache": 1021},
+        {"heads": 3, "kv": 3, "depth": 1, "cache": 16001},
+        {"heads": 5, "kv": 5, "depth": 80, "cache": 127, "queries": 8},
+    ],
+)
+def test_awkward_sizes(sizes):
+    given, module = inputs(**sizes), Decoding()
+    model, step = compiled(module, given)
+    assert step["matches"] == {"attention": 1}, step["notes"]
     check(model, module, given)
 
 
