@@ -29,10 +29,12 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
         if getattr(getattr(call, "op", None), "name", "") == "relax.call_tir":
             name = call.args[0].name_hint.removesuffix(PACKED)
             moved[name] = moved.get(name, 0) + sum(bytes_of(arg.ty, known) for arg in call.args[1].fields) + bytes_of(binding.var.ty, known)
-    sources = {variable.name_hint.removesuffix(PACKED): (func.attrs or {}).get(SOURCES, ()) for variable, func in program.module.functions_items()}
+    sources: dict[str, list[str]] = {}
+    for variable, func in program.module.functions_items():
+        sources[variable.name_hint.removesuffix(PACKED)] = [str(name) for name in (func.attrs or {}).get(SOURCES, ())]
     owner: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row["template"] != "generic"):
-        owner |= dict.fromkeys(map(str, sources.get(row["kernel"], ())), row["kernel"])
+        owner.update(dict.fromkeys(sources.get(row["kernel"], []), row["kernel"]))
     for row in rows:
         mine = [layer for layer in layers if owner.get(layer.name) == row["kernel"]]
         row["flops"], row["bytes"] = sum(layer.flops for layer in mine), moved.get(row["kernel"], 0)
