@@ -79,6 +79,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/attention.py --docs docs/performance.md
 	$(BIN)/python benchmarks/attention.py --queries 1 --docs docs/performance.md
 	$(BIN)/python benchmarks/decoding.py --docs docs/performance.md
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
