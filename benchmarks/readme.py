@@ -57,8 +57,8 @@ def figures(page: str) -> dict[tuple[str, str], dict[str, str]]:
     return found
 
 
-def shown(cell: dict[str, str], digits: int = 2) -> str:
-    return " / ".join(f"{float(cell[threads]):.{digits}f}" if threads in cell else "-" for threads in ("1", "2")) if cell else "-"
+def shown(cell: dict[str, str]) -> str:
+    return " / ".join(f"{float(cell[threads]):.2f}" if threads in cell else "-" for threads in ("1", "2")) if cell else "-"
 
 
 def main() -> None:

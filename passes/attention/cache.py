@@ -9,17 +9,16 @@ Decoding reads every key once a token, so a copy costs more than the attention: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...compiler.dialect.attention import NAME, attrs_of, dims_of
+from ...compiler.dialect.attention import attrs_of, dims_of
 from ...compiler.program import Program
 from ...compiler.tvm import is_constant, relax, tirx
 from ..base import Pass, PassContext
-from .graph import Graph, is_unit, rebound, shape
-from .join import Parts, bytes_of_join, joined, pays
+from .graph import Graph, is_unit, shape
+from .join import Parts, bytes_of_join, pays, rejoined
 from .match import Miss
 from .prefix import expected
 
@@ -36,20 +35,7 @@ class CachedKeys(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         if context.target.kind != "cpu":  # elsewhere attention does not read parts of larger tensors in place
             return program
-        graph, sites = Graph(program.main), {}
-        for binding in graph.bindings:
-            call = binding.value
-            if not isinstance(call, relax.Call) or graph.name(call) != NAME:
-                continue
-            found = _site(graph, binding.var, call, program)
-            if isinstance(found, Miss):
-                context.note(f"attention at '{program.node(binding.var.name)}' copies its cache: {found.reason}")
-            elif found is not None:
-                sites[binding.var] = partial(_split, found)
-        if not sites:
-            return program
-        context.matched(attention=len(sites))
-        return program.with_module(rebound(program.module, sites))
+        return rejoined(program, context, _site, "copies its cache")
 
 
 def _site(graph: Graph, var: Any, call: Any, program: Program) -> Parts | Miss | None:
@@ -75,7 +61,9 @@ def _site(graph: Graph, var: Any, call: Any, program: Program) -> Parts | Miss |
     if not pays(2 * 4.0 * batch * kv_heads * length * (depth + width), bytes_of_join(batch, heads, queries, depth, width)):
         return Miss("too short to be worth a join")
     mask = graph.root(call.args[3]) if len(call.args) == 4 else None
-    return Parts(call, (keys, values), (own_keys, own_values), (mask, mask), lengths[0], shared=False)
+    start, end = tirx.const(0, "int64"), (shape(call.args[1]) or ())[attrs.layouts[1].index("S")]
+    masks = (None, None) if mask is None else (_columns(mask, start, lengths[0]), _columns(mask, lengths[0], end))
+    return Parts(call, (keys, values), (own_keys, own_values), masks, lengths[0], shared=False)
 
 
 def _halves(graph: Graph, reader: Any, operand: Any, layout: str) -> tuple[Any, Any] | None:
@@ -88,14 +76,6 @@ def _halves(graph: Graph, reader: Any, operand: Any, layout: str) -> tuple[Any, 
         return None
     fields = graph.fields(concat.args[0])
     return (graph.root(fields[0]), graph.root(fields[1])) if len(fields) == 2 else None
-
-
-def _split(site: Parts, rewriter: Any) -> relax.Expr:
-    """`joined`, each part with its own columns of the mask."""
-    mask, length = site.masks[0], site.length
-    ends = [(tirx.const(0, "int64"), length), (length, length + (shape(site.second[0]) or ())[attrs_of(site.call).layouts[1].index("S")])]
-    masks = [None if mask is None else _columns(mask, *end) for end in ends]
-    return joined(Parts(site.call, site.first, site.second, (masks[0], masks[1]), length, shared=False), rewriter)
 
 
 def _columns(mask: Any, begin: Any, end: Any) -> Any:

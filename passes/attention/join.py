@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
-from ...compiler.dialect.attention import AttentionAttrs, attention, attrs_of, dims_of
+from ...compiler.dialect.attention import NAME, AttentionAttrs, attention, attrs_of, dims_of
+from ...compiler.program import Program
 from ...compiler.tvm import relax, tirx
-from .graph import is_unit, shape, swapped
+from ..base import PassContext
+from .graph import Graph, is_unit, rebound, shape, swapped
+from .match import Miss
 
 #: bytes that need not be read or written for each byte that the join does, and in all: what three kernels more take
 _GAIN, _LEAST = 2.0, 1 << 18
@@ -31,6 +35,24 @@ class Parts:
     masks: tuple[Any, Any]
     length: Any
     shared: bool
+
+
+def rejoined(program: Program, context: PassContext, find: Callable[[Graph, Any, Any, Program], Parts | Miss | None], kept: str) -> Program:
+    """The program with every attention in the parts that `find` (graph, variable, call, program) gives. kept: what one that is left does, for the notes."""
+    graph, sites = Graph(program.main), {}
+    for binding in graph.bindings:
+        call = binding.value
+        if not isinstance(call, relax.Call) or graph.name(call) != NAME:
+            continue
+        found = find(graph, binding.var, call, program)
+        if isinstance(found, Miss):
+            context.note(f"attention at '{program.node(binding.var.name)}' {kept}: {found.reason}")
+        elif found is not None:
+            sites[binding.var] = partial(joined, found)
+    if not sites:
+        return program
+    context.matched(attention=len(sites))
+    return program.with_module(rebound(program.module, sites))
 
 
 def pays(saved: float, written: float) -> bool:

@@ -9,17 +9,16 @@ Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes" 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...compiler.dialect.attention import NAME, AttentionAttrs, AttentionDims, attrs_of, dims_of
+from ...compiler.dialect.attention import AttentionAttrs, AttentionDims, attrs_of, dims_of
 from ...compiler.program import DimRange, Program
 from ...compiler.tvm import is_constant, relax, tirx
 from ..base import Pass, PassContext
-from .graph import Graph, is_unit, rebound, scalar, shape
-from .join import Parts, bytes_of_join, joined, pays
+from .graph import Graph, is_unit, scalar, shape
+from .join import Parts, bytes_of_join, pays, rejoined
 from .match import Miss
 
 
@@ -32,23 +31,10 @@ class SharedPrefix(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         if context.target.kind not in ("cpu", "cuda"):
             return program
-        graph, sites = Graph(program.main), {}
-        for binding in graph.bindings:
-            call = binding.value
-            if not isinstance(call, relax.Call) or graph.name(call) != NAME:
-                continue
-            found = _site(graph, call, program)
-            if isinstance(found, Miss):
-                context.note(f"attention at '{program.node(binding.var.name)}' copies its shared prefix: {found.reason}")
-            elif found is not None:
-                sites[binding.var] = found
-        if not sites:
-            return program
-        context.matched(attention=len(sites))
-        return program.with_module(rebound(program.module, {var: partial(joined, site) for var, site in sites.items()}))
+        return rejoined(program, context, _site, "copies its shared prefix")
 
 
-def _site(graph: Graph, call: Any, program: Program) -> Parts | Miss | None:
+def _site(graph: Graph, var: Any, call: Any, program: Program) -> Parts | Miss | None:
     attrs, parts = attrs_of(call), []
     for operand, layout in zip(call.args[1:3], attrs.layouts[1:3], strict=True):
         found = _parts(graph, operand, layout)
