@@ -36,7 +36,7 @@ class Precision(Pass):
 
     A tensor is rounded once, where it is made, and stored in 16 bits alone if only products read it, or convolutions and beside them sums and products by element: the shortcut of a residual block,
     large beside its weights, then moves half of the bytes. (The shortcuts of transformers stay in float32: those of BERT-base double the error and are small.) On a GPU, rounding goes for what is
-    multiplied by weights in few bits, too.
+    multiplied by weights in few bits, too. A CPU that multiplies float32 as fast rounds only the weights of matrix products, which take half of the memory; the rest gains nothing by it.
     format: "fp32" (nothing changes), "bf16" or, on a GPU, "fp16". skip: layers (node names) to leave in float32.
     """
 
@@ -63,11 +63,12 @@ class Precision(Pass):
         graph.sites = [site for site in graph.sites if not site.depthwise]
         if unknown := set(self.skip) - {site.name for site in graph.sites}:
             raise UsageError(f"precision: skip names no layer {', '.join(sorted(unknown))}; there are {', '.join(site.name for site in graph.sites)}")
-        sites = [site for site in graph.sites if site.name not in self.skip]
+        native = dtype in context.target.formats
+        sites = [site for site in graph.sites if site.name not in self.skip and (native or site.kind == "matmul")]
         attentions = [
             var
             for var, value in graph.bindings.items()
-            if operator(value) == ATTENTION and _takes_words(value) and not (context.target.kind == "cpu" and _read_once(graph, value))
+            if native and operator(value) == ATTENTION and _takes_words(value) and not (context.target.kind == "cpu" and _read_once(graph, value))
         ]
         codes = (
             [var for var, value in graph.bindings.items() if operator(value) == WEIGHT_ONLY and _in_words(value)]
@@ -75,19 +76,17 @@ class Precision(Pass):
             else []
         )
         groups = [var for var, value in graph.bindings.items() if operator(value) == GROUPED and is_constant(value.args[1]) and _in_words(value)]
+        if not native:
+            context.note(f"target {context.target.text} multiplies {dtype} no faster than float32: weights of matrix products alone are rounded")
         if not sites and not attentions and not codes and not groups:
-            context.note("neither a product by constant weights nor attention was found")
+            context.note("no product by constant weights" + (", and no attention," if native else "") + " was found")
             return program
-        if dtype not in context.target.formats:
-            context.note(
-                f"target {context.target.text} has no instruction for {dtype}: weights take half of the memory, products are computed in float32"
-            )
         context.matched(**{kind: sum(site.kind == kind for site in sites) for kind in ("matmul", "conv2d")}, attention=len(attentions))
         if codes:
             context.matched(weight_only=len(codes))
         if groups:
             context.matched(grouped_matmul=len(groups))
-        return _Rewriter(graph, sites, [*attentions, *codes, *groups], dtype).apply()
+        return _Rewriter(graph, sites, [*attentions, *codes, *groups], dtype, native).apply()
 
 
 def _takes_words(call: Any) -> bool:
@@ -120,11 +119,11 @@ def _in_words(call: Any) -> bool:
 
 @mutator
 class _Rewriter(relax.PyExprMutator):
-    """Products on rounded operands; an operand that several products read is rounded once."""
+    """Products on rounded operands, both or (where not `native`) the weights alone; an operand that several products read is rounded once."""
 
-    def __init__(self, graph: Graph, sites: list[Site], others: list[Any], dtype: str):
+    def __init__(self, graph: Graph, sites: list[Site], others: list[Any], dtype: str, native: bool):
         super().__init__(graph.program.module)
-        self.graph, self.others, self.dtype = graph, set(others), dtype
+        self.graph, self.others, self.dtype, self.native = graph, set(others), dtype, native
         self.sites = {site.var: site for site in sites}
         self.rounded: dict[Any, Any] = {}
         self.convolutions = {site.var for site in sites if site.kind == "conv2d"}
@@ -132,7 +131,7 @@ class _Rewriter(relax.PyExprMutator):
 
     def _stored_short(self, root: Any) -> bool:
         """Nobody reads more of a tensor than its 16-bit copy, so that the other one is not made."""
-        if self.graph.defining(root) is None:
+        if not self.native or self.graph.defining(root) is None:
             return False
         return all(reader in self.convolutions or operator(self.graph.bindings.get(reader)) in JOINS for reader in self.graph.all_readers(root))
 
@@ -148,7 +147,7 @@ class _Rewriter(relax.PyExprMutator):
         elif binding.var in self.others:
             call = binding.value
             attention = operator(call) == ATTENTION
-            rounded = 3 if attention else 1
+            rounded = 3 if attention else int(self.native)
             operands = [self._round(arg, binding.var.name) if place < rounded else self.visit_expr(arg) for place, arg in enumerate(call.args)]
             if operator(call) == GROUPED:
                 operands[1] = self._constant(call.args[1].value.numpy())
@@ -185,7 +184,7 @@ class _Rewriter(relax.PyExprMutator):
         return relax.const(np.ascontiguousarray(weight.astype(numpy_dtype(self.dtype))), self.dtype)
 
     def _product(self, site: Site, name: str) -> Any:
-        x, weight = self._round(site.x, name), self._constant(site.weight)
+        x, weight = self._round(site.x, name) if self.native else self.visit_expr(site.x), self._constant(site.weight)
         if site.kind == "matmul":
             return self.builder_.emit(relax.op.matmul(x, weight, out_dtype="float32"), name)
         attrs = site.call.attrs

@@ -28,6 +28,14 @@ def runnable() -> list[Any]:
     ]
 
 
+def multiplying(dtype: str) -> Any:
+    """The widest machine, if it multiplies such numbers faster than float32; else a parameter that is skipped."""
+    wide = widest()
+    if wide is not None and dtype in wide.formats:
+        return pytest.param(wide, id=wide.name)
+    return pytest.param(wide, id=dtype, marks=pytest.mark.skip(reason=f"this host has no instruction for {dtype} that tcompile would use"))
+
+
 @pytest.fixture(params=runnable(), autouse=True)
 def each_machine(request, monkeypatch):
     """For a module that imports it: every test runs with the module's TARGET set to each of these machines."""

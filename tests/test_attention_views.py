@@ -13,6 +13,7 @@ import tcompile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import multiplying
 from tcompile.compiler.tvm import relax
 from tcompile.targets.cpu.attention_views import find_view
 
@@ -127,11 +128,12 @@ def test_parts_of_one_product_are_read_in_place(kind, dynamic):
     assert len(kernels) == 2 or (kind, dynamic) == ("tail", True), kernels
 
 
-def test_parts_of_one_product_in_bfloat16():
+@pytest.mark.parametrize("target", [multiplying("bfloat16")])
+def test_parts_of_one_product_in_bfloat16(target):
     """The product's kernel stores bfloat16 once, for q, k and v."""
     torch.manual_seed(0)
     module, x = Block("vit").eval(), torch.randn(2, 37, 48)
-    compiled = tcompile.compile(module, example_inputs=(x,), precision="bf16")
+    compiled = tcompile.compile(module, example_inputs=(x,), precision="bf16", target=target)
     want = module(x).detach().numpy()
     assert 0 < np.abs(compiled(x) - want).max() < 0.02 * np.abs(want).max()
     workloads = [row["workload"] for row in compiled.report()["kernels"] if row["workload"]]

@@ -12,7 +12,7 @@ NAME = "tcompile.grouped_matmul"
 
 
 def grouped_matmul(x: relax.Expr, weight: relax.Expr, ends: relax.Expr) -> relax.Call:
-    """x: [S, K], weight: [E, K, N] of x's float type, ends: [E] int32 or int64 -> [S, N].
+    """x: [S, K], weight: [E, K, N] of x's float type (or of bfloat16 for float32), ends: [E] int32 or int64 -> [S, N].
 
     Row s is multiplied by weight[e] of the first e with s < ends[e]: where ends ascend, rows ends[e - 1] .. ends[e] - 1. Rows behind all ends are zeros. Ends may be any
     numbers, in any order: nothing is read or written out of bounds.
@@ -22,8 +22,11 @@ def grouped_matmul(x: relax.Expr, weight: relax.Expr, ends: relax.Expr) -> relax
 
 def _infer(builder: Any, call: Any) -> Any:
     x, weight, ends = (arg.ty for arg in call.args)
-    if (x.ndim, weight.ndim, ends.ndim) != (2, 3, 1) or x.dtype != weight.dtype or not str(x.dtype).startswith(("float", "bfloat")):
-        raise ValueError(f"{NAME}: expected x [S, K] and weight [E, K, N] of one float type and ends [E], got {x}, {weight}, {ends}")
+    alike = x.dtype == weight.dtype or (str(x.dtype), str(weight.dtype)) == ("float32", "bfloat16")
+    if (x.ndim, weight.ndim, ends.ndim) != (2, 3, 1) or not alike or not str(x.dtype).startswith(("float", "bfloat")):
+        raise ValueError(
+            f"{NAME}: expected x [S, K] and weight [E, K, N] of one float type, or float32 and bfloat16, and ends [E], got {x}, {weight}, {ends}"
+        )
     if str(ends.dtype) not in ("int32", "int64"):
         raise ValueError(f"{NAME}: expected ends in int32 or int64, got {ends}")
     prove = tvm.sym.Analyzer().can_prove_equal

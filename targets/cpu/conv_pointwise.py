@@ -12,7 +12,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload, conv_workload, vector_lanes
 from .dot import dot_for
-from .emit import Rows, kernel
+from .emit import Rows, kernel, streams
 from .gemm import Gemm, GemmWorkload, pack_gemm
 from .gemm_blocked import emitter
 from .gemm_emit import GemmOperands
@@ -53,7 +53,7 @@ class ConvPointwise:
             address = pixel_reader(workload, x, pixels)
             operands = GemmOperands([], pixels, T.int64(workload.ci), T.int64(workload.co), flat, address, buffers[w], True, dot)
             ahead, once = panels_ahead(packing.shape, buffers[w], dot, target), passed_once(buffers[w], target)
-            emitter(fused, buffers, schedule, operands, ahead, once).emit()
+            emitter(fused, buffers, schedule, operands, ahead, once, streams(fused, target)).emit()
         return Kernel(builder.get(), (packing,))
 
 

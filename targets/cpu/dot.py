@@ -39,7 +39,7 @@ class Dot:
     """One way to multiply and add.
 
     name: "f32", "vnni" (vpdpbusd: 4 products a lane), "madd" (vpmaddwd, vpaddd: 2 products of 16 bit), "wide" (the same of activations that were widened before, see widen.py), "pairs" (vpmaddubsw, vpmaddwd by ones, vpaddd: 4 products), "quads" (two
-    words, their vpmaddubsw added in 16 bits: 8 products), "bf16" (vdpbf16ps: 2 products a lane), "bf16fma" (the same by two multiply-adds), "bf16x2" or "bf16x3" (bfloat16 by tiles, see `terms`). group: consecutive k of a step.
+    words, their vpmaddubsw added in 16 bits: 8 products), "bf16" (vdpbf16ps: 2 products a lane), "bf16fma" (the same by two multiply-adds), "f32xbf16" (float32 by weights of bfloat16 that are widened in registers: tuples of two numbers), "bf16x2" or "bf16x3" (bfloat16 by tiles, see `terms`). group: consecutive k of a step.
     activation: element type of what is read. accumulator: type of a sum. instructions: what a step of one accumulator takes, in multiplications. weight_bytes: of one packed number.
     broadcast_loads: loads that a word of the activations costs. parts: words of 4 bytes of a step; where there are several, `read`, `broadcast` and `weights` give tuples. terms: bfloat16 numbers that add up to one operand,
     which is float32 in memory where there are several.
@@ -69,6 +69,16 @@ class Dot:
     def scratch(self) -> int:
         """Registers that a step takes beside sums, weights and a word of the activations: products, ones, and the second word."""
         return {"wide": 1, "pairs": 2, "quads": 4}.get(self.name, 0)
+
+    @property
+    def weight_registers(self) -> int:
+        """Registers that a step's weights take, of one vector of columns."""
+        return 2 if self.widens else self.parts
+
+    @property
+    def widens(self) -> bool:
+        """Weights are widened to float32, for float32."""
+        return self.name == "f32xbf16"
 
     @property
     def separate(self) -> bool:
@@ -103,7 +113,7 @@ class Dot:
 
     def min_lanes(self) -> int:
         """Fewest lanes of a vector: the instructions exist for 128 bits and more."""
-        return 1 if self.name in ("f32", "bf16fma") else 4
+        return 1 if self.name in ("f32", "bf16fma", "f32xbf16") else 4
 
     def words(self, k: int) -> int:
         """Words that hold k elements."""
@@ -114,6 +124,8 @@ class Dot:
         *lead, last = address(k)
         if not self.grouped:
             return x[(*lead, last)]
+        if self.widens:
+            return x[(*lead, last)], x[(*lead, last + 1)]
         size = self.group // self.parts
         words = tuple(
             T.reinterpret(self._word_read, x[(*lead, vector(last + T.int64(part * size) if part else last, size))]) for part in range(self.parts)
@@ -122,6 +134,8 @@ class Dot:
 
     def read_part(self, x: Any, address: Callable[[Any], tuple[Any, ...]], k: Any, count: int) -> Any:
         """The same of `count` < group elements from `address(k)`, nothing behind them read."""
+        if self.widens:
+            return x[address(k)], self.zero()
         kind, bits, size = self._word_read, self.activation_bits, self.group // self.parts
 
         def word(first: int) -> Any:
@@ -143,11 +157,13 @@ class Dot:
     def weights(self, row: Callable[[Any], Any], nr: int, v: int, lanes: int) -> Any:
         """Vector v of a step's packed weights, `row(place)` reading where a row of nr columns is packed."""
         words = tuple(T.bind(row(vector(T.int64(part * nr + v * lanes), lanes))) for part in range(self.parts))
+        if self.widens:
+            return _halves(words[0], lanes)
         return words if self.parts > 1 else words[0]
 
     def broadcast(self, word: Any, lanes: int) -> Any:
         """What `read` gave on every lane, as `multiply_add` takes it, in registers."""
-        if self.parts > 1:
+        if self.parts > 1 or self.widens:
             return tuple(T.bind(splat(part, lanes)) for part in word)
         if self.name == "madd":
             # pairs of bytes become pairs of 16 bit
@@ -161,11 +177,10 @@ class Dot:
         if self.name == "bf16":
             return T.call_pure_extern(_typed("float32", lanes), f"tcompile_dpbf16ps_{32 * lanes}", acc, a, b)
         kind, halves = _typed("int32", lanes), f"int16x{2 * lanes}"
-        if self.name == "bf16fma":
-            low, high = splat(T.int32(16), lanes), splat(T.int32(-65536), lanes)
-            floats = _typed("float32", lanes)
-            for half in (lambda word: word << low, lambda word: word & high):
-                acc = fma(T.reinterpret(floats, half(a)), T.reinterpret(floats, half(b)), acc, lanes)
+        if self.name in ("bf16fma", "f32xbf16"):
+            pairs = zip(a, b, strict=True) if self.widens else zip(_halves(a, lanes), _halves(b, lanes), strict=True)
+            for x, y in pairs:
+                acc = fma(x, y, acc, lanes)
             return acc
         octets = f"int8x{4 * lanes}"
         if self.name == "vnni":
@@ -250,6 +265,7 @@ BF16 = Dot("bf16", "bfloat16", "float32", 2, 1, 2)
 BF16X2 = Dot("bf16x2", "bfloat16", "float32", 2, 1, 2, terms=2)
 BF16X3 = Dot("bf16x3", "bfloat16", "float32", 2, 1, 2, terms=3)
 BF16_FMA = Dot("bf16fma", "bfloat16", "float32", 2, 2, 2, broadcast_loads=2.0)
+BF16_WEIGHTS = Dot("f32xbf16", "float32", "float32", 2, 2, 2)
 
 
 def has_vnni(target: Target) -> bool:
@@ -263,22 +279,32 @@ def integer_dot(target: Target, kind: str = "u8s8") -> Dot:
 
 
 def dot_kind(inputs: tuple[Any, ...], accumulator: Any) -> str:
-    """ "f32", "bf16" or "u8s8" for a core's two operands; raises Unfusable for other types."""
+    """ "f32", "bf16", "f32xbf16" or "u8s8" for a core's two operands; raises Unfusable for other types."""
     types = (*(str(buffer.ty.dtype) for buffer in inputs[:2]), str(accumulator.ty.dtype))
     if types == ("float32", "float32", "float32"):
         return "f32"
     if types == ("bfloat16", "bfloat16", "float32"):
         return "bf16"
+    if types == ("float32", "bfloat16", "float32"):
+        return BF16_WEIGHTS.name
     if types == ("uint8", "int8", "int32"):
         return "u8s8"
-    raise Unfusable(f"neither float32, bfloat16 -> float32 nor uint8 x int8 -> int32: {' x '.join(types[:2])} -> {types[2]}")
+    raise Unfusable(f"neither float32, bfloat16 -> float32, float32 x bfloat16 nor uint8 x int8 -> int32: {' x '.join(types[:2])} -> {types[2]}")
 
 
 def dot_for(kind: str, target: Target) -> Dot:
     """The dot product by which `target` computes a kind of `dot_kind`."""
     if kind == "bf16":
         return BF16 if "bfloat16" in target.formats else BF16_FMA
+    if kind == BF16_WEIGHTS.name:
+        return BF16_WEIGHTS
     return F32 if kind == "f32" else integer_dot(target, kind)
+
+
+def _halves(word: Any, lanes: int) -> tuple[Any, Any]:
+    """The two bfloat16 of every lane as vectors of float32, the one in the low bits first."""
+    floats, low, high = _typed("float32", lanes), splat(T.int32(16), lanes), splat(T.int32(-65536), lanes)
+    return T.reinterpret(floats, word << low), T.reinterpret(floats, word & high)
 
 
 def byte_pairs(a: Any, b: Any, lanes: int) -> Any:

@@ -13,6 +13,7 @@ from ..base import Target
 from ..common.fused import Fused, is_identity, loads, product, same_dims, static, variables_of
 from .dot import F32, Dot, splat, vector
 from .llvm_text import defining
+from .vectors import element_bits
 
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tcompile.scheduled": True}
@@ -92,18 +93,18 @@ def chunk_sizes(count: int, chunk: int, limit: int) -> Counter[int]:
 def register_tiles(target: Target, vectors: Sequence[int], available: int | None, dot: Dot = F32) -> list[tuple[int, int]]:
     """Shapes (rows, column vectors) of accumulator tiles that stay in registers beside one row of weights, a broadcast and what `dot` takes.
 
-    available: column vectors of the whole output, None when unknown. A single one is offered only where there are no two: it loads as much as it multiplies. With 32 registers and two float32
+    available: column vectors of the whole output, None when unknown. A single one is offered only where there are no two: it loads as much as it multiplies. With 32 registers and two
     multiply-adds in a cycle, two are offered only where there are no three: 13 x 2 loads 0.58 vectors a multiply-add and 8 x 3 loads 0.46, which takes 0.94 to 1.0 of the time where a core is
-    idle, and 0.86 to 0.93 where something else runs on it.
+    idle, and 0.86 to 0.93 where something else runs on it (`vpdpbusd`: 0.91 to 0.93).
     """
     registers = target.vector_registers
-    fewest = 3 if registers >= 32 and target.fma_per_cycle >= 2 and not dot.grouped else 2
+    fewest = 3 if registers >= 32 and target.fma_per_cycle >= 2 else 2
     found = []
     for nv in vectors:
         if available is not None and nv > available or nv < fewest and (available is None or nv < available):
             continue
         # with one vector LLVM loads every broadcast ahead of its use, so half the registers are theirs
-        most = min(registers - 4, registers - nv * dot.parts - 1 - dot.scratch) // nv if nv > 1 else registers // 2
+        most = min(registers - 4, registers - nv * dot.weight_registers - 1 - dot.scratch) // nv if nv > 1 else registers // 2
         found += [(mr, nv) for mr in range(1, min(most, 14) + 1)]
     return found
 
@@ -136,6 +137,16 @@ def streamed(fused: Fused) -> list[Any] | None:
             elif any(leading & variables_of(index) for index in load.indices):
                 return None
     return list(found)
+
+
+def streams(fused: Fused, target: Target) -> list[Any]:
+    """`streamed` where a residual is among it and all of it is more than the second-level cache holds: an epilogue waits for lines of rows that lie apart (`vpdpbusd`, 28 x 28 x 128 to 512, batch 8: 0.9 of the
+    time when a tile asks for its own before its products)."""
+    found = streamed(fused) or []
+    size = static(product(fused.output.shape))
+    return (
+        found if len(found) > 1 and size is not None and sum(size * element_bits(str(each.ty.dtype)) // 8 for each in found) > target.l2_bytes else []
+    )
 
 
 def with_columns(panel: Any, columns: int, nr: int, body: Callable[[int], None]) -> None:

@@ -7,7 +7,8 @@
                 acc[i][v] += A[io*mr + i, k] * panel[k][v]      # nv loads of B, mr broadcasts of A, mr * nv FMAs
             C = epilogue(acc)
 
-u8 x s8 -> int32 and bfloat16 -> float32 are the same nest over groups of k: K / 4 words of four codes, one `vpdpbusd` per accumulator and step (see dot.py).
+u8 x s8 -> int32 and bfloat16 -> float32 are the same nest over groups of k: K / 4 words of four codes, one `vpdpbusd` per accumulator and step (see dot.py). Weights of bfloat16 for float32 are
+words of two, which a register tile widens once a step.
 
 The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2; where K is too long for that, K goes by blocks (gemm_blocked.py).
 """
@@ -26,7 +27,7 @@ from ..base import Target
 from ..common.fused import Fused, Unfusable, product, static
 from .cache import conflict_bytes
 from .dot import Dot, dot_for, dot_kind
-from .emit import chunk_sizes, kernel
+from .emit import chunk_sizes, kernel, streams
 from .gemm_blocked import emitter
 from .gemm_emit import GemmOperands
 from .gemm_schedules import GemmSchedule, suited
@@ -86,12 +87,13 @@ class Gemm:
         wide, rest = divmod(n, nv * lanes)
         panels = wide + (rest > 0)
         # AVX512 reads a float and spreads it within the multiply-add; pairs of bytes are widened by a shuffle of its own
-        broadcast = dot.broadcast_loads if dot.grouped else 0.5 if target.vector_bits == 512 else 1.0
+        broadcast = dot.group * (0.5 if target.vector_bits == 512 else 1.0) if dot.activation == "float32" else dot.broadcast_loads
         for rows, count in tiles.items():
             for vectors, columns in ((nv, wide), (-(-rest // lanes), 1)):
                 if rows and vectors and count and columns:
                     steps = float(count * columns * words)
-                    busy = rows * vectors * dot.instructions / target.fma_per_cycle
+                    # widened words take as many ports as multiply-adds
+                    busy = vectors * (rows * dot.instructions + 2.0 * dot.widens) / target.fma_per_cycle
                     fma += steps * busy
                     load += steps * (rows * broadcast + vectors * dot.parts) / 2.0
                     latency += steps * max(4.0, busy)
@@ -131,7 +133,7 @@ class Gemm:
             weights = buffers[b] if workload.packed else T.decl_buffer((product(batch), *b.shape[-2:]), "float32", data=buffers[b].data)
             operands = GemmOperands(batch, rows, b.shape[-2], b.shape[-1], flat, lambda row: lambda k: (row, k), weights, workload.packed, dot)
             ahead, once = (panels_ahead(packings[0].shape, weights, dot, target), passed_once(weights, target)) if packings else (None, None)
-            emitter(fused, buffers, schedule, operands, ahead, once).emit()
+            emitter(fused, buffers, schedule, operands, ahead, once, streams(fused, target)).emit()
         return Kernel(builder.get(), packings)
 
 

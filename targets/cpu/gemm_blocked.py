@@ -14,7 +14,7 @@ multiplication" (2008), with sums beside the output, so that epilogues run on th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...compiler.tvm import T
@@ -27,14 +27,22 @@ from .prefetch import LINE, Ahead, Once, asking, lines_of, share
 
 
 def emitter(
-    fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands, ahead: Ahead | None, once: Once | None
+    fused: Fused,
+    buffers: dict[Any, Any],
+    schedule: GemmSchedule,
+    operands: GemmOperands,
+    ahead: Ahead | None,
+    once: Once | None,
+    streams: Sequence[Any],
 ) -> GemmEmitter:
-    """The emitter for a schedule; ahead, once: see `GemmEmitter`."""
-    return BlockedEmitter(fused, buffers, schedule, operands) if schedule.kc else GemmEmitter(fused, buffers, schedule, operands, ahead, once)
+    """The emitter for a schedule; ahead, once, streams: see `GemmEmitter`."""
+    if schedule.kc:
+        return BlockedEmitter(fused, buffers, schedule, operands)
+    return GemmEmitter(fused, buffers, schedule, operands, ahead, once, streams)
 
 
 class BlockedEmitter(GemmEmitter):
-    """See the module. Float32, constant weights, all sizes known."""
+    """See the module. Float32 (weights may be bfloat16, K is even then), constant weights, all sizes known."""
 
     def __init__(self, fused: Fused, buffers: dict[Any, Any], schedule: GemmSchedule, operands: GemmOperands):
         super().__init__(fused, buffers, schedule, operands)
@@ -45,9 +53,10 @@ class BlockedEmitter(GemmEmitter):
 
     def emit(self) -> None:
         m, k, n = self.sizes
-        lanes, kc, nc = self.schedule.lanes, self.schedule.kc, self.schedule.nc
+        lanes, nc = self.schedule.lanes, self.schedule.nc
+        steps, kc = self.dot.words(k), self.dot.words(self.schedule.kc)
         mc = min(self.schedule.mc or m, m)
-        panels, blocks = -(-n // self.nr), -(-k // kc)
+        panels, blocks = -(-n // self.nr), -(-steps // kc)
         groups = -(-panels // nc)
         self.lead = []
         with tasks(T.int64(-(-m // mc) * groups), m * k * n) as task:
@@ -59,14 +68,14 @@ class BlockedEmitter(GemmEmitter):
                 T.buffer_store(self.sums, splat(self.dot.zero(), lanes), [jo, row, vector(v * lanes, lanes)])
             with T.serial(T.int64(blocks - 1)) as ko:
                 self._block(ko, kc, last=False)
-            self._block(T.int64(blocks - 1), k - (blocks - 1) * kc, last=True)
+            self._block(T.int64(blocks - 1), steps - (blocks - 1) * kc, last=True)
 
     def _block(self, ko: Any, size: int, last: bool) -> None:
         """One block of K, of so many steps, for all panels and rows of the task."""
         self.ko, self.size, self.last = ko, size, last
         with T.serial(self.count) as self.jo:
             panel = T.bind(self.first + self.jo)
-            weights = self._panel(T.int64(0), panel)
+            weights = self._packed(panel, T.bind(ko * self.dot.words(self.schedule.kc)), size)
             with_columns(panel, self.sizes[2], self.nr, lambda columns: self._rows(T.int64(0), self.chunk, panel, weights, columns, None))
 
     def _next(self, jo: Any) -> Callable[[Any], None]:
@@ -74,17 +83,17 @@ class BlockedEmitter(GemmEmitter):
         more = self.jo + 1 < self.count
         panel = T.bind(jo + 1 if self.last else T.if_then_else(more, jo + 1, self.first))
         ko = T.bind(T.if_then_else(more, self.ko, T.int64(0) if self.last else self.ko + 1))
-        return lambda line: self.ahead(panel, ko * (self.schedule.kc * self.nr // LINE) + line)
+        return lambda line: self.ahead(panel, ko * (self.packing.words(self.schedule.kc) * self.nr // LINE) + line)
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes, nv = self.schedule.lanes, -(-columns // self.schedule.lanes)
-        start = T.bind(self.ko * self.schedule.kc)
-        acc = Accumulators(mr, nv, lanes)
+        start = T.bind(self.ko * self.dot.words(self.schedule.kc))
+        acc, group = Accumulators(mr, nv, lanes, self.dot), self.dot.group
         acc.fill()
         rows = [self.address(row + i) for i in range(mr)]
-        ahead, own = self._next(jo), None if self._turn is None else share(*self._turn, self.size, self.nr)
+        ahead, own = self._next(jo), None if self._turn is None else share(*self._turn, self.size, self._width)
         for k in asking(T.int64(self.size), own, ahead):
-            acc.multiply(range(mr), lambda i: self.dot.read(self.a, rows[i], start + k), [panel(start + k, v) for v in range(nv)])  # noqa: B023
+            acc.multiply(range(mr), lambda i: self.dot.read(self.a, rows[i], (start + k) * group), [panel(start + k, v) for v in range(nv)])  # noqa: B023
         local = T.bind(row - self.start)
 
         def place(i: int, v: int) -> tuple[Any, ...]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.tvm import T
 from ..common.fused import Fused, product, static
-from .dot import Dot, vector
+from .dot import F32, Dot, vector
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, store_tile, tasks, with_columns
-from .prefetch import Ahead, Once, Share, asking, share
+from .prefetch import Ahead, Once, Share, asking, prefetch, share
+from .vectors import element_bits
 
 if TYPE_CHECKING:
     from .gemm_schedules import GemmSchedule
+
+#: register tiles from which on weights are widened in memory
+_WIDENED_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,25 @@ class GemmEmitter:
         operands: GemmOperands,
         ahead: Ahead | None = None,
         once: Once | None = None,
+        streams: Sequence[Any] = (),
     ):
-        """ahead, once: prefetch of packed weights by several register tiles and by one, if they are worth it."""
+        """ahead, once: prefetch of packed weights by several register tiles and by one, if they are worth it. streams: what a tile asks for before its products, see `emit.streams`."""
         self._ahead: Any = ahead
         self._once: Any = once
         #: number of the register tile at hand and how many pass its panel (None: not known), where it asks for weights
         self._turn: tuple[Any, int | None] | None = None
         self.fused, self.schedule, self.packed = fused, schedule, operands.packed
-        self.k, self.n, self.a, self.b, self.dot = operands.k, operands.n, operands.a, operands.b, operands.dot
+        self.k, self.n, self.a, self.b = operands.k, operands.n, operands.a, operands.b
         self.address = operands.address
         self.batch, self.m = product(operands.batch), product(operands.rows)
+        rows = static(self.m)
+        #: weights that enough register tiles read are widened once for all, to a panel in float32
+        self.widened = operands.dot.widens and rows is not None and min(rows, schedule.mc or rows) >= _WIDENED_ONCE * schedule.mr
+        self.packing, self.dot = operands.dot, F32 if self.widened else operands.dot
         self.batch_dims, row_dims = operands.batch, operands.rows
         flat, self.buffers = flat_rows(fused, buffers)
         self.flat = self.buffers is not buffers
+        self.streams = streams if self.flat else ()
         self.rows = Rows(flat if self.flat else row_dims)
         self.nr = schedule.nv * schedule.lanes
 
@@ -84,7 +94,7 @@ class GemmEmitter:
         """A function (k, v) -> vector of B in registers; a run-time B is first copied into a contiguous, zero-filled panel."""
         lanes = self.schedule.lanes
         if self.packed:
-            return lambda k, v: self.dot.weights(lambda place: self.b[jo, k, place], self.nr, v, lanes)
+            return self._packed(jo, T.int64(0), static(self.k) or 0)
         panel = T.alloc_buffer((self.k, T.int64(self.nr)), "float32")
         column = T.bind(jo * T.int64(self.nr))
         n = static(self.n)
@@ -109,6 +119,20 @@ class GemmEmitter:
                 with T.Else():
                     guarded()
         return lambda k, v: self.dot.weights(lambda place: panel[k, place], self.nr, v, lanes)
+
+    def _packed(self, jo: Any, start: Any, count: int) -> Any:
+        """A function (step of K, v) -> vector of packed B in registers, or of a panel to which `count` rows of it from `start` on are widened."""
+        lanes, group = self.schedule.lanes, self.packing.group
+        packed = lambda k, v: self.packing.weights(lambda place: self.b[jo, k, place], self.nr, v, lanes)  # noqa: E731
+        if not self.widened:
+            return packed
+        words, first = self.packing.words(count), T.floordiv(start, T.int64(group))
+        panel = T.alloc_buffer((T.int64(group * words), T.int64(self.nr)), "float32")
+        with T.serial(T.int64(words)) as word:
+            for v in range(self.schedule.nv):
+                for place, half in enumerate(packed(first + word, v)):
+                    T.buffer_store(panel, half, [word * group + place, vector(T.int64(v * lanes), lanes)])
+        return lambda k, v: panel[k - start, vector(T.int64(v * lanes), lanes)]
 
     def _rows(self, batch: Any, chunk: Any, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """All register tiles of one chunk of rows against one panel."""
@@ -164,6 +188,11 @@ class GemmEmitter:
                 self._turn = None
 
     @property
+    def _width(self) -> int:
+        """Packed words of a step of K."""
+        return self.nr // (self.packing.group if self.widened else 1)
+
+    @property
     def _alone(self) -> bool:
         """Whether no other register tile passes the panel at hand."""
         return self._turn is not None and self._turn[1] == 1
@@ -171,7 +200,7 @@ class GemmEmitter:
     def _sharing(self) -> Share | None:
         """What the register tile at hand asks for of the next panel."""
         known = static(self.k)
-        return None if self._turn is None or self._ahead is None or known is None else share(*self._turn, self.dot.words(known), self.nr)
+        return None if self._turn is None or self._ahead is None or known is None else share(*self._turn, self.dot.words(known), self._width)
 
     def _ks(self, jo: Any, start: Any, count: Any) -> Iterator[Any]:
         """Emits the loop over `count` k from `start`: yields k where its body belongs."""
@@ -184,12 +213,22 @@ class GemmEmitter:
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes = self.schedule.lanes
+        self._expect(T.bind(batch * self.m + row), mr, jo, columns)
         first, acc = self._products(batch, row, mr, jo, panel, -(-columns // lanes))
 
         def lead(i: Any) -> list[Any]:
             return self.rows.indices(first + i) if self.flat else self.lead + self.rows.indices(row + i)
 
         store_tile(self.fused, self.buffers, acc, lead, lambda v: jo * self.nr + v * lanes, columns, limit)
+
+    def _expect(self, first: Any, mr: int, jo: Any, columns: int) -> None:
+        """Asks for what the epilogue of a tile reads and writes of the output's size."""
+        for buffer in self.streams:
+            line = 512 // element_bits(str(buffer.ty.dtype))
+            for i in range(mr):
+                lead = self.rows.indices(first + i)
+                for place in range(0, columns, line):
+                    prefetch(self.buffers[buffer][(*lead, jo * self.nr + place)], level=1)
 
     def _first_sums(self, row: Any) -> Callable[[int, int], Any] | None:
         """What the sums of a tile from `row` on begin with, zeros by default."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..base import Target
-from .dot import dot_for
+from .dot import BF16_WEIGHTS, dot_for
 from .emit import SUM_BLOCK, register_tiles
 
 if TYPE_CHECKING:
@@ -67,11 +67,13 @@ def suited(workload: GemmWorkload, target: Target) -> list[GemmSchedule]:
     found = every(workload, target)
     m, k, n = workload.m, workload.k, workload.n
     far = target.vector_bits >= 512 and target.fma_per_cycle >= 2
-    if m is None or k is None or n is None or not workload.packed or workload.kind != "f32" or not far:
+    if m is None or k is None or n is None or not workload.packed or workload.kind not in ("f32", BF16_WEIGHTS.name) or not far:
         return found
     tiles = [schedule for schedule in found if schedule.mc == 0]
     large = [tile for tile in tiles if tile.mr * tile.nv >= _SUMS] if m > _FEWEST else []
-    return [schedule for tile in large or tiles if (schedule := _chunked(tile, m, k, n, target)) is not None] or found
+    chosen = [schedule for tile in large or tiles if (schedule := _chunked(tile, m, k, n, target)) is not None]
+    # blocks of K end with whole words
+    return [schedule for schedule in chosen if not schedule.kc or k % dot_for(workload.kind, target).group == 0] or found
 
 
 def _chunked(tile: GemmSchedule, m: int, k: int, n: int, target: Target) -> GemmSchedule | None:

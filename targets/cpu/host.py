@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...compiler.errors import ToolchainError
 from ..base import Target
+from .machines import formats
 
 #: /proc/cpuinfo flag -> LLVM feature, for all features that kernels ask for by name or that LLVM uses of its own accord in arithmetic and shuffles
 FLAGS = {
@@ -111,7 +112,6 @@ def host() -> Target:
             "this CPU lacks AVX2 and FMA, the least that tcompile's CPU kernels need; name another machine with --target cpu:NAME to cross compile"
         )
     wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features
-    formats = {"float32"} | ({"int8"} if features & {"avx512vnni", "avxvnni"} else set()) | ({"bfloat16"} if "avx512bf16" in features else set())
     model = tvm.target.codegen.llvm_get_system_cpu()
     double_pumped = model == "znver4"  # executes a 512-bit FMA in two halves
     return Target(
@@ -127,6 +127,6 @@ def host() -> Target:
         l3_bytes=_cache_bytes(3, 16 * 1024 * 1024),
         frequency_ghz=round(float(cpuinfo().get("cpu MHz", "2500")) / 1000, 1),
         fma_per_cycle=1.0 if wide and double_pumped else 2.0,
-        formats=frozenset(formats),
+        formats=formats(features, model),
         disabled=tuple(missing_features()),
     )

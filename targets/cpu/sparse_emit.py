@@ -60,7 +60,7 @@ def sparse_workload(fused: Fused, constants: frozenset[int]) -> SparseWorkload:
     if len(b.shape) != 2 or position not in constants or not isinstance(constants, Constants):
         raise Unfusable("no constant weight")
     kind = dot_kind(fused.inputs, fused.accumulator)
-    if kind == "bf16":
+    if kind not in ("f32", "u8s8"):
         raise Unfusable("sparse weights in bfloat16")
     weights = constants.values[position]
     if not all(density_class(weight) for weight in weights):
