@@ -14,8 +14,8 @@ class Target:
 
     kind: "cpu" | "cuda" | "fpga". name: the model name after the colon ("haswell", "sm_90a"). features: ISA features in LLVM's spelling ("avx2",
     "fma", "avx512f", "avx512vnni"). cache sizes are bytes per core (L3: shared). frequency_ghz and fma_per_cycle (vector FMAs issued per core and
-    cycle) give peak rates; bandwidth_gbs is DRAM bandwidth of one core. formats: number formats with native
-    arithmetic, and ways to compute in them that were asked for ("bf16x3"). disabled: features of `mcpu` that this machine lacks all the same. On a GPU cores are its multiprocessors, bandwidth is the whole card's, and
+    cycle) give peak rates; bandwidth_gbs is DRAM bandwidth of one core. formats: number formats that products
+    gain by (that a machine has an instruction for them is not enough), and ways to compute in them that were asked for ("bf16x3"). disabled: features of `mcpu` that this machine lacks all the same. On a GPU cores are its multiprocessors, bandwidth is the whole card's, and
     shared_bytes is the most shared memory that one block may have.
     """
 
