@@ -150,7 +150,8 @@ def test_zeros_in_a_model_are_used(tmp_path):
     for kernel in report["kernels"]:
         calls[kernel["template"]] = calls.get(kernel["template"], 0) + kernel["calls"]
     assert calls == {"gemm": 2, "gemm_columns": 1, "gemm_blocks": 1}
-    assert report["weights_bytes"] < 4 * k * k * (1 + 0.2 + 0.25 + 1) + 8192
+    padded = 288  # of the two dense ones, columns in whole panels of 48, the widest that fit badly
+    assert report["weights_bytes"] < 4 * k * (2 * padded + (0.2 + 0.25) * k) + 8192
     x = RNG.standard_normal((128, k)).astype("float32")
     want = x.astype("float64")
     for w in weights:
