@@ -23,6 +23,7 @@ from tcompile.targets.cpu.gemm import Gemm
 from tcompile.targets.cpu.gemm_schedules import GemmSchedule
 from tcompile.targets.cpu.generic import schedule
 from tcompile.targets.cpu.lower import tvm_target
+from tcompile.targets.cpu.machines import MACHINES, formats
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 from test_cpu_conv import Case, reference, schedules, template_for
 
@@ -189,6 +190,14 @@ def test_the_cast_rounds_to_even_and_keeps_nan(target):
     # the instruction takes denormal numbers for zeros
     flushed = native & (np.abs(array) < np.finfo(np.float32).tiny) & (result == 0)
     np.testing.assert_array_equal(result[~flushed], exact[~flushed])
+
+
+def test_bfloat16_is_a_format_of_machines_that_multiply_it_faster():
+    intel = MACHINES["sapphirerapids"]
+    without_tiles = frozenset(feature for feature in intel.features if not feature.startswith("amx"))
+    assert "bfloat16" in intel.formats and "bfloat16" in MACHINES["znver4"].formats
+    assert "bfloat16" not in formats(without_tiles, "sapphirerapids") | formats(without_tiles, "emeraldrapids") | MACHINES["haswell"].formats
+    assert formats(without_tiles, "znver5") == {"float32", "int8", "bfloat16"}
 
 
 class Layers(torch.nn.Module):

@@ -8,7 +8,7 @@
             C = epilogue(acc)
 
 u8 x s8 -> int32 and bfloat16 -> float32 are the same nest over groups of k: K / 4 words of four codes, one `vpdpbusd` per accumulator and step (see dot.py). Weights of bfloat16 for float32 are
-words of two, which a register tile widens once a step.
+words of two, which a register tile widens once a step, or, where there are tiles enough, a task once for all of them.
 
 The tile stays in registers, the panel of B in L1/L2, the mc rows of A in L2; where K is too long for that, K goes by blocks (gemm_blocked.py).
 """
