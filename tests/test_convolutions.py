@@ -120,6 +120,8 @@ def test_what_is_behind_fuses_in_every_precision(options: dict[str, Any], kind: 
     want = net(x).detach().numpy()
     assert np.linalg.norm(model(x.numpy()) - want) < tolerance * np.linalg.norm(want)
     kernels = [kernel for kernel in model.report()["kernels"] if kernel["template"] != "generic"]
+    kind = "" if kind == "bf16" and "bfloat16" not in CPU.formats else kind  # convolutions stay in float32 where that is as fast
+    assert kind or not any("bf16" in kernel["workload"] for kernel in kernels)
     depthwise = "" if kind == "bf16" else kind  # one product per lane gains nothing from words of two
     assert len(kernels) == 4 and all((depthwise if "groups 8" in kernel["workload"] else kind) in kernel["workload"] for kernel in kernels)
     functions = ("relu", "tir_sigmoid", "silu", "tir_exp")
