@@ -29,8 +29,7 @@ from .amx import ROWS, Tiles
 from .amx_schedules import PAIRS, AmxSchedule
 from .dot import Dot
 from .emit import Rows, flat_rows, i64, store_row, streamed, tasks, when, with_columns
-from .prefetch import prefetch, soon
-from .vectors import element_bits
+from .prefetch import expect, prefetch, soon
 
 #: bytes of weights that stay in a first-level cache of 48 KiB beside what a block reads and writes
 NEAR = 1 << 15
@@ -99,7 +98,7 @@ class AmxEmitter:
             flat, self.buffers = flat_rows(fused, buffers)
             dims = flat if self.buffers is not buffers else rows
         self.rows = Rows(dims)
-        self.streams = (streamed(fused) or []) if self.buffers is not buffers else []
+        self.streams = [self.buffers[buffer] for buffer in streamed(fused) or []] if self.buffers is not buffers else []
         self.tiles, self.height, self.nr = schedule.tiles, ROWS * schedule.tiles.rows, ROWS * schedule.tiles.columns
         self.steps = amx.steps(k, dot)
         self.once = soon(weights)
@@ -264,12 +263,8 @@ class AmxEmitter:
         """Asks for `count` rows of the output from `first` on, and of what its epilogue reads of the same size: the block's turn is next, and stores that miss the second-level cache would hold up the products
         behind it."""
         row_of = T.bind(self.first + block.number * T.int64(self.height) + first)
-        for each in range(count if self.streams else 0):
-            lead = self.rows.indices(row_of + each)
-            for buffer in self.streams:
-                line = 8 * amx.ROW_BYTES // element_bits(str(buffer.ty.dtype))
-                for place in range(0, self.nr, line):
-                    prefetch(self.buffers[buffer][(*lead, block.panel * self.nr + place)], level=2)
+        if self.streams:
+            expect(self.streams, (self.rows.indices(row_of + each) for each in range(count)), block.panel * self.nr, self.nr, level=2)
 
     def _start(self, block: _Block) -> Any:
         return block.place * T.int64(self.height * self.nr)

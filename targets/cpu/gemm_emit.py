@@ -10,8 +10,7 @@ from ...compiler.tvm import T
 from ..common.fused import Fused, product, static
 from .dot import F32, Dot, vector
 from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, store_tile, tasks, with_columns
-from .prefetch import Ahead, Once, Share, asking, prefetch, share
-from .vectors import element_bits
+from .prefetch import Ahead, Once, Share, asking, expect, share
 
 if TYPE_CHECKING:
     from .gemm_schedules import GemmSchedule
@@ -64,7 +63,7 @@ class GemmEmitter:
         self.batch_dims, row_dims = operands.batch, operands.rows
         flat, self.buffers = flat_rows(fused, buffers)
         self.flat = self.buffers is not buffers
-        self.streams = streams if self.flat else ()
+        self.streams = [self.buffers[buffer] for buffer in streams] if self.flat else []
         self.rows = Rows(flat if self.flat else row_dims)
         self.nr = schedule.nv * schedule.lanes
 
@@ -213,22 +212,15 @@ class GemmEmitter:
 
     def _tile(self, batch: Any, row: Any, mr: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         lanes = self.schedule.lanes
-        self._expect(T.bind(batch * self.m + row), mr, jo, columns)
+        if self.streams:
+            start = T.bind(batch * self.m + row)
+            expect(self.streams, (self.rows.indices(start + i) for i in range(mr)), jo * self.nr, columns, level=1)
         first, acc = self._products(batch, row, mr, jo, panel, -(-columns // lanes))
 
         def lead(i: Any) -> list[Any]:
             return self.rows.indices(first + i) if self.flat else self.lead + self.rows.indices(row + i)
 
         store_tile(self.fused, self.buffers, acc, lead, lambda v: jo * self.nr + v * lanes, columns, limit)
-
-    def _expect(self, first: Any, mr: int, jo: Any, columns: int) -> None:
-        """Asks for what the epilogue of a tile reads and writes of the output's size."""
-        for buffer in self.streams:
-            line = 512 // element_bits(str(buffer.ty.dtype))
-            for i in range(mr):
-                lead = self.rows.indices(first + i)
-                for place in range(0, columns, line):
-                    prefetch(self.buffers[buffer][(*lead, jo * self.nr + place)], level=1)
 
     def _first_sums(self, row: Any) -> Callable[[int, int], Any] | None:
         """What the sums of a tile from `row` on begin with, zeros by default."""

@@ -7,7 +7,7 @@ every page, so that the first register tile of each panel waits for memory. Here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ...autotune.tir_features import PREFETCH
@@ -39,6 +39,14 @@ def prefetch(element: Any, level: int = 1) -> None:
     # read, locality, data
     arguments = T.address_of(element), T.int32(0), T.int32(4 - level), T.int32(1)
     T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id("llvm.prefetch"), *arguments))
+
+
+def expect(buffers: Sequence[Any], leads: Iterable[Sequence[Any]], column: Any, columns: int, level: int) -> None:
+    """Ask for rows of buffers of one shape, each from `column` on, to be in the cache of this level when an epilogue comes to them. leads: a row's indices but the last."""
+    for lead in leads:
+        for buffer in buffers:
+            for place in range(0, columns, 32 * LINE // element_bits(str(buffer.dtype))):
+                prefetch(buffer[(*lead, column + place)], level)
 
 
 def panels_ahead(shape: Sequence[int], weights: Any, dot: Dot, target: Target) -> Ahead | None:
