@@ -148,7 +148,7 @@ def main() -> None:
                 print(line(rows[-1], rivals), flush=True)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        name = f"networks_{options.precision}_{vectors().lower()}.json"
+        name = f"networks_{options.precision}_{vectors().lower().replace(' ', '_')}.json"
         (options.output / name).write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     if options.docs:
         update(options.docs, f"networks {options.precision}, {vectors()}", "networks.py", facts, table(rows, rivals))
