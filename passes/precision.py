@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..compiler.dialect.attention import NAME as ATTENTION
-from ..compiler.dialect.attention import attrs_of
+from ..compiler.dialect.attention import are_few, attrs_of
 from ..compiler.dialect.grouped import NAME as GROUPED
 from ..compiler.dialect.weight_only import NAME as WEIGHT_ONLY
 from ..compiler.element_types import numpy_dtype
@@ -23,8 +23,6 @@ from .rewriting import emit_as
 FORMATS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 #: operators that read the 16-bit copy of a tensor where there is one: they are computed within the kernel of a product
 JOINS = ("relax.add", "relax.subtract", "relax.multiply")
-#: queries that decoding has
-_FEW = 8
 #: the largest of rounded numbers is the largest one rounded
 MAXIMA = ("relax.nn.max_pool1d", "relax.nn.max_pool2d", "relax.nn.max_pool3d")
 FOR_TARGETS = {"cpu": ("fp32", "bf16"), "cuda": tuple(FORMATS)}
@@ -99,9 +97,7 @@ def _takes_words(call: Any) -> bool:
 def _read_once(graph: Graph, call: Any) -> bool:
     """Few queries over keys and values that are inputs of the program, or few as well: each is read once, so that rounding them would cost more than the attention."""
     queries, keys = (call.args[place].ty.shape[attrs_of(call).layouts[place].index("S")] for place in (0, 1))
-    if not isinstance(queries, tirx.IntImm) or int(queries) > _FEW:
-        return False
-    return (isinstance(keys, tirx.IntImm) and int(keys) <= _FEW) or all(_is_input(graph, x) for x in call.args[1:3])
+    return are_few(queries) and (are_few(keys) or all(_is_input(graph, x) for x in call.args[1:3]))
 
 
 def _is_input(graph: Graph, x: Any) -> bool:

@@ -83,6 +83,10 @@ def attrs_of(call: relax.Call) -> AttentionAttrs:
     return AttentionAttrs(**{name: type(default)(call.attrs[name]) for name, default in asdict(AttentionAttrs()).items()})  # pyright: ignore[reportOptionalSubscript]
 
 
+#: most queries of decoding, a token's or a few: of them each key is read for so few products that memory is the limit
+FEW_QUERIES = 8
+
+
 @dataclass(frozen=True)
 class AttentionDims:
     """Sizes of an attention; expressions where they are symbolic."""
@@ -100,6 +104,11 @@ def dims_of(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any], layouts: Seque
     """Sizes from the shapes of q, k and v and their layouts."""
     q, k, v = (dims if layout == "BHSD" else [dims[axis] for axis in SWAPPED] for dims, layout in zip((q, k, v), layouts, strict=False))
     return AttentionDims(q[0], q[1], k[1], q[2], k[2], q[3], v[3])
+
+
+def are_few(queries: Any) -> bool:
+    """Whether a number of queries is known and that of decoding."""
+    return isinstance(queries, tirx.IntImm) and int(queries) <= FEW_QUERIES
 
 
 def _infer(builder: Any, call: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...compiler.dialect.attention import attrs_of, dims_of
+from ...compiler.dialect.attention import are_few, attrs_of, dims_of
 from ...compiler.program import Program
 from ...compiler.tvm import is_constant, relax, tirx
 from ..base import Pass, PassContext
@@ -21,9 +21,6 @@ from .graph import Graph, is_unit, shape
 from .join import Parts, bytes_of_join, pays, rejoined
 from .match import Miss
 from .prefix import expected
-
-#: most queries: those of a token or a few, for which attention is bound by memory
-_QUERIES = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class CachedKeys(Pass):
 def _site(graph: Graph, var: Any, call: Any, program: Program) -> Parts | Miss | None:
     attrs = attrs_of(call)
     dims = dims_of(*(shape(arg) or () for arg in call.args[:3]), attrs.layouts)
-    if not isinstance(dims.queries, tirx.IntImm) or int(dims.queries) > _QUERIES:
+    if not are_few(dims.queries):
         return None
     halves = [_halves(graph, var, operand, layout) for operand, layout in zip(call.args[1:3], attrs.layouts[1:3], strict=True)]
     if None in halves:

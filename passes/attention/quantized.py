@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from ...compiler.dialect.attention import NAME, attrs_of, dims_of
+from ...compiler.dialect.attention import FEW_QUERIES, NAME, are_few, attrs_of, dims_of
 from ...compiler.dialect.attention_quantized import attention_quantized
 from ...compiler.program import Program
 from ...compiler.tvm import is_constant, relax, tirx
@@ -14,9 +14,6 @@ from ..base import Pass, PassContext
 from .codes import Codes, codes_of
 from .graph import Graph, is_unit, rebound, scalar, shape, swapped
 from .match import Miss
-
-#: most queries whose attention a CPU takes from codes: with more of them every float that is made serves many products
-_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ def _site(graph: Graph, call: relax.Call, few: bool) -> tuple[Codes, Codes] | Mi
     ):
         return Miss("further results, windows, other layouts than BHSD or other types than float32 are not taken from codes")
     dims = dims_of(*(shape(arg) or () for arg in call.args[:3]), attrs.layouts)
-    if few and not (isinstance(dims.queries, tirx.IntImm) and int(dims.queries) <= _FEW):
-        return Miss(f"more than {_FEW} queries, or a number known only at run time")
+    if few and not are_few(dims.queries):  # with more of them every float that is made of a code serves many products
+        return Miss(f"more than {FEW_QUERIES} queries, or a number known only at run time")
     return k, v
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...autotune.cost_model import KernelFeatures
+from ...compiler.dialect.attention import FEW_QUERIES
 from ..base import Target
 from ..common.fused import Fused, Unfusable
 from .attention import Attention, AttentionWorkload
@@ -33,8 +34,6 @@ from .template import Kernel
 BLOCK = 64
 #: keys assumed where they are known at run time only
 _KEYS = 512
-#: most queries that are rows of a task
-_QUERIES = 8
 #: most rows of a task
 _ROWS = 64
 
@@ -60,13 +59,13 @@ class AttentionFew:
         workload = Attention().workload(fused, constants)
         if (
             workload.queries is None
-            or workload.queries > _QUERIES
+            or workload.queries > FEW_QUERIES
             or workload.causal
             or fused.core.get("scores")
             or workload.received
             or max(workload.before, workload.after) >= 0
         ):
-            raise Unfusable(f"not at most {_QUERIES} queries that see every key")
+            raise Unfusable(f"not at most {FEW_QUERIES} queries that see every key")
         if workload.heads // workload.kv_heads * workload.queries > _ROWS:
             raise Unfusable(f"more than {_ROWS} rows for a head of keys and values")
         return workload
