@@ -12,7 +12,7 @@ from ..compiler.program import Program
 from ..compiler.tvm import mutator, relax, tirx, tvm
 from .base import Pass, PassContext
 from .folding import fold_constants
-from .products import constant_value
+from .products import FOLLOWING, constant_value
 from .rewriting import same_dims
 
 _VIEWS = {"relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze"}
@@ -114,7 +114,40 @@ def _view(self: _Peephole, call: Any) -> Any:
     if call.op.name != "relax.reshape":
         self._count("reshape_form")
         return relax.op.reshape(source, list(call.ty.shape))
-    return None
+    return _unflattened(self, source, list(call.ty.shape))
+
+
+def _unflattened(self: _Peephole, result: Any, shape: list[Any]) -> Any:
+    """reshape(f(reshape(x) @ W), shape) -> f(reshape(x) @ W) with the rows of `shape`: what follows is then element-wise on the product's own dims and runs in its kernel.
+
+    f: element-wise operators with a constant per column, as of a Linear that was exported over flattened rows. None: no such product, or one that others read in its flat form.
+    """
+    chain: list[Any] = []
+    value, flat = result, result.ty.shape
+    if flat is None or len(flat) != 2 or not same_dims([flat[1]], shape[-1:]):
+        return None
+    while self.uses.get(value, 2) == 1 and (call := self._defining(value, set(FOLLOWING))) is not None:
+        first = next((place for place, arg in enumerate(call.args) if isinstance(arg, relax.Var)), None)
+        others = [arg for place, arg in enumerate(call.args) if place != first]
+        if first is None or not all(_per_column(arg) for arg in others) or not same_dims(call.args[first].ty.shape, flat):
+            return None
+        chain.append((value, call, first))
+        value = call.args[first]
+    product = self._defining(value, "relax.matmul") if self.uses.get(value, 2) == 1 else None
+    if product is None or constant_value(product.args[1]) is None or product.args[1].ty.ndim != 2 or self._defining(product.args[0], _VIEWS) is None:
+        return None
+    rows = self.builder_.emit(relax.op.reshape(product.args[0], [*shape[:-1], product.args[0].ty.shape[-1]]), product.args[0].name)
+    made = self.builder_.emit(relax.Call(product.op, [rows, product.args[1]], product.attrs), value.name)
+    for var, call, place in reversed(chain):
+        made = self.builder_.emit(relax.Call(call.op, [*call.args[:place], made, *call.args[place + 1 :]], call.attrs), var.name)
+    self._count("unflattened")
+    return made
+
+
+def _per_column(arg: Any) -> bool:
+    """A number, or a constant that broadcasts over rows."""
+    constant = constant_value(arg)
+    return not isinstance(arg.ty, relax.TensorType) or (constant is not None and constant.size == (constant.shape or (1,))[-1])
 
 
 def _permute(self: _Peephole, call: Any) -> Any:
