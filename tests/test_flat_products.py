@@ -17,7 +17,11 @@ BACK = {"flat": np.array([-1, K]), "back": np.array([B, S, N]), "single": np.arr
 def linear(after, weights=(), outputs=("y",), shape=(B, S, K), bias=(N,), **more):
     """Gemm over rows [B * S, K], then `after`, whose nodes read "g" (flat) and shapes "back" and "single"."""
     w = {"w": RNG.standard_normal((K, N)).astype("float32"), "b": RNG.standard_normal(bias).astype("float32")}
-    nodes = [helper.make_node("Reshape", ["x", "flat"], ["rows"]), helper.make_node("MatMul", ["rows", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["g"])]
+    nodes = [
+        helper.make_node("Reshape", ["x", "flat"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "w"], ["p"]),
+        helper.make_node("Add", ["p", "b"], ["g"]),
+    ]
     return small([*nodes, *after], {"x": list(shape), **more}, list(outputs), {**w, **BACK, **dict(weights)}), w
 
 
