@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 from machines import HASWELL, each_machine  # noqa: F401  (a fixture)
-from scipy.special import erf
+from scipy.special import erf, ndtr
 from tcompile.compiler.tvm import IRBuilder, T, TensorLoad, structural_walk, tirx, tvm
 from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math import call_exp_nonpositive
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE, vector_math
+from tcompile.targets.cpu.ops_gelu import GELU, GELU_TANH
 
 TARGET = HASWELL
 CALLS = re.compile(r"call\w*\s+\*?\w*(expf?|logf?|erff?|tanhf?|powf?|sinf?|cosf?|fmaxf?|fminf?)\b")
@@ -84,6 +85,30 @@ def test_error_bound(function, reference, bound):
     if function is T.erf and TARGET.lanes() == 16:
         bound = 3
     assert error.max() <= bound, (x[error.argmax()], error.max())
+
+
+def gelu_tanh(x):
+    return x * np.where(x < -20, 0.0, 1 / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+
+
+@pytest.mark.parametrize(("name", "reference"), [(GELU, lambda x: x * ndtr(x)), (GELU_TANH, gelu_tanh)], ids=["gelu", "gelu_tanh"])
+def test_gelu(name, reference):
+    """In whole vectors exact relative to the result, of negative numbers too, which 1 + erf has no bits of; in others with an error of the erf's or tanh's own."""
+    x = np.concatenate([whole_range(), np.linspace(-9, 9, 1_000_001, dtype=np.float32)])
+    x = x[np.abs(x) < 1e38]
+    with np.errstate(all="ignore"):
+        want = reference(x.astype(np.float64))
+    got = evaluate(lambda v: tirx.call_intrin("float32", name, v), x)
+    error, bell = np.abs(got - want), want - np.maximum(x, 0)
+    assert np.nanmax(error[x > 0] / np.spacing(got[x > 0])) <= (3 if TARGET.lanes() == 16 else 8)
+    assert np.max(error[x < 0]) < (2e-7 if TARGET.lanes() == 16 else 2e-6)
+    if TARGET.lanes() == 16:
+        for low, high, bound in ((-2, -1e-30, 6e-7), (-3, -2, 3e-6), (-4, -3, 3e-5), (-5, -4, 5e-4)):
+            inside = (x >= low) & (x < high)
+            assert np.max(error[inside] / np.abs(bell[inside])) < bound
+        assert np.nanmax(error[x < -7.5]) < 2e-12
+    edges = evaluate(lambda v: tirx.call_intrin("float32", name, v), np.float32([np.inf, -np.inf, np.nan]))
+    np.testing.assert_allclose(edges, [np.inf, 0, np.nan], atol=1e-6)
 
 
 def test_exponential_of_nonpositive_numbers():

@@ -22,7 +22,7 @@ from ...passes.siblings import MergeSiblings
 from ..common import legalize as definitions
 from ..common.float8 import held
 from . import build as cpu_build
-from . import determinant, ops_attention_codes, ops_attention_int8, recurrent, selection
+from . import determinant, ops_attention_codes, ops_attention_int8, ops_gelu, recurrent, selection
 from . import guards as cpu_guards
 from . import lower as cpu_lower
 from .host import host_features
@@ -125,6 +125,6 @@ def _legalize(program: Program, target: Target) -> Any:
     module = Running(relax.transform.DecomposeOpsForInference()(held(program.module, "bfloat16"))).apply()
     module = ReadInPlace(relax.backend.DispatchSortScan()(module)).apply()
     module = definitions.legalize(
-        module, {**OWN, **ops_attention_codes.OWN, **ops_attention_int8.OWN, **selection.OWN, **determinant.OWN, **recurrent.own(target)}
+        module, {**OWN, **ops_attention_codes.OWN, **ops_attention_int8.OWN, **selection.OWN, **determinant.OWN, **ops_gelu.OWN, **recurrent.own(target)}
     )
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
