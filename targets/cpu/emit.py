@@ -18,8 +18,9 @@ from .vectors import element_bits
 #: attributes of every emitted kernel; storage rewrite off: it merges accumulators of different tiles and makes them spill
 ATTRS = {"tirx.noalias": True, "tcompile.scheduled": True}
 
-#: operations of the epilogue of one tile up to which it is unrolled
-UNROLLED_EPILOGUE = 192
+#: operations of the epilogue of one tile up to which it is unrolled. In a loop its sums go by memory, which TVM aligns to 16 bytes: loads of vectors that were just stored across two cache lines
+#: wait for the stores, and a GELU behind 448 products took 24 to 70 cycles a vector by chance of the stack's address, 15 in registers (AMD Zen 4)
+UNROLLED_EPILOGUE = 1200
 
 #: products that are added up in one register before the sum joins the others: rounding errors grow with the square root of the number of terms
 SUM_BLOCK = 384
@@ -257,8 +258,7 @@ def store_tile(
     are real (static); the last vector is stored element by element when it is partial. limit: run-time number of output columns, checked per element.
     inside(i): whether row i of the tile exists at all (None: it does).
 
-    A long epilogue (an erf, a sigmoid) runs as a loop over the rows, on copies of the accumulators: unrolled for all of them it is thousands of
-    instructions, which LLVM takes seconds to compile.
+    A very long epilogue runs as a loop over the rows, on copies of the accumulators: unrolled for all of them it is thousands of instructions, which LLVM takes seconds to compile.
     """
     if acc.mr * acc.nv * fused.epilogue_cost <= UNROLLED_EPILOGUE:
         for i in range(acc.mr):

@@ -125,6 +125,7 @@ def _legalize(program: Program, target: Target) -> Any:
     module = Running(relax.transform.DecomposeOpsForInference()(held(program.module, "bfloat16"))).apply()
     module = ReadInPlace(relax.backend.DispatchSortScan()(module)).apply()
     module = definitions.legalize(
-        module, {**OWN, **ops_attention_codes.OWN, **ops_attention_int8.OWN, **selection.OWN, **determinant.OWN, **ops_gelu.OWN, **recurrent.own(target)}
+        module,
+        {**OWN, **ops_attention_codes.OWN, **ops_attention_int8.OWN, **selection.OWN, **determinant.OWN, **ops_gelu.OWN, **recurrent.own(target)},
     )
     return relax.transform.DeadCodeElimination()(relax.transform.EliminateCommonSubexpr()(module))
