@@ -17,9 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...compiler.tvm import T, tirx, tvm
-from ..common.ops_cast import ROUNDED
 from .math_pieces import ERF, GELU_BELL, GELU_TANH_BELL, LANES, Pieces, chosen
-from .ops_gelu import GELU, GELU_TANH
 
 #: 1.5 * 2^23: adding it rounds a float32 of magnitude below 2^22 to an integer, which then stands in the low bits of the sum
 ROUND32 = 12582912.0
@@ -64,7 +62,7 @@ class Names:
 
     def __call__(self, value: Any) -> Any:
         """What stands for `value` from here on."""
-        lanes = _lanes(value)
+        lanes = lanes_of(value)
         buffer = tirx.decl_buffer((lanes,), str(value.ty.dtype).split("x")[0], f"t{len(self.statements) // 2}")
         index = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes) if lanes > 1 else tirx.const(0, "int32")
         self.statements += [tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [index])]
@@ -79,30 +77,30 @@ def _f64(value: float) -> Any:
     return tirx.FloatImm("float64", value)
 
 
-def _lanes(x: Any) -> int:
+def lanes_of(x: Any) -> int:
     return tvm.DataType(str(x.ty.dtype)).lanes
 
 
 def _typed(kind: str, like: Any) -> str:
     """The dtype `kind` with as many lanes as `like`."""
-    return f"{kind}x{_lanes(like)}" if _lanes(like) > 1 else kind
+    return f"{kind}x{lanes_of(like)}" if lanes_of(like) > 1 else kind
 
 
-def _cast(kind: str, x: Any) -> Any:
+def cast(kind: str, x: Any) -> Any:
     return tirx.Cast(_typed(kind, x), x)
 
 
-def _reinterpret(kind: str, x: Any) -> Any:
+def reinterpret(kind: str, x: Any) -> Any:
     return T.reinterpret(_typed(kind, x), x)
 
 
 def select(condition: Any, yes: Any, no: Any) -> Any:
     """Select with scalars spread over the lanes of the condition, as the arithmetic operators do by themselves."""
     condition = condition.asobject() if hasattr(condition, "asobject") else condition
-    lanes = _lanes(condition)
+    lanes = lanes_of(condition)
 
     def spread(x: Any) -> Any:
-        return tirx.Broadcast(x, lanes) if lanes > 1 and _lanes(x) == 1 else x
+        return tirx.Broadcast(x, lanes) if lanes > 1 and lanes_of(x) == 1 else x
 
     return tirx.Select(condition, spread(yes), spread(no))
 
@@ -131,12 +129,12 @@ def _at_most(x: Any, high: Any) -> Any:
 
 
 def _bits(x: Any) -> Any:
-    return _reinterpret("int32", x)
+    return reinterpret("int32", x)
 
 
 def _power_of_two(exponent: Any) -> Any:
     """2^exponent as float32 for an int32 exponent in -126..127."""
-    return _reinterpret("float32", (exponent + T.int32(127)) << T.int32(23))
+    return reinterpret("float32", (exponent + T.int32(127)) << T.int32(23))
 
 
 def _scale(name: Names, value: Any, exponent: Any) -> Any:
@@ -146,7 +144,7 @@ def _scale(name: Names, value: Any, exponent: Any) -> Any:
 
 
 def _with_sign(magnitude: Any, sign_of: Any) -> Any:
-    return _reinterpret("float32", _bits(magnitude) | (_bits(sign_of) & T.int32(-(2**31))))
+    return reinterpret("float32", _bits(magnitude) | (_bits(sign_of) & T.int32(-(2**31))))
 
 
 def exp(name: Names, x: Any) -> Any:
@@ -157,7 +155,7 @@ def exp(name: Names, x: Any) -> Any:
     n = name(shifted - _f32(ROUND32 + 127.0))
     r = name((x - n * _f32(2.0 * LN2_HIGH)) - n * _f32(2.0 * LN2_LOW))
     value = name((r * r) * _horner(r, EXP) + r + _f32(1.0))
-    s = name(_reinterpret("float32", _bits(shifted) << T.int32(23)))
+    s = name(reinterpret("float32", _bits(shifted) << T.int32(23)))
     return value * s * s
 
 
@@ -167,7 +165,7 @@ def exp_nonpositive(name: Names, x: Any) -> Any:
     shifted = name(x * _f32(math.log2(math.e)) + _f32(ROUND32 + 127.0))
     minus_n = name(_f32(ROUND32 + 127.0) - shifted)
     f = name(x * _f32(math.log2(math.e)) + minus_n)
-    value = _horner(f, EXP2_HALF) * _reinterpret("float32", _bits(shifted) << T.int32(23))
+    value = _horner(f, EXP2_HALF) * reinterpret("float32", _bits(shifted) << T.int32(23))
     return select(x < _f32(-87.0), _f32(0.0), value)
 
 
@@ -181,8 +179,8 @@ def _split(name: Names, x: Any) -> tuple[Any, Any]:
     small = x < _f32(2.0**-126)  # booleans stay unbound: TVM's interval analysis cannot hold a vector of them
     bits = name(_bits(select(small, x * _f32(2.0**23), x)))
     e = name((bits - T.int32(0x3F3504F3)) >> T.int32(23))
-    m = _reinterpret("float32", bits - (e << T.int32(23)))
-    return name(m), name(_cast("float32", e) - select(small, _f32(23.0), _f32(0.0)))
+    m = reinterpret("float32", bits - (e << T.int32(23)))
+    return name(m), name(cast("float32", e) - select(small, _f32(23.0), _f32(0.0)))
 
 
 def _log_edges(x: Any, value: Any) -> Any:
@@ -227,7 +225,7 @@ def log1p(name: Names, x: Any) -> Any:
 def _quotient(name: Names, dividend: Any, divisor: Any) -> Any:
     """dividend / divisor for divisors of common size, 1 ulp. A division of sixteen floats keeps a port busy for 16 cycles on Intel's cores: there an estimate of 14 bits and two steps of
     Newton's iteration, the second on the quotient itself, take its place."""
-    if _lanes(divisor) != 16:
+    if lanes_of(divisor) != 16:
         return dividend / divisor
     dividend, divisor = name(dividend), name(divisor)
     minus = name(_f32(0.0) - divisor)
@@ -265,7 +263,7 @@ def _odd_pieces(name: Names, x: Any, pieces: Pieces) -> Any:
 
 
 def erf(name: Names, x: Any) -> Any:
-    return _odd_pieces(name, x, ERF) if _lanes(x) == LANES else _odd_rational(name, x, 3.925, ERF_P, ERF_Q)
+    return _odd_pieces(name, x, ERF) if lanes_of(x) == LANES else _odd_rational(name, x, 3.925, ERF_P, ERF_Q)
 
 
 def _less_bell(name: Names, x: Any, pieces: Pieces) -> Any:
@@ -281,7 +279,7 @@ _GELU_FROM = -8.0
 
 def gelu(name: Names, x: Any) -> Any:
     """x Phi(x)."""
-    if _lanes(x) == LANES:
+    if lanes_of(x) == LANES:
         return _less_bell(name, x, GELU_BELL)
     x = name(_at_least(x, _f32(_GELU_FROM)))
     return x * (erf(name, x * _f32(math.sqrt(0.5))) * _f32(0.5) + _f32(0.5))
@@ -289,7 +287,7 @@ def gelu(name: Names, x: Any) -> Any:
 
 def gelu_tanh(name: Names, x: Any) -> Any:
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
-    if _lanes(x) == LANES:
+    if lanes_of(x) == LANES:
         return _less_bell(name, x, GELU_TANH_BELL)
     x = name(_at_least(x, _f32(_GELU_FROM)))
     root = math.sqrt(2.0 / math.pi)
@@ -307,16 +305,16 @@ def sigmoid(name: Names, x: Any) -> Any:
 
 def _trigonometric(name: Names, x: Any, quadrants: int) -> Any:
     """sin(x + quadrants * pi/2). The argument is reduced in float64, by pi/2 in two parts."""
-    wide = name(_cast("float64", x))
+    wide = name(cast("float64", x))
     shifted = name(wide * _f64(2.0 / math.pi) + _f64(ROUND64))
     n = name(shifted - _f64(ROUND64))
-    r = name(_cast("float32", (wide - n * _f64(math.pi / 2)) - n * _f64(6.123233995736766e-17)))
-    quadrant = name(_cast("int32", _reinterpret("int64", shifted) & T.int64(3)) + T.int32(quadrants))
+    r = name(cast("float32", (wide - n * _f64(math.pi / 2)) - n * _f64(6.123233995736766e-17)))
+    quadrant = name(cast("int32", reinterpret("int64", shifted) & T.int64(3)) + T.int32(quadrants))
     square = name(r * r)
     sine = name((r * square) * _horner(square, SIN) + r)
     cosine = name((square * square) * _horner(square, COS) - square * _f32(0.5) + _f32(1.0))
     value = name(select((quadrant & T.int32(1)) == T.int32(1), cosine, sine))
-    return _reinterpret("float32", _bits(value) ^ ((quadrant & T.int32(2)) << T.int32(30)))
+    return reinterpret("float32", _bits(value) ^ ((quadrant & T.int32(2)) << T.int32(30)))
 
 
 def sin(name: Names, x: Any) -> Any:
@@ -330,7 +328,7 @@ def cos(name: Names, x: Any) -> Any:
 def _small_power(name: Names, x: Any, exponent: float) -> Any | None:
     """x^exponent by products and a square root where that is exact to an ulp or two."""
     if exponent == 0.0:
-        return tirx.Broadcast(_f32(1.0), _lanes(x)) if _lanes(x) > 1 else _f32(1.0)
+        return tirx.Broadcast(_f32(1.0), lanes_of(x)) if lanes_of(x) > 1 else _f32(1.0)
     if exponent == 0.5:
         # pow(-0, .5) = +0 and pow(-inf, .5) = inf, unlike sqrt
         x = name(x)
@@ -353,84 +351,23 @@ def power(name: Names, x: Any, y: Any) -> Any:
     x, y = name(x), name(y)
     magnitude = name(T.fabs(x))
     m, e = _split(name, magnitude)
-    wide = name(_cast("float64", m))
+    wide = name(cast("float64", m))
     s = name((wide - _f64(1.0)) / (wide + _f64(1.0)))
-    logarithm = name(s * _horner(name(s * s), LOG2, _f64) + _cast("float64", e))
-    edge = select(magnitude == _f32(0.0), _f64(-math.inf), select(magnitude < _f32(math.inf), logarithm, _cast("float64", magnitude)))
-    t = name(_cast("float64", y) * edge)
+    logarithm = name(s * _horner(name(s * s), LOG2, _f64) + cast("float64", e))
+    edge = select(magnitude == _f32(0.0), _f64(-math.inf), select(magnitude < _f32(math.inf), logarithm, cast("float64", magnitude)))
+    t = name(cast("float64", y) * edge)
     t = name(select(_f64(-152.0) > t, _f64(-152.0), t))
     t = name(select(_f64(130.0) < t, _f64(130.0), t))
     shifted = name(t + _f64(ROUND64))
     r = name(t - (shifted - _f64(ROUND64)))
-    exponent = name(_cast("int32", _reinterpret("int64", shifted)))
-    result = name(_scale(name, _cast("float32", _horner(r, EXP2, _f64)), exponent))
+    exponent = name(cast("int32", reinterpret("int64", shifted)))
+    result = name(_scale(name, cast("float32", _horner(r, EXP2, _f64)), exponent))
     integer = T.floor(y) == y
     odd = tirx.And(integer, T.floor(y * _f32(0.5)) * _f32(2.0) != y)
     negative = _bits(x) < T.int32(0)
-    signed = select(tirx.And(negative, odd), _reinterpret("float32", _bits(result) | T.int32(-(2**31))), result)
+    signed = select(tirx.And(negative, odd), reinterpret("float32", _bits(result) | T.int32(-(2**31))), result)
     invalid = tirx.And(tirx.And(x < _f32(0.0), magnitude < _f32(math.inf)), tirx.Not(integer))
     result = name(select(invalid, _f32(math.nan), signed))
     # 1^y and x^0 are 1 even for NaN; (-1)^(+-inf) is 1
     one = tirx.Or(tirx.Or(x == _f32(1.0), y == _f32(0.0)), tirx.And(magnitude == _f32(1.0), T.fabs(y) == _f32(math.inf)))
     return select(one, _f32(1.0), result)
-
-
-def bfloat16_bits(name: Names, x: Any) -> Any:
-    """The bfloat16 nearest to x, ties to even, as uint16; NaN stays NaN."""
-    x = name(x)
-    bits = name(_reinterpret("uint32", x))
-    nearest = bits + (((bits >> T.uint32(16)) & T.uint32(1)) + T.uint32(0x7FFF))
-    return _cast("uint16", select(x == x, nearest, bits | T.uint32(1 << 22)) >> T.uint32(16))
-
-
-def bfloat16_bits_native(name: Names, x: Any) -> Any:
-    """The same by `vcvtneps2bf16`, to which denormal numbers are zeros."""
-    lanes = _lanes(x)
-    if lanes not in _TO_BFLOAT16:
-        return bfloat16_bits(name, x)
-    return T.call_pure_extern(f"uint16x{lanes}", f"tcompile_bf16_{32 * lanes}", x)
-
-
-_TO_BFLOAT16 = (8, 16)
-#: LLVM functions of the instruction: TVM has no vectors of bfloat16
-NATIVE_LLVM = "".join(
-    f"""
-declare <{lanes} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.{32 * lanes}(<{lanes} x float>)
-define linkonce_odr <{lanes} x i16> @tcompile_bf16_{32 * lanes}(<{lanes} x float> %x) alwaysinline nounwind {{
-  %a = call <{lanes} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.{32 * lanes}(<{lanes} x float> %x)
-  %r = bitcast <{lanes} x bfloat> %a to <{lanes} x i16>
-  ret <{lanes} x i16> %r
-}}
-"""
-    for lanes in _TO_BFLOAT16
-)
-#: function -> (feature of a target, function there)
-NATIVE = {ROUNDED: ("avx512bf16", f"{ROUNDED}.native")}
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "tirx.exp": exp,
-    "tirx.log": log,
-    "prim.log2": log2,
-    "tirx.log1p": log1p,
-    "tirx.erf": erf,
-    GELU: gelu,
-    GELU_TANH: gelu_tanh,
-    "tirx.tanh": tanh,
-    "tirx.sigmoid": sigmoid,
-    "tirx.sin": sin,
-    "tirx.cos": cos,
-    "tirx.pow": power,
-    "exp_nonpositive": exp_nonpositive,
-    ROUNDED: bfloat16_bits,
-    NATIVE[ROUNDED][1]: bfloat16_bits_native,
-}
-
-#: calls that a vectorised loop may hold
-VECTOR_CALLS = frozenset(FUNCTIONS) | {
-    f"tirx.{_name}" for _name in ("sqrt", "rsqrt", "floor", "trunc", "nearbyint", "fabs", "isnan", "reinterpret", "shift_left", "shift_right", "bitwise_and",
-    "bitwise_or", "bitwise_xor", "bitwise_not")
-} | {"prim.ceil", "prim.likely"}  # fmt: skip
-
-# these expand to, or lower to, plain vector arithmetic; TVM's vectoriser would take them apart lane by lane
-for _name in ("tirx.erf", "tirx.log1p", "tirx.rsqrt", "tirx.isnan", "tirx.nearbyint"):
-    tvm.ir.register_op_attr(_name, "TVectorizable", True)

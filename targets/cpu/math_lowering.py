@@ -13,7 +13,8 @@ from typing import Any
 from ...compiler.tvm import PIPELINE_MAP, T, structural_map, structural_walk, tirx, tvm
 from .entry import short_entry
 from .llvm_text import with_functions
-from .math import FUNCTIONS, MARK, NATIVE, NATIVE_LLVM, Names, constant_of, select
+from .math import MARK, Names, constant_of, select
+from .math_functions import FUNCTIONS, NATIVE, NATIVE_LLVM
 from .rounding import round_while_casting
 from .stealing import steal_work
 

@@ -9,7 +9,7 @@ from ...compiler.tvm import structural_walk, tirx, tvm
 from ..common.fused import loads, static, variables_of
 from ..common.nests import Axis, Nest
 from ..common.refine import coefficients
-from .math import VECTOR_CALLS
+from .math_functions import VECTOR_CALLS
 
 
 def extent_of(axis: Axis) -> int:
