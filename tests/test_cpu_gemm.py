@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from machines import runnable
+from scipy.special import erf
 from tcompile.autotune.tir_features import tir_features
 from tcompile.compiler.tvm import relax, tirx, tvm
 from tcompile.targets.base import Target
 from tcompile.targets.common.fused import analyze
 from tcompile.targets.common.ops_linear import matmul
+from tcompile.targets.cpu import ops_gelu
 from tcompile.targets.cpu.emit import register_tiles
 from tcompile.targets.cpu.gemm import Gemm
 from tcompile.targets.cpu.gemm_schedules import GemmSchedule
@@ -20,20 +22,20 @@ from tcompile.targets.cpu.lower import tvm_target
 from tcompile.targets.cpu.math_lowering import TIR_PIPELINE
 
 
-def fused(lead, m, k, n, batched=False):
-    """relu(x @ w + b) as Relax fuses it."""
+def fused(lead, m, k, n, batched=False, activation=relax.op.nn.relu):
+    """activation(x @ w + b) as Relax fuses it."""
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType((*lead, m, k), "float32"))
     w = relax.Var("w", relax.TensorType((*lead, k, n) if batched else (k, n), "float32"))
     b = relax.Var("b", relax.TensorType((n,), "float32"))
     with builder.function("main", [x, w, b]):
         with builder.dataflow():
-            out = builder.emit_output(relax.op.nn.relu(relax.op.add(builder.emit_te(matmul, x, w), b)))
+            out = builder.emit_output(activation(relax.op.add(builder.emit_te(matmul, x, w), b)))
         builder.emit_func_output(out)
     module = builder.get()
     transform = relax.transform
     for step in (
-        transform.LegalizeOps(),
+        transform.LegalizeOps(ops_gelu.OWN),
         transform.AnnotateTIROpPattern(),
         transform.FuseOps(),
         transform.FuseTIR(),
@@ -90,6 +92,31 @@ def test_inner_loop_is_fma_without_spills(machine, schedule, register):
     hot = re.split(r"\n\tj", hot)[0]  # up to the back edge: the epilogue follows
     assert len(re.findall(rf"vfmadd\w+ps.*%{register}", hot)) >= schedule[0] * schedule[1]
     assert "(%rsp)" not in hot
+
+
+def test_a_long_epilogue_reads_its_sums_from_registers():
+    """GELU of all 24 vectors of a tile one after the other, six permutations each: not by a loop over copies in memory."""
+    target, func = Target.parse("cpu:cascadelake"), fused((), 128, 256, 384, activation=relax.op.nn.gelu)
+    kernel = Gemm().build(func, Gemm().workload(func, frozenset([1])), GemmSchedule(8, 3, 16, 0), target)
+    assembly = compiled(kernel, target).mod.inspect_source("asm")
+    assert len(re.findall(r"\tvpermps\s", assembly)) == 6 * 24
+    assert not re.findall(r"\tvaddps\s.*\(%rsp,%r", assembly)
+
+
+@pytest.mark.parametrize("n", [31, 48, 50])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("target", runnable())
+def test_gelu_in_whole_vectors_and_parts_of_one(target, activation, n):
+    func = fused((), 13, 40, n, activation=getattr(relax.op.nn, activation))
+    workload = Gemm().workload(func, frozenset([1]))
+    kernel = Gemm().build(func, workload, next(iter(Gemm().space(workload, target))), target)
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.standard_normal(shape).astype("float32") for shape in ((13, 40), (40, n), (n,)))
+    out = tvm.runtime.tensor(np.full((13, n), np.nan, "float32"))
+    compiled(kernel, target)["f"](*map(tvm.runtime.tensor, (x, kernel.packings[0].pack(w), b)), out)
+    t = x.astype("float64") @ w + b
+    odd = erf(t / np.sqrt(2)) if activation == "gelu" else np.tanh(np.sqrt(2 / np.pi) * (t + 0.044715 * t**3))
+    np.testing.assert_allclose(out.numpy(), t / 2 * (1 + odd), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
