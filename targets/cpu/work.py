@@ -42,4 +42,4 @@ def add_work(rows: Sequence[dict[str, Any]], layers: Sequence[Layer], program: P
             row["bytes"] = min(row["bytes"], sum(layer.bytes for layer in mine))
         numbers = next((numbers for kind, numbers in _NUMBERS.items() if re.search(rf" {kind}\b", row["workload"])), "float32")
         seconds = max(row["flops"] / (operations_per_second(numbers) * cores), row["bytes"] / bytes_per_second())
-        row["limit_us"] = round(seconds * 1e6, 2)
+        row["limit_us"] = round(seconds * 1e6, 6)
