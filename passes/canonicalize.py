@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,13 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..compiler.program import Program
-from ..compiler.tvm import mutator, relax, tirx, tvm
+from ..compiler.tvm import is_constant, mutator, relax, tirx, tvm
 from .base import Pass, PassContext
 from .folding import fold_constants
-from .products import FOLLOWING, constant_value
+from .products import FOLLOWING, VIEWS, constant_value
 from .rewriting import same_dims
 
-_VIEWS = {"relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze"}
+_VIEWS, _FOLLOWING = set(VIEWS), set(FOLLOWING)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _unflattened(self: _Peephole, result: Any, shape: list[Any]) -> Any:
     value, flat = result, result.ty.shape
     if flat is None or len(flat) != 2 or not same_dims([flat[1]], shape[-1:]):
         return None
-    while self.uses.get(value, 2) == 1 and (call := self._defining(value, set(FOLLOWING))) is not None:
+    while self.uses.get(value, 2) == 1 and (call := self._defining(value, _FOLLOWING)) is not None:
         first = next((place for place, arg in enumerate(call.args) if isinstance(arg, relax.Var)), None)
         others = [arg for place, arg in enumerate(call.args) if place != first]
         if first is None or not all(_per_column(arg) for arg in others) or not same_dims(call.args[first].ty.shape, flat):
@@ -134,7 +135,7 @@ def _unflattened(self: _Peephole, result: Any, shape: list[Any]) -> Any:
         chain.append((value, call, first))
         value = call.args[first]
     product = self._defining(value, "relax.matmul") if self.uses.get(value, 2) == 1 else None
-    if product is None or constant_value(product.args[1]) is None or product.args[1].ty.ndim != 2 or self._defining(product.args[0], _VIEWS) is None:
+    if product is None or not is_constant(product.args[1]) or product.args[1].ty.ndim != 2 or self._defining(product.args[0], _VIEWS) is None:
         return None
     rows = self.builder_.emit(relax.op.reshape(product.args[0], [*shape[:-1], product.args[0].ty.shape[-1]]), product.args[0].name)
     made = self.builder_.emit(relax.Call(product.op, [rows, product.args[1]], product.attrs), value.name)
@@ -146,8 +147,7 @@ def _unflattened(self: _Peephole, result: Any, shape: list[Any]) -> Any:
 
 def _per_column(arg: Any) -> bool:
     """A number, or a constant that broadcasts over rows."""
-    constant = constant_value(arg)
-    return not isinstance(arg.ty, relax.TensorType) or (constant is not None and constant.size == (constant.shape or (1,))[-1])
+    return not isinstance(arg.ty, relax.TensorType) or (is_constant(arg) and math.prod(arg.value.shape[:-1]) == 1)
 
 
 def _permute(self: _Peephole, call: Any) -> Any:

@@ -4,7 +4,7 @@ The polynomials are least-squares fits on Chebyshev nodes, weighted by the relat
 over the whole range by tests/test_cpu_math.py. Range reduction follows Cody and Waite, "Software Manual for the Elementary Functions" (1980).
 
     log, log1p, pow 1 ulp; exp, log2, sin, cos 2 ulp (sin, cos for |x| < 2^40); sigmoid 3 ulp for x > -87, 3e-39 absolute below; tanh 5 ulp; erf 6 ulp, 3 in vectors of sixteen;
-    gelu, gelu_tanh in vectors of sixteen 3 ulp for x > 0, relative 5e-7 down to -2, 1e-4 to -5, 2e-12 absolute below -7; others as the formula with erf or tanh
+    gelu, gelu_tanh in vectors of sixteen 3 ulp for x > 0, relative 6e-7 down to -2, 5e-4 to -5, 2e-12 absolute below -7; others as the formula with erf or tanh
 
 Denormal arguments and results are exact to the same bounds; infinities, NaN and signed zeros follow IEEE 754 and C99's annex F. Other precisions keep their calls.
 """

@@ -26,7 +26,7 @@ class Pieces:
 
     @property
     def last(self) -> float:
-        """The largest t that has a polynomial of its own beside it."""
+        """The middle of the last interval."""
         return (LANES - 1) * self.width
 
     @property
