@@ -40,6 +40,7 @@ def templates() -> list[KernelTemplate]:
     from .gemm import Gemm
     from .gemm_amx import GemmAmx
     from .gemm_rest import GemmRest
+    from .gemm_strassen import GemmStrassen
     from .grouped import GroupedGemm
     from .sparse_blocks import GemmBlocks
     from .sparse_columns import GemmColumns
@@ -50,6 +51,7 @@ def templates() -> list[KernelTemplate]:
         Gemm(),
         *(family(terms) for terms in (1, 2, 3) for family in (GemmAmx, ConvAmx, ConvAmxRows)),
         GemmRest(),
+        GemmStrassen(),
         WeightOnly(),
         WeightOnlyInt8(),
         GroupedGemm(),
