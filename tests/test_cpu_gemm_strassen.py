@@ -14,7 +14,8 @@ from tcompile.targets.base import Target
 from tcompile.targets.common.fused import Unfusable
 from tcompile.targets.cpu.candidates import offers
 from tcompile.targets.cpu.gemm import Gemm
-from tcompile.targets.cpu.gemm_strassen import _PRODUCTS, GemmStrassen, StrassenSchedule
+from tcompile.targets.cpu.gemm_strassen import GemmStrassen, StrassenSchedule
+from tcompile.targets.cpu.gemm_strassen_emit import PRODUCTS
 from tcompile.targets.cpu.lower import templates
 from tcompile.targets.cpu.sparse_weights import Constants
 from test_cpu_conv import Case, fused_conv, inner_loops
@@ -26,7 +27,7 @@ ZEN4 = replace(Target.parse("cpu:znver4"), cores=1)
 def test_seven_products_make_the_product():
     """Of symbols: every product of an element of A and one of B, as often as the product of two matrices has it."""
     made: dict[tuple[tuple[int, ...], ...], int] = {}
-    for of_a, of_b, of_c in _PRODUCTS:
+    for of_a, of_b, of_c in PRODUCTS:
         for a, b, c in itertools.product(of_a, of_b, of_c):
             key = a[:2], b[:2], c[:2]
             made[key] = made.get(key, 0) + a[2] * b[2] * c[2]
