@@ -1,19 +1,20 @@
 """GEMM and 1x1 convolution of float32 in seven products of half the size instead of eight (Strassen, "Gaussian elimination is not optimal", 1969), for constant weights; one level.
 
-    for i in M / 2 in parallel:                      # rows i and M / 2 + i, each over a power of two near its largest number
-        terms[7][i][K / 2] = A11 + A22, A21 + A22, A11, A22, A11 + A12, A21 - A11, A12 - A22
-    for (chunk, jo) in parallel:                     # hc pairs of rows x one pair of panels of NR = nv * lanes columns
-        for ko in K / 2 / kc:
-            for io in hc / mr:                       # one register tile: mr x nv accumulators
-                for s in 7:
-                    panels[s] = sum or difference of two quarters of B[jo] in block ko, or one of them   # by the first tile, beside its multiply-adds
-                    acc = terms[s, io, ko] @ panels[s]                       # and every few steps a line of what comes next of A and B is prefetched
-                    sums[one or two of C11, C12, C21, C22][io] += or -= acc
-                behind the last block of K: C = epilogue(sums[io] * powers of two of the row and of the column)
+    for chunk in M / 2 / hc:                             # hc pairs of rows, i and M / 2 + i, each over a power of two near its largest number
+        for i in hc in parallel:
+            terms[7][i][K / 2] = A11 + A22, A21 + A22, A11, A22, A11 + A12, A21 - A11, A12 - A22
+        for jo in N / 2 / NR in parallel:                # a pair of panels of NR = nv * lanes columns
+            for ko in K / 2 / kc:
+                for io in hc / mr:                       # one register tile: mr x nv accumulators
+                    for s in 7:
+                        panels[s] = sum or difference of two quarters of B[jo] in block ko, or one of them   # by the first tile, beside its multiply-adds
+                        acc = terms[s, io, ko] @ panels[s]               # and every few steps lines of what comes next of A and B are prefetched
+                        sums[one or two of C11, C12, C21, C22][io] += or -= acc
+                    behind the last block of K: C = epilogue(sums[io] * powers of two of the row and of the column)
 
 Rounding: what is added before it is multiplied rounds to the unit of the larger number. So rows of A while running, and columns of B when they are packed, are scaled by powers of two, which is exact, and
-sums have errors in proportion to the largest numbers of *their* row and column, two to three times those of the direct product; after Ballard, Benson, Druinsky, Lipshitz and Schwartz, "Improving the
-numerical stability of fast matrix multiplication" (2016). A row that holds infinities or NaN is NaN as a whole, and leaves the others alone.
+sums have errors in proportion to the largest numbers of *their* row and column, 1.5 times those of our direct product; after Ballard, Benson, Druinsky, Lipshitz and Schwartz, "Improving the
+numerical stability of fast matrix multiplication" (2016). What a row is paired with shows in its last bits alone: one that holds infinities or NaN is NaN as a whole, and leaves the other alone.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class StrassenWorkload:
 
 @dataclass(frozen=True)
 class StrassenSchedule:
-    """mr rows x nv vectors of `lanes` columns in registers; hc pairs of rows and one pair of panels a task; kc: steps of half of K in a block."""
+    """mr rows x nv vectors of `lanes` columns in registers; hc pairs of rows at a time; kc: steps of half of K in a block."""
 
     mr: int
     nv: int
@@ -126,7 +127,7 @@ class GemmStrassen:
             l2_bytes=COUNT * one.l2_bytes,
             l3_bytes=COUNT * one.l3_bytes,
             dram_bytes=4.0 * gemm.k * gemm.n,
-            tasks=chunks * pairs,
+            tasks=pairs,
         )
 
     def build(self, fused: Fused, workload: StrassenWorkload, schedule: StrassenSchedule, target: Target) -> Kernel:

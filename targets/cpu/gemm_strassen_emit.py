@@ -52,27 +52,31 @@ class StrassenEmitter(GemmEmitter):
         self.lead = []
 
     def emit(self) -> None:
-        self.terms = T.alloc_buffer((COUNT, self.height, self.half), "float32")
-        self.scales = T.alloc_buffer((2, self.height), "float32")
-        with tasks(T.int64(self.height), self.count * 2 * self.half) as row:
-            self._terms(row)
+        self.terms = T.alloc_buffer((COUNT, self.hc, self.half), "float32")
+        self.scales = T.alloc_buffer((2, self.hc), "float32")
         chunks = -(-self.height // self.hc)
-        with tasks(T.int64(chunks * self.pairs), self.count * 2 * self.half * self.columns) as task:
-            chunk, self.pair = T.bind(T.floordiv(task, self.pairs)), T.bind(T.floormod(task, self.pairs))
+        with T.serial(T.int64(chunks)) as chunk:
             # the last chunk ends at the last pair of rows, and leaves to the one before what that one stores
             self.own = T.bind(chunk * self.hc)
             self.start = T.bind(T.min(self.own, T.int64(self.height - self.hc)))
-            self.sums = T.alloc_buffer((4, self.hc, self.nr), "float32")
-            self.panels = T.alloc_buffer((COUNT, self.kc, self.nr), "float32")
-            with T.serial(T.int64(4)) as quarter, T.serial(T.int64(self.hc)) as row, T.serial(T.int64(self.nv)) as v:
-                T.buffer_store(self.sums, splat(T.float32(0), self.lanes), [quarter, row, self._at(v)])
-            with T.serial(T.int64(self.blocks)) as ko:
-                self.begin = T.bind(ko * self.kc)
-                self.size = T.int64(self.kc) if self.half % self.kc == 0 else T.bind(T.min(T.int64(self.kc), self.half - self.begin))
-                last = T.bind(ko + 1 == self.blocks)
-                #: the pair and the block of K that come next
-                self.next = T.bind(T.if_then_else(last, self.pair + 1, self.pair)), T.bind(T.if_then_else(last, T.int64(0), self.begin + self.kc))
-                self._block(last)
+            with tasks(T.int64(self.hc), self.hc * 4 * self.half) as row:
+                self._terms(row)
+            with tasks(T.int64(self.pairs), self.hc * 4 * self.half * self.columns) as self.pair:
+                self._columns_of_pair()
+
+    def _columns_of_pair(self) -> None:
+        """What a task computes: the chunk's rows of one pair of panels."""
+        self.sums = T.alloc_buffer((4, self.hc, self.nr), "float32")
+        self.panels = T.alloc_buffer((COUNT, self.kc, self.nr), "float32")
+        with T.serial(T.int64(4)) as quarter, T.serial(T.int64(self.hc)) as row, T.serial(T.int64(self.nv)) as v:
+            T.buffer_store(self.sums, splat(T.float32(0), self.lanes), [quarter, row, self._at(v)])
+        with T.serial(T.int64(self.blocks)) as ko:
+            self.begin = T.bind(ko * self.kc)
+            self.size = T.int64(self.kc) if self.half % self.kc == 0 else T.bind(T.min(T.int64(self.kc), self.half - self.begin))
+            last = T.bind(ko + 1 == self.blocks)
+            #: the pair and the block of K that come next
+            self.next = T.bind(T.if_then_else(last, self.pair + 1, self.pair)), T.bind(T.if_then_else(last, T.int64(0), self.begin + self.kc))
+            self._block(last)
 
     def _at(self, v: Any) -> Any:
         """Index of vector v of a row of a panel."""
@@ -84,13 +88,13 @@ class StrassenEmitter(GemmEmitter):
         """Scales a pair of rows and writes what the seven products read of it."""
         addresses, scales, there = [], [], []
         for side in range(2):
-            addresses.append(self.address(T.bind(T.min(row + side * self.height, T.int64(self.count - 1)))))
+            addresses.append(self.address(T.bind(T.min(self.start + row + side * self.height, T.int64(self.count - 1)))))
         for side, bits in enumerate(self._largest(addresses)):
             exponent, finite = T.bind(T.max(T.min(bits >> 23, T.int32(HIGHEST)), T.int32(LOWEST))), T.bind(bits >> 23 != T.int32(_NOT_FINITE))
             up = T.if_then_else(finite, T.reinterpret("float32", exponent << 23), T.float32(np.nan))
             T.buffer_store(self.scales, up, [T.int64(side), row])
             scales.append(T.bind(T.reinterpret("float32", (T.int32(254) - exponent) << 23)))
-            there.append(T.bind(tirx.And(finite, row + side * self.height < self.count)))
+            there.append(T.bind(tirx.And(finite, self.start + row + side * self.height < self.count)))
 
         def write(first: Any, width: int) -> None:
             def quarter(side: int, part: int) -> Any:
@@ -181,9 +185,8 @@ class StrassenEmitter(GemmEmitter):
 
     def _multiply(self, acc: Accumulators, s: Any, row: Any, columns: Callable[[Any, int], Any], own: Share | None) -> None:
         """The products of one register tile. own: what it asks for; the first tile asks for nothing, and keeps the columns."""
-        first = T.bind(self.start + row)
-        flat = T.decl_buffer((COUNT * self.height, self.half), "float32", data=self.terms.data)
-        after = T.bind(T.if_then_else(s + 1 < COUNT, (s + 1) * self.height + first, first + acc.mr))
+        flat = T.decl_buffer((COUNT * self.hc, self.half), "float32", data=self.terms.data)
+        after = T.bind(T.if_then_else(s + 1 < COUNT, (s + 1) * self.hc + row, row + acc.mr))
 
         def ask(line: Any) -> None:
             self._ask(line)
@@ -193,7 +196,7 @@ class StrassenEmitter(GemmEmitter):
 
         for k in asking(self.size, own, ask):
             values = [T.bind(columns(k, v)) for v in range(self.nv)]
-            acc.multiply(range(acc.mr), lambda i: self.terms[s, first + i, self.begin + k], values)  # noqa: B023
+            acc.multiply(range(acc.mr), lambda i: self.terms[s, row + i, self.begin + k], values)  # noqa: B023
             if own is None:
                 for v, value in enumerate(values):
                     T.buffer_store(self.panels, value, [s, k, self._at(v)])
@@ -240,7 +243,7 @@ class StrassenEmitter(GemmEmitter):
         acc = Accumulators(rows, -(-columns // self.lanes), self.lanes)
 
         def value(i: int, v: int) -> Any:
-            scale = splat(self.scales[side, row + i], self.lanes) * self.b[panel, 2 * self.half, self._at(v)]
+            scale = splat(self.scales[side, local + i], self.lanes) * self.b[panel, 2 * self.half, self._at(v)]
             return self.sums[T.int64(quarter), local + i, self._at(v)] * scale
 
         acc.fill(value)
