@@ -4,7 +4,7 @@ python benchmarks/quantized.py [NETWORK ...] [--threads 1,2] [--batch 1,8] [--ro
 python benchmarks/quantized.py --accuracy minilm,ocr,smollm2 [--formats w8,w4,w4a8] [--threads N] [--work FOLDER]
 
 Networks of the zoo: milliseconds of float32, int8, onnxruntime and OpenVINO, onnxruntime on its own QDQ int8 model, and OpenVINO on what NNCF makes, if `--nncf` names the interpreter of an
-environment that has it; interleaved. `--docs` writes them into the page. Compiled models are kept in the folder, so that a second run only measures. With one thread, processor time
+environment that has it; interleaved. Where products of bfloat16 are faster than those of float32 also int8 with `--precision bf16` for what is left, and OpenVINO allowed the same. `--docs` writes them into the page. Compiled models are kept in the folder, so that a second run only measures. With one thread, processor time
 is measured.
 
 Accuracy, minilm: cosine of sentence embeddings in int8 and in `--formats` to the float32 ones, on the Lee corpus. ocr: character error rate of PP-OCRv4 on rendered lines, float32 and int8. smollm2: perplexity
@@ -33,11 +33,15 @@ from tcompile.compiler.timing import interleaved
 from tcompile.models.optional import package_file
 from tcompile.models.zoo import ZOO
 from tcompile.passes.quantization.quantize import Quantize
+from tcompile.targets.base import Target
 
 Feeds = dict[str, np.ndarray]
 NETWORKS = ("bert-base", "minilm", "gpt2", "vit-s16", "deit-t", "swin-t", "resnet50", "mobilenetv3-l", "efficientformer-l1", "ppocr-det", "ppocr-rec")
-#: contestants of whole networks, those in int8 after tcompile's own
-COLUMNS = ["float32", "onnxruntime", "openvino", "int8", "onnxruntime QDQ", "openvino NNCF"]
+#: contestants in int8: tcompile's, and others; what stays in float32, and what does not where products of bfloat16 are faster
+SHORT, RIVALS, SHORTER = "int8", ["onnxruntime QDQ", "openvino NNCF"], ["int8 + bf16", "openvino NNCF bf16"]
+#: contestants of whole networks
+COLUMNS = ["float32", "onnxruntime", "openvino", SHORT, *RIVALS, *SHORTER]
+RATIOS = ["float32 / int8", "fastest int8 peer / int8", "fastest of all / int8 + bf16"]
 
 
 def lee(name: str, count: int) -> list[str]:
@@ -186,17 +190,27 @@ def speed(name: str, calls: dict[str, Callable[[], object]], batch: int, threads
     """Print the times of all contestants, which run in turns; a row of the table."""
     # with one thread processor time is the time of the call, and neighbours on the machine hardly count
     times = interleaved(calls, rounds=options.rounds, clock=time.process_time if threads == 1 else time.perf_counter)
-    ours = times["int8"]
+    ours = times[SHORT]
     for label, timing in times.items():
         ratio, least = timing.median / ours.median, timing.min / ours.min
         print(
-            f"{name} batch {batch} {threads} threads  {label:<16} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
+            f"{name} batch {batch} {threads} threads  {label:<18} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
             flush=True,
         )
     ms = {label: timing.median * 1e3 for label, timing in times.items()}
-    rivals = [ms[label] for label in COLUMNS[4:] if label in ms]
-    fastest = f"{min(rivals) / ms['int8']:.2f}" if rivals else "-"
-    return [name, batch, threads, *(f"{ms[label]:.2f}" if label in ms else "-" for label in COLUMNS), f"{ms['float32'] / ms['int8']:.2f}", fastest]
+    rivals = [ms[label] for label in RIVALS if label in ms]
+    fastest = f"{min(rivals) / ms[SHORT]:.2f}" if rivals else "-"
+    ours, other = (ms.get(label) for label in SHORTER)
+    of_all = f"{min([*rivals, *([other] if other else [])]) / ours:.2f}" if rivals and ours else "-"
+    return [
+        name,
+        batch,
+        threads,
+        *(f"{ms[label]:.2f}" if label in ms else "-" for label in COLUMNS),
+        f"{ms['float32'] / ms[SHORT]:.2f}",
+        fastest,
+        of_all,
+    ]
 
 
 def network(name: str, work: Path, options: argparse.Namespace) -> list[list[Any]]:
@@ -205,7 +219,7 @@ def network(name: str, work: Path, options: argparse.Namespace) -> list[list[Any
     samples = [entry.example_inputs(seed=seed) for seed in range(4)]
     path = entry.onnx_path()
     qdq = onnxruntime_int8(path, work / f"{name}_qdq.onnx", samples)
-    rows = []
+    rows, shorter = [], "bfloat16" in Target.parse("cpu").formats
     for batch, threads in itertools.product(map(int, options.batch.split(",")), map(int, options.threads.split(","))):
         calibration = samples if batch == 1 else [entry.example_inputs(seed=seed, batch=batch) for seed in range(-(-len(samples) // batch))]
         feeds, suffix = calibration[0], "" if batch == 1 else f"_b{batch}"
@@ -218,16 +232,25 @@ def network(name: str, work: Path, options: argparse.Namespace) -> list[list[Any
                 threads,
                 lambda more=more, threads=threads, shapes=shapes: tcompile.compile(path, shapes=shapes, threads=threads, **more),
             )
-            for label, kind, more in (("float32", "", {}), ("int8", "_int8", {"quantize": "int8", "calibration": calibration}))
+            for label, kind, more in (
+                ("float32", "", {}),
+                (SHORT, "_int8", {"quantize": "int8", "calibration": calibration}),
+                *(((SHORTER[0], "_int8_bf16", {"quantize": "int8", "precision": "bf16", "calibration": calibration}),) if shorter else ()),
+            )
         }
         outputs = [model(**feeds) for model in models.values()]
         first = [np.ravel(output[0] if isinstance(output, tuple) else output).astype(np.float64) for output in outputs]
-        print(f"{name} int8: cosine of the first output to float32 {first[0] @ first[1] / np.linalg.norm(first[0]) / np.linalg.norm(first[1]):.5f}")
+        for label, output in zip(list(models)[1:], first[1:], strict=True):
+            print(
+                f"{name} {label}: cosine of the first output to float32 {first[0] @ output / np.linalg.norm(first[0]) / np.linalg.norm(output):.5f}"
+            )
         calls: dict[str, Callable[[], object]] = {label: (lambda model=model, feeds=feeds: model(**feeds)) for label, model in models.items()}
         calls |= {peer: prepare(peer, path, feeds, threads) for peer in ("onnxruntime", "openvino")}
         calls["onnxruntime QDQ"] = prepare("onnxruntime", qdq, feeds, threads)
         if xml is not None:
             calls["openvino NNCF"] = PEERS["openvino"](xml, feeds, threads)
+            if shorter:
+                calls["openvino NNCF bf16"] = PEERS["openvino-bf16"](xml, feeds, threads)
         rows.append(speed(name, calls, batch, threads, options))
     return rows
 
@@ -252,7 +275,7 @@ def main() -> None:
         accuracy[name](options.work, options)
     rows = [row for name in options.names or (() if options.accuracy else NETWORKS) for row in network(name, options.work, options)]
     if rows:
-        head = ["network", "batch", "threads", *(f"{label} ms" for label in COLUMNS), "float32 / int8", "fastest int8 peer / int8"]
+        head = ["network", "batch", "threads", *(f"{label} ms" for label in COLUMNS), *RATIOS]
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows)]
         print("\n".join(lines))
         if options.docs:
