@@ -163,9 +163,8 @@ class StrassenEmitter(GemmEmitter):
                         with T.If(io == 0), T.Then():
                             self._first(acc, s)
                     self._add(acc, s, row)
-                with T.If(last), T.Then():
-                    for quarter in range(4):
-                        self._result(quarter, row, rows)
+                with T.If(last), T.Then(), T.serial(T.int64(4)) as quarter:
+                    self._result(quarter, row, rows)
 
     def _first(self, acc: Accumulators, s: Any) -> None:
         """The first register tile of product s, which makes the panel for the others."""
@@ -224,37 +223,36 @@ class StrassenEmitter(GemmEmitter):
 
     # -- results
 
-    def _result(self, quarter: int, row: Any, rows: int) -> None:
+    def _result(self, quarter: Any, local: Any, rows: int) -> None:
         """Stores what a register tile has of one quarter."""
-        side, part = divmod(quarter, 2)
-        panel = T.bind(2 * self.pair + part)
+        side, panel = T.bind(T.floordiv(quarter, 2)), T.bind(2 * self.pair + T.floormod(quarter, 2))
         # the last panel may be there for the sake of pairs alone
-        missing = part == 1 and 2 * self.pairs * self.nr - self.columns >= self.nr
-        with when(panel < -(-self.columns // self.nr) if missing else None):
-            with_columns(panel, self.columns, self.nr, lambda columns: self._store(panel, quarter, side, row, rows, columns))
+        panels = -(-self.columns // self.nr)
+        with when(panel < panels if panels % 2 else None):
+            with_columns(panel, self.columns, self.nr, lambda columns: self._store(panel, quarter, side, local, rows, columns))
 
-    def _store(self, panel: Any, quarter: int, side: int, local: Any, rows: int, columns: int) -> None:
-        row, limit = T.bind(self.start + local), self.count - side * self.height
+    def _store(self, panel: Any, quarter: Any, side: Any, local: Any, rows: int, columns: int) -> None:
+        own, first = self.start + local, T.bind(self.start + local + side * self.height)
         conditions = []
         if self.height % self.hc:
-            conditions.append(lambda row: row >= self.own)
-        if limit < self.height:
-            conditions.append(lambda row: row < limit)
+            conditions.append(lambda i: own + i >= self.own)
+        if self.count % 2:
+            conditions.append(lambda i: first + i < self.count)
         acc = Accumulators(rows, -(-columns // self.lanes), self.lanes)
 
         def value(i: int, v: int) -> Any:
             scale = splat(self.scales[side, local + i], self.lanes) * self.b[panel, 2 * self.half, self._at(v)]
-            return self.sums[T.int64(quarter), local + i, self._at(v)] * scale
+            return self.sums[quarter, local + i, self._at(v)] * scale
 
         acc.fill(value)
         store_tile(
             self.fused,
             self.buffers,
             acc,
-            lambda i: self.rows.indices(row + side * self.height + i),
+            lambda i: self.rows.indices(first + i),
             lambda v: panel * self.nr + v * self.lanes,
             columns,
-            inside=(lambda i: functools.reduce(tirx.And, [holds(row + i) for holds in conditions])) if conditions else None,
+            inside=(lambda i: functools.reduce(tirx.And, [holds(i) for holds in conditions])) if conditions else None,
         )
 
 
