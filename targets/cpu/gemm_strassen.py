@@ -95,7 +95,7 @@ class GemmStrassen:
 
     def space(self, workload: StrassenWorkload, target: Target) -> Sequence[StrassenSchedule]:
         if target.vector_bits < 512 or target.fma_per_cycle >= 2:
-            # AVX2: 0.98 to 1.02 of the time; two multiply-adds of 512 bits in a cycle: not measured
+            # AVX2: 0.98 to 1.03 of the time; two multiply-adds of 512 bits in a cycle: not measured
             raise Unfusable("additions gain what they save where a core starts one multiply-add of 512 bits in a cycle")
         gemm = workload.gemm
         assert gemm.m is not None and gemm.k is not None and gemm.n is not None
