@@ -48,8 +48,8 @@ _MOST_ROWS = 128
 _MOST_STEPS = 192
 #: vectors of columns in a register tile, at least
 _FEWEST_VECTORS = 3
-#: cycles beside the products, measured on AMD's Zen 4: of a line of a panel that is added up, of one of sums that is added to, of one of the output, of one of terms; of a register tile
-_PANEL, _ADD, _OUTPUT, _TERM, _TILE = 3.0, 2.5, 6.0, 10.0, 30.0
+#: cycles beside the products, measured on AMD's Zen 4: of a line of a panel that is added up, of one of sums that is added to, of one of the output, of one of terms
+_PANEL, _ADD, _OUTPUT, _TERM = 2.5, 2.0, 5.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class GemmStrassen:
         one = Gemm().features(replace(gemm, m=rows, k=half, n=vectors * lanes), GemmSchedule(schedule.mr, nv, lanes, schedule.hc), target)
         blocks = -(-half // schedule.kc)
         more = COUNT * _PANEL * chunks * half * vectors + (COUNT + DOUBLE) * _ADD * blocks * rows * vectors + 4 * _OUTPUT * rows * vectors
-        more = (more * lanes + COUNT * _TERM * height * half) / LINE + _TILE * COUNT * blocks * pairs * chunks * -(-schedule.hc // schedule.mr)
+        more = (more * lanes + COUNT * _TERM * height * half) / LINE
         return replace(
             one,
             flops=2.0 * gemm.m * gemm.k * gemm.n,
