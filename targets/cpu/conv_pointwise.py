@@ -67,6 +67,19 @@ def gemm_of(workload: ConvWorkload) -> GemmWorkload:
     return GemmWorkload(1, rows, workload.ci, workload.co, True, workload.epilogue, workload.kind)
 
 
+def as_gemm(fused: Fused, constants: frozenset[int]) -> tuple[GemmWorkload, ConvWorkload | None]:
+    """The GEMM that a product or a 1x1 convolution is, and the convolution if it is one."""
+    if fused.core["op"] != "conv2d":
+        return Gemm().workload(fused, constants), None
+    convolution = ConvPointwise().workload(fused, constants)
+    return gemm_of(convolution), convolution
+
+
+def row_reader(convolution: ConvWorkload | None, x: Any, rows: list[Any], k: int) -> Callable[[Any], Callable[[Any], tuple[Any, ...]]]:
+    """The same as `pixel_reader` for what `as_gemm` gives, of input numbered through."""
+    return (lambda row: lambda at: (row * T.int64(k) + at,)) if convolution is None else pixel_reader(convolution, x, rows)
+
+
 def pixel_reader(workload: ConvWorkload, x: Any, pixels: list[Any]) -> Callable[[Any], Callable[[Any], tuple[Any, ...]]]:
     """Row number of the GEMM -> (k -> index of the input element)."""
     channels = T.int64(workload.ci)

@@ -21,10 +21,10 @@ from .amx_emit import AmxEmitter, InPlace
 from .amx_gather import Gathered, Room, copy_run
 from .amx_schedules import AmxSchedule
 from .conv_common import ConvWorkload
-from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
+from .conv_pointwise import as_gemm, pixel_reader
 from .dot import BF16, BF16X2, BF16X3, VNNI, Dot, vector
 from .emit import kernel
-from .gemm import Gemm, GemmWorkload, pack_gemm
+from .gemm import GemmWorkload, pack_gemm
 from .template import Kernel, Packing
 
 #: rows that are typical where they are known only at run time
@@ -53,8 +53,7 @@ class GemmAmx:
         return named("gemm_amx", self.terms)
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> AmxWorkload:
-        convolution = ConvPointwise().workload(fused, constants) if fused.core["op"] == "conv2d" else None
-        gemm = Gemm().workload(fused, constants) if convolution is None else gemm_of(convolution)
+        gemm, convolution = as_gemm(fused, constants)
         if not gemm.packed:
             raise Unfusable("weights that are not constant")
         kind = tile_kind(gemm.kind, self.terms)

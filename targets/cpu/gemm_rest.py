@@ -30,7 +30,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload
-from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
+from .conv_pointwise import as_gemm, row_reader
 from .dot import PAIRS, WIDE, dot_for, splat, vector
 from .emit import Accumulators, tasks, with_columns
 from .gemm import Gemm, GemmWorkload, pack_gemm
@@ -78,8 +78,7 @@ class GemmRest:
     name = "gemm_rest"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> RestWorkload:
-        convolution = ConvPointwise().workload(fused, constants) if fused.core["op"] == "conv2d" else None
-        gemm = Gemm().workload(fused, constants) if convolution is None else gemm_of(convolution)
+        gemm, convolution = as_gemm(fused, constants)
         if gemm.kind != WIDE.kind:
             raise Unfusable("no weights of 8 bits, or all pairs of them fit 16 bits")
         values = getattr(constants, "values", {}).get(fused.param_index(fused.inputs[1]), ())
@@ -133,9 +132,8 @@ class GemmRest:
         with sparse_kernel(fused, gemm.n, 4, 1, PAIRS, dense.shape) as (builder, buffers, stream):
             flat = T.decl_buffer((product(x.shape),), PAIRS.activation, data=buffers[x].data)
             rows = list(fused.output.shape[:-1])
-            k = T.int64(gemm.k)
-            address = (lambda row: lambda at: (row * k + at,)) if workload.convolution is None else pixel_reader(workload.convolution, x, rows)
-            operands = GemmOperands([], rows, k, T.int64(gemm.n), flat, address, buffers[weight], True, PAIRS)
+            address = row_reader(workload.convolution, x, rows, gemm.k)
+            operands = GemmOperands([], rows, T.int64(gemm.k), T.int64(gemm.n), flat, address, buffers[weight], True, PAIRS)
             _Emitter(fused, buffers, schedule, operands, stream, gemm).emit()
 
         def pack(array: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -29,7 +29,7 @@ from ...compiler.tvm import T
 from ..base import Target
 from ..common.fused import Fused, Unfusable, product
 from .conv_common import ConvWorkload
-from .conv_pointwise import ConvPointwise, gemm_of, pixel_reader
+from .conv_pointwise import as_gemm, row_reader
 from .dot import F32
 from .emit import kernel
 from .gemm import Gemm, GemmWorkload, pack_panels
@@ -80,8 +80,7 @@ class GemmStrassen:
     name = "gemm_strassen"
 
     def workload(self, fused: Fused, constants: frozenset[int]) -> StrassenWorkload:
-        convolution = ConvPointwise().workload(fused, constants) if fused.core["op"] == "conv2d" else None
-        gemm = Gemm().workload(fused, constants) if convolution is None else gemm_of(convolution)
+        gemm, convolution = as_gemm(fused, constants)
         if not gemm.packed or gemm.kind != "f32":
             raise Unfusable("no constant weights in float32")
         if gemm.m is None or gemm.k is None or gemm.k % 2:
@@ -138,10 +137,10 @@ class GemmStrassen:
         assert position is not None
         packing = _packing(position, gemm.k, gemm.n, schedule.nv * schedule.lanes)
         with kernel(fused, {position: packing.shape}) as (builder, buffers):
-            rows, k = list(fused.output.shape[:-1]), T.int64(gemm.k)
+            rows = list(fused.output.shape[:-1])
             flat = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
-            address = (lambda row: lambda at: (row * k + at,)) if workload.convolution is None else pixel_reader(workload.convolution, x, rows)
-            operands = GemmOperands([], rows, k, T.int64(gemm.n), flat, address, buffers[weight], True, F32)
+            address = row_reader(workload.convolution, x, rows, gemm.k)
+            operands = GemmOperands([], rows, T.int64(gemm.k), T.int64(gemm.n), flat, address, buffers[weight], True, F32)
             StrassenEmitter(fused, buffers, gemm, schedule, operands).emit()
         return Kernel(builder.get(), (packing,))
 
