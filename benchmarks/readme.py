@@ -1,4 +1,4 @@
-"""The table of speeds in README.md, from the tables that the other benchmarks wrote into docs/performance.md: figures of processors with AMX, batch 1.
+"""The table of speeds in README.md (processors with AMX, batch 1) and the summary at the head of docs/performance.md, from the tables that the other benchmarks wrote into that page.
 
 python benchmarks/readme.py
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 #: name in the tables -> what the README calls it
@@ -35,6 +36,17 @@ RATIOS = {
     "int8": ("networks int8, AMX", "fastest int8 peer / int8"),
     "int8 ms": ("networks int8, AMX", "int8 ms"),
 }
+#: row of the summary -> tables in docs/performance.md and their column of ratios
+SUMMARY = {
+    "networks, float32": ("networks fp32", "fastest / tcompile"),
+    "networks, bf16": ("networks bf16", "fastest / tcompile"),
+    "networks, int8": ("networks int8", "fastest int8 peer / int8"),
+    "attention, 128 to 4096 tokens": ("attention", "fastest / fused"),
+    "attention of one query": ("attention of 1", "fastest / fused"),
+    "decoding of SmolLM2": ("decoding", "fastest / tcompile"),
+}
+#: kinds of processors, as the names of tables have them
+KINDS = ("AMX", "AVX512", "AVX512 AMD", "AVX2")
 
 
 def table(page: str, name: str) -> list[dict[str, str]]:
@@ -61,16 +73,30 @@ def shown(cell: dict[str, str]) -> str:
     return " / ".join(f"{float(cell[threads]):.2f}" if threads in cell else "-" for threads in ("1", "2")) if cell else "-"
 
 
-def main() -> None:
-    found, readme = figures((ROOT / "docs" / "performance.md").read_text()), ROOT / "README.md"
-    lines = [["network", *RATIOS], ["---"] * (1 + len(RATIOS))]
-    lines += [[label, *(shown(found.get((network, column), {})) for column in RATIOS)] for network, label in NETWORKS.items()]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    marker = r"(<!-- speed: written by benchmarks/readme.py -->\n).*?(<!-- end of speed -->\n)"
-    page, count = re.subn(marker, lambda match: f"{match[1]}{text}\n{match[2]}", readme.read_text(), flags=re.DOTALL)
+def summary(page: str, name: str, column: str) -> str:
+    """Least and largest ratio of a table, their geometric mean and number."""
+    ratios = [float(row[column]) for row in table(page, name) if row[column] != "-"]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}, {geometric_mean(ratios):.2f} ({len(ratios)})" if ratios else "-"
+
+
+def write(file: Path, name: str, head: list[str], rows: list[list[str]]) -> None:
+    """Replace the table between the markers of `name`."""
+    text = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+    marker = rf"(<!-- {name}: written by benchmarks/readme.py -->\n).*?(<!-- end of {name} -->\n)"
+    page, count = re.subn(marker, lambda match: f"{match[1]}{text}\n{match[2]}", file.read_text(), flags=re.DOTALL)
     if not count:
-        raise SystemExit("README.md has no markers of the table of speeds")
-    readme.write_text(page)
+        raise SystemExit(f"{file.name} has no markers of the table of {name}")
+    file.write_text(page)
+
+
+def main() -> None:
+    performance = ROOT / "docs" / "performance.md"
+    page = performance.read_text()
+    found = figures(page)
+    speed = [[label, *(shown(found.get((network, column), {})) for column in RATIOS)] for network, label in NETWORKS.items()]
+    write(ROOT / "README.md", "speed", ["network", *RATIOS], speed)
+    rows = [[label, *(summary(page, f"{name}, {kind}", column) for kind in KINDS)] for label, (name, column) in SUMMARY.items()]
+    write(performance, "summary", ["", *KINDS], rows)
 
 
 if __name__ == "__main__":
