@@ -101,6 +101,20 @@ def test_errors_are_those_of_each_row_and_column(target):
 
 
 @pytest.mark.parametrize("target", runnable())
+def test_columns_that_weights_make_small_do_no_harm(target):
+    """As in language models: a few features of activations are 10^6 times the others, their weights as much smaller. Errors are relative to the sum of magnitudes that is added up."""
+    m, k, n = 66, 384, 96
+    kernel = kernel_of(fused((), m, k, n, activation=relax.op.abs), (4, 3, 33, 96), target)
+    x, w, _ = numbers((m, k), (k, n), (n,))
+    scale = np.ones(k, "float32")
+    scale[[3, 200, 383]] = 1e6
+    x, w = x * scale, w / scale[:, None]
+    found = run(kernel, target, x, w, np.zeros(n, "float32"), (m, n))
+    exact, magnitude = x.astype("float64") @ w.astype("float64"), np.abs(x).astype("float64") @ np.abs(w)
+    assert (np.abs(found - np.abs(exact)) / magnitude).max() < 1e-6
+
+
+@pytest.mark.parametrize("target", runnable())
 def test_powers_of_two_of_a_row_pass_through_exactly(target):
     m, k, n = 65, 200, 50
     kernel = kernel_of(fused((), m, k, n, activation=relax.op.abs), (4, 2, 33, 50), target)

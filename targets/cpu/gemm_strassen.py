@@ -1,6 +1,6 @@
 """GEMM and 1x1 convolution of float32 in seven products of half the size instead of eight (Strassen, "Gaussian elimination is not optimal", 1969), for constant weights; one level.
 
-    for chunk in M / 2 / hc:                             # hc pairs of rows, i and M / 2 + i, each over a power of two near its largest number
+    for chunk in M / 2 / hc:                             # hc pairs of rows, i and M / 2 + i, scaled by powers of two
         for i in hc in parallel:
             terms[7][i][K / 2] = A11 + A22, A21 + A22, A11, A22, A11 + A12, A21 - A11, A12 - A22
         for jo in N / 2 / NR in parallel:                # a pair of panels of NR = nv * lanes columns
@@ -12,9 +12,10 @@
                         sums[one or two of C11, C12, C21, C22][io] += or -= acc
                     behind the last block of K: C = epilogue(sums[io] * powers of two of the row and of the column)
 
-Rounding: what is added before it is multiplied rounds to the unit of the larger number. So rows of A while running, and columns of B when they are packed, are scaled by powers of two, which is exact, and
-sums have errors in proportion to the largest numbers of *their* row and column, 1.5 times those of our direct product; after Ballard, Benson, Druinsky, Lipshitz and Schwartz, "Improving the
-numerical stability of fast matrix multiplication" (2016). What a row is paired with shows in its last bits alone: one that holds infinities or NaN is NaN as a whole, and leaves the other alone.
+Rounding: what is added before it is multiplied rounds to the unit of the larger number, so numbers are made alike by powers of two, which is exact: when B is packed, its rows, whose powers columns of A are multiplied by, and then
+its columns, whose powers columns of C are multiplied by; while running, rows of A. Errors are in proportion to the largest product of each row and column, 1.5 times those of our direct product; after Ballard,
+Benson, Druinsky, Lipshitz and Schwartz, "Improving the numerical stability of fast matrix multiplication" (2016). What a row is paired with shows in its last bits alone: one that holds infinities or NaN is NaN
+as a whole, and leaves the other alone.
 """
 
 from __future__ import annotations
@@ -135,13 +136,15 @@ class GemmStrassen:
         x, weight = fused.inputs
         position = fused.param_index(weight)
         assert position is not None
-        packing = _packing(position, gemm.k, gemm.n, schedule.nv * schedule.lanes)
+        nr = schedule.nv * schedule.lanes
+        packing = _packing(position, gemm.k, gemm.n, nr)
         with kernel(fused, {position: packing.shape}) as (builder, buffers):
             rows = list(fused.output.shape[:-1])
             flat = T.decl_buffer((product(x.shape),), "float32", data=buffers[x].data)
             address = row_reader(workload.convolution, x, rows, gemm.k)
-            operands = GemmOperands([], rows, T.int64(gemm.k), T.int64(gemm.n), flat, address, buffers[weight], True, F32)
-            StrassenEmitter(fused, buffers, gemm, schedule, operands).emit()
+            panels = T.decl_buffer((_panels(gemm.n, nr), gemm.k + 1, nr), "float32", data=buffers[weight].data)
+            operands = GemmOperands([], rows, T.int64(gemm.k), T.int64(gemm.n), flat, address, panels, True, F32)
+            StrassenEmitter(fused, buffers, gemm, schedule, operands, buffers[weight]).emit()
         return Kernel(builder.get(), (packing,))
 
 
@@ -157,17 +160,29 @@ def _block(half: int) -> int:
     return next(even, _equal(half, _MOST_STEPS))
 
 
+def _panels(n: int, nr: int) -> int:
+    """Panels that N columns take, an even number."""
+    return -(-n // (2 * nr)) * 2
+
+
 def _packing(position: int, k: int, n: int, nr: int) -> Packing:
-    """Panels of scaled columns, an even number of them; behind the K rows of each what its columns are to be multiplied by."""
-    panels = -(-n // (2 * nr)) * 2
+    """Panels of scaled weights; behind the K rows of each what columns of C are to be multiplied by; behind all panels what columns of A are to be multiplied by."""
+    size = _panels(n, nr) * (k + 1) * nr + k
 
     def pack(weight: np.ndarray) -> np.ndarray:
-        weight = weight.reshape(k, n)
-        exponents = np.clip(np.abs(weight).max(axis=0).astype(np.float32).view(np.int32) >> 23, LOWEST, HIGHEST)
-        down, up = ((254 - exponents) << 23).view(np.float32), (exponents << 23).view(np.float32)
-        packed = np.zeros((panels, k + 1, nr), np.float32)
+        weight = weight.reshape(k, n).astype(np.float32)
+        packed = np.zeros(size, np.float32)
+        down, packed[-k:] = _powers(np.abs(weight).max(axis=1))
+        weight = weight * down[:, None]
+        down, up = _powers(np.abs(weight).max(axis=0))
         made = pack_panels(np.concatenate([weight * down, up[None]]), nr)
-        packed[: len(made)] = made
+        packed[: made.size] = made.reshape(-1)
         return packed
 
-    return Packing(position, (panels, k + 1, nr), pack, f"strassen{nr}")
+    return Packing(position, (size,), pack, f"strassen{nr}")
+
+
+def _powers(largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The powers of two below these numbers, one over them and themselves."""
+    exponents = np.clip(largest.view(np.int32) >> 23, LOWEST, HIGHEST)
+    return ((254 - exponents) << 23).view(np.float32), (exponents << 23).view(np.float32)

@@ -42,7 +42,8 @@ LOWEST, HIGHEST, _NOT_FINITE = 1, 253, 255
 class StrassenEmitter(GemmEmitter):
     """See `gemm_strassen`."""
 
-    def __init__(self, fused: Fused, buffers: dict[Any, Any], gemm: GemmWorkload, schedule: StrassenSchedule, operands: GemmOperands):
+    def __init__(self, fused: Fused, buffers: dict[Any, Any], gemm: GemmWorkload, schedule: StrassenSchedule, operands: GemmOperands, packed: Any):
+        """packed: the panels of `operands`, and behind them what columns of A are to be multiplied by."""
         super().__init__(fused, buffers, GemmSchedule(schedule.mr, schedule.nv, schedule.lanes, 0), operands)
         assert gemm.m is not None and gemm.k is not None and gemm.n is not None
         self.count, self.half, self.columns = gemm.m, gemm.k // 2, gemm.n
@@ -50,6 +51,7 @@ class StrassenEmitter(GemmEmitter):
         self.height, self.pairs, self.blocks = -(-gemm.m // 2), -(-gemm.n // (2 * self.nr)), -(-self.half // schedule.kc)
         self.ahead = lines_of([int(dim) for dim in self.b.shape], self.b)
         self.lead = []
+        self.packed, self.behind = packed, int(packed.shape[0]) - gemm.k
 
     def emit(self) -> None:
         self.terms = T.alloc_buffer((COUNT, self.hc, self.half), "float32")
@@ -137,8 +139,9 @@ class StrassenEmitter(GemmEmitter):
                 body(step + whole * self.lanes, 1)
 
     def _read(self, address: Callable[[Any], tuple[Any, ...]], k: Any, width: int) -> Any:
+        """Elements of a row of A, scaled as rows of B are."""
         *lead, place = address(k)
-        return self.a[(*lead, vector(place, width))]
+        return self.a[(*lead, vector(place, width))] * self.packed[vector(self.behind + k, width)]
 
     # -- products
 
