@@ -190,9 +190,9 @@ def speed(name: str, calls: dict[str, Callable[[], object]], batch: int, threads
     """Print the times of all contestants, which run in turns; a row of the table."""
     # with one thread processor time is the time of the call, and neighbours on the machine hardly count
     times = interleaved(calls, rounds=options.rounds, clock=time.process_time if threads == 1 else time.perf_counter)
-    ours = times[SHORT]
+    short = times[SHORT]
     for label, timing in times.items():
-        ratio, least = timing.median / ours.median, timing.min / ours.min
+        ratio, least = timing.median / short.median, timing.min / short.min
         print(
             f"{name} batch {batch} {threads} threads  {label:<18} {timing.median * 1e3:8.2f} ms (least {timing.min * 1e3:8.2f})   {ratio:5.2f} x int8 ({least:.2f})",
             flush=True,
@@ -201,7 +201,7 @@ def speed(name: str, calls: dict[str, Callable[[], object]], batch: int, threads
     rivals = [ms[label] for label in RIVALS if label in ms]
     fastest = f"{min(rivals) / ms[SHORT]:.2f}" if rivals else "-"
     ours, other = (ms.get(label) for label in SHORTER)
-    of_all = f"{min([*rivals, *([other] if other else [])]) / ours:.2f}" if rivals and ours else "-"
+    of_all = f"{min([*rivals, other or rivals[0]]) / ours:.2f}" if rivals and ours else "-"
     return [
         name,
         batch,

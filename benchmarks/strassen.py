@@ -24,7 +24,7 @@ from tcompile.autotune.measure import bench, measure
 from tcompile.compiler.peers import prepare
 from tcompile.targets.base import Target
 from tcompile.targets.cpu.gemm_strassen import GemmStrassen
-from tcompile.targets.cpu.tasks import Task, tasks, with_cores
+from tcompile.targets.cpu.tasks import tasks, with_cores
 
 #: of BERT-base, SmolLM2, ViT-S, T5, and BERT-base and ViT-S with batch 8
 SHAPES = (
@@ -32,11 +32,6 @@ SHAPES = (
     *("197x384x1536", "197x1536x384", "128x512x512", "1024x768x3072", "1024x3072x768", "1576x384x1536"),
 )
 PEERS = ("onnxruntime", "openvino")
-
-
-def normal(task: Task, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(array.shape, np.float32) for array in task.inputs(seed)]
 
 
 def error(found: np.ndarray, want: np.ndarray) -> str:
@@ -47,17 +42,17 @@ def row(shape: str, target: Target, rounds: int) -> list[str]:
     """One line of the table."""
     m, k, n = map(int, shape.split("x"))
     (task,) = tasks(gemm(m, k, n, "none"), target)
-    inputs = normal(task)
-    x, w, b = inputs
+    rng = np.random.default_rng(0)
+    x, w, b = inputs = [rng.standard_normal(operand.shape, np.float32) for operand in task.operands[:-1]]
     want = x.astype(np.float64) @ w + b
-    model, contestants, errors = default_model(), [], []
+    model, contestants = default_model(), []
     for fast in (False, True):
         candidates = [each for each in task.candidates if (each.template == GemmStrassen.name) == fast]
         chosen, _ = model.choose(candidates, task.machine)
         arguments, constant = task.arguments(chosen, inputs)
         contestants.append(bench(task.compile(chosen), arguments, constant, task.output()))
     direct, seven = measure(contestants, threads=target.cores, rounds=rounds)
-    errors += [error(each.output, want) for each in contestants]
+    errors = [error(each.output, want) for each in contestants]
     with tempfile.TemporaryDirectory() as folder:
         nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])]
         values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in (("x", [m, k]), ("y", [m, n]))]
