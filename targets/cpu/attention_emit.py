@@ -12,7 +12,7 @@ from ...compiler.tvm import T, tirx
 from ..common.fused import static
 from .attention_scores import AttentionScores
 from .dot import splat, vector
-from .emit import Accumulators, balanced, tasks
+from .emit import Accumulators, balanced, runs, tasks
 
 #: rows of v between the one that is copied and the one asked for
 _COPIED_AHEAD = 8
@@ -259,13 +259,11 @@ class AttentionEmitter(AttentionScores):
         lanes, out, shrink, weights, rows = self.lanes, tiles.out, tiles.shrink, tiles.weights, balanced(queries, self.schedule.rows)
         # groups of equally many vectors share one loop: one of three or four iterations LLVM would unroll, and keep the accumulators in memory
         groups = balanced(self.wide, self.schedule.columns)
-        for columns in sorted({columns for _, columns in groups}, reverse=True):
-            edges = [first for first, width in groups if width == columns]
-            for size in sorted({size for _, size in rows}, reverse=True):
-                starts = [start for start, length in rows if length == size]
-                with T.serial(T.int64(len(edges) * len(starts))) as index:
-                    edge = T.bind(T.floordiv(index, T.int64(len(starts))) * T.int64(columns * lanes) + T.int64(edges[0] * lanes))
-                    row = T.bind(T.floormod(index, T.int64(len(starts))) * T.int64(size) + T.int64(starts[0]))
+        for columns, first, edges, _ in runs(groups):
+            for size, start, tiles_of_rows, _ in runs(rows):
+                with T.serial(T.int64(edges * tiles_of_rows)) as index:
+                    edge = T.bind(T.floordiv(index, T.int64(tiles_of_rows)) * T.int64(columns * lanes) + T.int64(first * lanes))
+                    row = T.bind(T.floormod(index, T.int64(tiles_of_rows)) * T.int64(size) + T.int64(start))
                     places = [vector(edge + T.int64(e * lanes), lanes) for e in range(columns)]
                     acc = Accumulators(size, columns, lanes, self.mix)
                     acc.fill(lambda i, e: out[local, row + T.int64(i), places[e]] * splat(shrink[row + T.int64(i)], lanes))  # noqa: B023

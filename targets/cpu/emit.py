@@ -77,6 +77,12 @@ def balanced(count: int, limit: int) -> list[tuple[int, int]]:
     return list(zip(accumulate(sizes, initial=0), sizes, strict=False))
 
 
+def runs(tiles: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """The tiles that `balanced` gives by size: (size, where the first one starts, how many, how many come before)."""
+    sizes = [size for _, size in tiles]
+    return [(size, tiles[sizes.index(size)][0], sizes.count(size), sizes.index(size)) for size in dict.fromkeys(sizes)]
+
+
 def balanced_sizes(count: int, limit: int) -> Counter[int]:
     """How many tiles of each size `balanced` gives, without listing them."""
     tiles = -(-count // limit)

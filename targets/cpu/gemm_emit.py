@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...compiler.tvm import T
 from ..common.fused import Fused, product, static
 from .dot import F32, Dot, vector
-from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, store_tile, tasks, with_columns
+from .emit import SUM_BLOCK, Accumulators, Rows, balanced, flat_rows, i64, runs, store_tile, tasks, with_columns
 from .prefetch import Ahead, Once, Share, asking, expect, share
 
 if TYPE_CHECKING:
@@ -178,12 +178,10 @@ class GemmEmitter:
     def _static_rows(self, batch: Any, first: Any, rows: int, jo: Any, panel: Any, columns: int, limit: Any) -> None:
         """Tiles of two sizes that differ by one: a short last tile would wait for its own multiply-adds."""
         tiles = balanced(rows, self.schedule.mr)
-        for size in sorted({size for _, size in tiles}, reverse=True):
-            starts = [start for start, length in tiles if length == size]
-            before = sum(start < starts[0] for start, _ in tiles)
-            with T.serial(T.int64(len(starts))) as io:
+        for size, start, count, before in runs(tiles):
+            with T.serial(T.int64(count)) as io:
                 self._turn = io + before, len(tiles)
-                self._tile(batch, first + io * size + starts[0], size, jo, panel, columns, limit)
+                self._tile(batch, first + io * size + start, size, jo, panel, columns, limit)
                 self._turn = None
 
     @property

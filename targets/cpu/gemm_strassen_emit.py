@@ -11,7 +11,7 @@ import numpy as np
 from ...compiler.tvm import T, tirx
 from ..common.fused import Fused
 from .dot import fma, splat, vector
-from .emit import Accumulators, balanced, store_tile, tasks, when, with_columns
+from .emit import Accumulators, balanced, runs, store_tile, tasks, when, with_columns
 from .gemm import GemmWorkload
 from .gemm_emit import GemmEmitter, GemmOperands
 from .gemm_schedules import GemmSchedule
@@ -151,11 +151,9 @@ class StrassenEmitter(GemmEmitter):
         # all but the first tile ask for all four quarters of what comes next; blocks that steps do not divide would end with a loop of their own
         passes = COUNT * (len(tiles) - 1)
         between = max(step for step in range(1, steps(passes // 4, self.nr) + 1) if self.kc % step == 0)
-        for rows in sorted({length for _, length in tiles}, reverse=True):
-            starts = [start for start, length in tiles if length == rows]
-            before = sum(start < starts[0] for start, _ in tiles)
-            with T.serial(T.int64(len(starts))) as io:
-                row = T.bind(io * rows + starts[0])
+        for rows, start, count, before in runs(tiles):
+            with T.serial(T.int64(count)) as io:
+                row = T.bind(io * rows + start)
                 with T.serial(T.int64(COUNT)) as s:
                     acc = Accumulators(rows, self.nv, self.lanes)
                     acc.fill()
